@@ -1,1 +1,6 @@
 //! Millpond.
+#![forbid(unsafe_code)]
+
+mod clock;
+mod ledger;
+mod stats;

@@ -1,0 +1,173 @@
+//! Time as the pool sees it: [`Moment`], and the one place that reads a clock.
+//!
+//! A `Moment` is a number, so the [`Ledger`](crate::ledger::Ledger) that reckons with it runs on virtual time in a test
+//! and on the monotonic clock in a pool, and has no way to ask for the time itself.
+
+use std::time::{Duration, Instant};
+
+/// Nanoseconds since the pool's birth. Arithmetic saturates: what is too far away to add is [`Moment::NEVER`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Moment(u64);
+
+impl Moment {
+    /// The pool's birth.
+    pub(crate) const BIRTH: Moment = Moment(0);
+    /// Later than every other moment: a deadline that does not come.
+    pub(crate) const NEVER: Moment = Moment(u64::MAX);
+
+    /// This moment and `d` after it; `NEVER` stays `NEVER`.
+    #[inline]
+    pub(crate) fn plus(self, d: Duration) -> Moment {
+        Moment(self.0.saturating_add(nanos(d)))
+    }
+
+    /// This moment less `d`, but not before the pool's birth; `NEVER` stays `NEVER`.
+    #[inline]
+    pub(crate) fn minus(self, d: Duration) -> Moment {
+        if self == Moment::NEVER { self } else { Moment(self.0.saturating_sub(nanos(d))) }
+    }
+
+    /// How long after `earlier` this is; zero if it is not.
+    #[inline]
+    pub(crate) fn since(self, earlier: Moment) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+#[inline]
+fn nanos(d: Duration) -> u64 {
+    d.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(d.subsec_nanos()))
+}
+
+/// A pool's clock. It stands still while the machine is suspended, as `CLOCK_MONOTONIC` does.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    birth: Instant,
+    coarse: coarse::Source,
+}
+
+impl Clock {
+    /// A clock that reads `Moment::BIRTH` now.
+    pub(crate) fn new() -> Clock {
+        // In this order: the coarse clock, whose origin is then the later one, never runs ahead of the precise one.
+        let birth = Instant::now();
+        Clock { birth, coarse: coarse::Source::new() }
+    }
+
+    /// The time to the nanosecond, for a few tens of nanoseconds.
+    pub(crate) fn precise(&self) -> Moment {
+        Moment(nanos(self.birth.elapsed()))
+    }
+
+    /// The time as of the system's last tick: never ahead of [`precise`](Clock::precise), behind it by less than
+    /// [`resolution`](Clock::resolution) (a busy kernel may tick late), for a few nanoseconds.
+    #[inline]
+    pub(crate) fn coarse(&self) -> Moment {
+        match self.coarse.elapsed() {
+            Some(d) => Moment(nanos(d)),
+            None => self.precise(),
+        }
+    }
+
+    /// How far the coarse clock may lie behind.
+    pub(crate) fn resolution(&self) -> Duration {
+        self.coarse.resolution()
+    }
+
+    /// The `Instant` of a moment, to sleep until; `None` for a moment too far away to be one.
+    pub(crate) fn instant(&self, at: Moment) -> Option<Instant> {
+        if at == Moment::NEVER { None } else { self.birth.checked_add(at.since(Moment::BIRTH)) }
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+mod coarse {
+    use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
+    use std::time::Duration;
+
+    #[derive(Debug)]
+    pub(super) struct Source {
+        origin: Duration,
+        resolution: Duration,
+    }
+
+    impl Source {
+        pub(super) fn new() -> Source {
+            let origin = duration(clock_gettime(ClockId::Monotonic));
+            Source { origin, resolution: duration(clock_getres(ClockId::MonotonicCoarse)) }
+        }
+
+        #[inline]
+        pub(super) fn elapsed(&self) -> Option<Duration> {
+            Some(duration(clock_gettime(ClockId::MonotonicCoarse)).saturating_sub(self.origin))
+        }
+
+        pub(super) fn resolution(&self) -> Duration {
+            self.resolution
+        }
+    }
+
+    #[inline]
+    fn duration(t: Timespec) -> Duration {
+        // A monotonic clock is never negative, and its nanoseconds are below a billion.
+        Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+mod coarse {
+    use std::time::Duration;
+
+    /// No coarse clock here: the precise one serves.
+    #[derive(Debug)]
+    pub(super) struct Source;
+
+    impl Source {
+        pub(super) fn new() -> Source {
+            Source
+        }
+
+        #[inline]
+        pub(super) fn elapsed(&self) -> Option<Duration> {
+            None
+        }
+
+        pub(super) fn resolution(&self) -> Duration {
+            Duration::ZERO
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_far_is_never() {
+        assert_eq!(Moment::BIRTH.plus(Duration::MAX), Moment::NEVER);
+        assert_eq!(Moment::NEVER.plus(Duration::from_secs(1)), Moment::NEVER);
+        assert_eq!(Moment::NEVER.minus(Duration::from_secs(1)), Moment::NEVER);
+        assert_eq!(Moment::BIRTH.minus(Duration::from_secs(1)), Moment::BIRTH);
+        assert_eq!(Moment::BIRTH.since(Moment::NEVER), Duration::ZERO);
+    }
+
+    #[test]
+    fn coarse_is_never_ahead() {
+        let clock = Clock::new();
+        let mut last = Moment::BIRTH;
+        for _ in 0..100_000 {
+            let coarse = clock.coarse();
+            assert!(coarse <= clock.precise());
+            assert!(coarse >= last, "and never goes back");
+            last = coarse;
+        }
+    }
+
+    #[test]
+    fn a_moment_is_an_instant() {
+        let clock = Clock::new();
+        assert_eq!(clock.instant(Moment::NEVER), None);
+        let at = clock.precise();
+        assert!(clock.instant(at).unwrap() <= Instant::now());
+    }
+}

@@ -1,0 +1,1169 @@
+//! The rules, on virtual time.
+//!
+//! [`World`] is a server, a crew and a reaper without threads: it carries out the ledger's orders after the times it is
+//! told, at exactly the moments they are due, and holds everything the ledger says against a naive account of its own.
+
+use super::*;
+use std::collections::{HashMap, VecDeque};
+
+type Conn = u64;
+type Seat = u64;
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+#[track_caller]
+fn here() -> Holder {
+    Holder { at: Location::caller(), thread: 1 }
+}
+
+fn rules() -> Rules {
+    Rules {
+        max_size: 20,
+        min_idle: 0,
+        max_idle: Some(secs(600)),
+        max_lifetime: None,
+        lifetime_jitter: 0.0,
+        validate: Validate::Never,
+        validation_timeout: secs(2),
+        open_timeout: secs(10),
+        close_timeout: secs(5),
+        parallel_opens: 4,
+        max_waiting: None,
+        keepalive: None,
+        leak_threshold: None,
+        resolution: Duration::ZERO,
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Opened,
+    Checked,
+    Closed,
+}
+
+/// A job that the world's crew carries out.
+struct Job {
+    token: Token,
+    conn: Conn,
+    begun: Moment,
+}
+
+struct World {
+    ledger: Ledger<Conn, Seat>,
+    now: Moment,
+    jobs: BTreeMap<(Moment, u64), (Event, Job)>,
+    serial: u64,
+    /// What the server sees: every connection dialled and not yet closed, with its birth and its last use.
+    server: BTreeMap<Conn, (Moment, Moment)>,
+    /// Lent connections, and to whom.
+    out: HashMap<Seat, (Token, Conn)>,
+    /// Who waits, in order of arrival.
+    waiting: VecDeque<(Seat, Ticket)>,
+    refused: Vec<Seat>,
+    turned_out: Vec<Seat>,
+    closes: Vec<(Moment, Conn, CloseReason)>,
+    written_off: u32,
+    leaks: Vec<u64>,
+    dials: Vec<Moment>,
+    next_seat: Seat,
+    // What the server and network do.
+    open_time: Duration,
+    close_time: Duration,
+    check_time: Duration,
+    /// `Some(permanent)`: opens fail.
+    refuse: Option<bool>,
+    /// Connections that fail their next check.
+    dead: Vec<Conn>,
+    /// When each connection was last seen to be well, and when one was last found dead.
+    proven: HashMap<Conn, Moment>,
+    suspect: Moment,
+    most: usize,
+}
+
+impl World {
+    fn new(rules: Rules) -> World {
+        World {
+            ledger: Ledger::new(rules),
+            now: Moment::BIRTH,
+            jobs: BTreeMap::new(),
+            serial: 0,
+            server: BTreeMap::new(),
+            out: HashMap::new(),
+            waiting: VecDeque::new(),
+            refused: Vec::new(),
+            turned_out: Vec::new(),
+            closes: Vec::new(),
+            written_off: 0,
+            leaks: Vec::new(),
+            dials: Vec::new(),
+            next_seat: 0,
+            open_time: Duration::ZERO,
+            close_time: Duration::ZERO,
+            check_time: Duration::ZERO,
+            refuse: None,
+            dead: Vec::new(),
+            proven: HashMap::new(),
+            suspect: Moment::BIRTH,
+            most: 0,
+        }
+    }
+
+    /// Carries out what the ledger has in its outbox.
+    fn settle(&mut self) {
+        while !self.ledger.outbox.is_empty() {
+            self.ledger.outbox.bell = false;
+            self.ledger.outbox.changed = false;
+            for (seat, grant) in std::mem::take(&mut self.ledger.outbox.grants) {
+                // First come, first served, whatever is granted.
+                let (first, _) = self.waiting.pop_front().expect("a grant without a waiter");
+                assert_eq!(first, seat, "passed over");
+                match grant {
+                    Grant::Lent(token, conn) => self.lent(seat, token, conn),
+                    Grant::Closed => self.turned_out.push(seat),
+                    Grant::Refused => self.refused.push(seat),
+                }
+            }
+            for order in std::mem::take(&mut self.ledger.outbox.orders) {
+                self.carry_out(order);
+            }
+        }
+        self.most = self.most.max(self.server.len());
+        self.audit();
+    }
+
+    fn lent(&mut self, seat: Seat, token: Token, conn: Conn) {
+        let (_, used) = self.server.get_mut(&conn).expect("lent, but not on the server");
+        *used = self.now;
+        let row = &self.ledger.rows[token.index as usize];
+        assert!(row.dies > self.now, "handed out past its lifetime");
+        // P9: whatever was last known to be well before another was found dead has been looked at since.
+        assert!(
+            self.proven[&conn] >= self.suspect || self.ledger.rules.validate == Validate::Never,
+            "suspect, and lent"
+        );
+        assert!(self.out.insert(seat, (token, conn)).is_none());
+    }
+
+    fn carry_out(&mut self, order: Order<Conn>) {
+        let now = self.now;
+        let (token, conn, event, takes) = match order {
+            Order::Open(token) => {
+                let id = token.id();
+                (token, id, Event::Opened, self.open_time)
+            }
+            Order::Check(token, conn) | Order::Reset(token, conn) => (token, conn, Event::Checked, self.check_time),
+            Order::Close(token, conn, reason) => {
+                self.closes.push((now, conn, reason));
+                (token, conn, Event::Closed, self.close_time)
+            }
+            Order::WriteOff { .. } => return self.written_off += 1,
+            Order::Leak { id, .. } => return self.leaks.push(id),
+        };
+        let Some(token) = self.ledger.begin(now, token, 1.0) else { return };
+        if let Event::Opened = event {
+            self.server.insert(conn, (now, now));
+            self.dials.push(now);
+        }
+        self.serial += 1;
+        self.jobs.insert((now.plus(takes), self.serial), (event, Job { token, conn, begun: now }));
+    }
+
+    fn report(&mut self, event: Event, job: Job) {
+        let (now, Job { token, conn, begun }) = (self.now, job);
+        match event {
+            Event::Opened if self.refuse.is_some() => {
+                self.server.remove(&conn);
+                self.ledger.open_failed(now, &token, self.refuse == Some(true), 0.0);
+                self.ledger.free(now, token);
+            }
+            Event::Opened => {
+                self.proven.insert(conn, now);
+                if let Some(at) = self.server.get_mut(&conn) {
+                    at.1 = now;
+                }
+                if let Err((token, conn)) = self.ledger.opened(now, token, conn) {
+                    self.server.remove(&conn);
+                    assert!(self.ledger.free(now, token), "late, and not written off");
+                }
+            }
+            Event::Checked if self.dead.contains(&conn) => {
+                self.server.remove(&conn);
+                if self.ledger.is_current(&token) && !self.ledger.rows[token.index as usize].stuck {
+                    self.suspect = now; // or it was written off, which was the news
+                }
+                self.ledger.check_failed(now, &token, CloseReason::Invalid);
+                self.ledger.free(now, token);
+            }
+            Event::Checked => {
+                self.proven.insert(conn, now);
+                if let Err((token, conn)) = self.ledger.checked(now, begun, token, conn) {
+                    self.server.remove(&conn);
+                    self.ledger.free(now, token);
+                }
+            }
+            Event::Closed => {
+                self.server.remove(&conn);
+                self.ledger.free(now, token);
+            }
+        }
+        self.settle();
+    }
+
+    /// Lets time pass, with everything that falls due on the way.
+    fn run_to(&mut self, until: Moment) {
+        loop {
+            let job = self.jobs.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
+            let alarm = self.ledger.alarm();
+            let next = job.min(alarm).max(self.now);
+            if next > until || next == Moment::NEVER {
+                break;
+            }
+            self.now = next;
+            if job <= alarm {
+                let (_, (event, job)) = self.jobs.pop_first().unwrap();
+                self.report(event, job);
+            } else {
+                self.ledger.reap(next, 0.0);
+                self.settle();
+            }
+        }
+        self.now = until;
+    }
+
+    fn run(&mut self, d: Duration) {
+        self.run_to(self.now.plus(d));
+    }
+
+    /// One thread asks for a connection: it has one at once (and is then in `out`), or waits, or is turned away.
+    fn get(&mut self) -> Seat {
+        self.next_seat += 1;
+        let seat = self.next_seat;
+        match self.ledger.take(self.now, here(), false) {
+            Take::Ready(token, conn) => self.lent(seat, token, conn),
+            Take::Check(..) => unreachable!("it did not offer to"),
+            Take::Nothing => match self.ledger.join(self.now, here(), None, seat).0 {
+                Join::Ready(token, conn) => self.lent(seat, token, conn),
+                Join::Queued(ticket) => self.waiting.push_back((seat, ticket)),
+                Join::Refused | Join::Crowded(_) => self.refused.push(seat),
+                Join::Closed => self.turned_out.push(seat),
+            },
+        }
+        self.settle();
+        self.run(Duration::ZERO);
+        seat
+    }
+
+    fn put(&mut self, seat: Seat) {
+        self.put_back(seat, Back::Keep);
+    }
+
+    fn put_back(&mut self, seat: Seat, back: Back) {
+        let (token, conn) = self.out.remove(&seat).unwrap_or_else(|| panic!("{seat} has none"));
+        self.server.get_mut(&conn).unwrap().1 = self.now;
+        if back == Back::Broken {
+            self.suspect = self.now;
+        }
+        self.ledger.checkin(self.now, token, conn, back);
+        self.settle();
+        self.run(Duration::ZERO);
+    }
+
+    /// Whether the waiter was still queued when it gave up.
+    fn leave(&mut self, seat: Seat) -> bool {
+        let at = self.waiting.iter().position(|&(s, _)| s == seat);
+        let left = at.and_then(|at| {
+            let (_, ticket) = self.waiting.remove(at).unwrap();
+            self.ledger.leave(self.now, ticket)
+        });
+        self.settle();
+        left.is_some()
+    }
+
+    fn use_once(&mut self, hold: Duration) {
+        let seat = self.get();
+        self.run(hold);
+        self.put(seat);
+    }
+
+    /// `n` at once, then all of them back.
+    fn burst(&mut self, n: u64) {
+        let seats: Vec<_> = (0..n).map(|_| self.get()).collect();
+        self.run(self.open_time.saturating_mul(n as u32));
+        for seat in seats {
+            self.put(seat);
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        self.ledger.counts()
+    }
+
+    fn closed_for(&self, reason: CloseReason) -> usize {
+        self.closes.iter().filter(|c| c.2 == reason).count()
+    }
+
+    /// What must hold after every step. (With many connections not looked at after every single one.)
+    fn audit(&self) {
+        let (l, now) = (&self.ledger, self.now);
+        if l.rows.len() > 100 && !self.serial.is_multiple_of(997) {
+            return;
+        }
+        let counts = l.counts();
+        let state = |s| l.rows().filter(|r| r.state == s).count() as u32;
+        assert_eq!(counts.idle, state(State::Idle));
+        assert_eq!(counts.out, state(State::Out));
+        assert_eq!(counts.checking, state(State::Checking));
+        assert_eq!(counts.opening, state(State::Opening));
+        assert_eq!(counts.closing, state(State::Closing));
+        assert_eq!(counts.out as usize, self.out.len());
+        assert_eq!(counts.waiting as usize, self.waiting.len());
+        assert_eq!(l.fading, l.rows().filter(|r| r.fading).count() as u32);
+        assert!(l.rows().all(|r| !r.fading || r.state == State::Idle));
+        assert_eq!(counts.total() as usize + l.free.len(), l.rows.len());
+        assert!(self.server.len() <= (counts.total() + counts.lost) as usize, "the server sees more than is counted");
+        // The stack is sorted, and where somebody waits beside it, something is under way for each who does.
+        let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
+        assert!(since.is_sorted());
+        if counts.waiting > 0 {
+            assert!(l.idle.is_empty() || l.opening + l.crew_checking >= counts.waiting, "idle, while somebody waits");
+        }
+        // What is due has an alarm not later than itself.
+        assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
+        for row in l.rows() {
+            if row.state == State::Idle {
+                assert!(l.alarm <= row.dies || row.dies <= now, "a lifetime without an alarm");
+            }
+            assert!(l.alarm <= row.limit);
+            assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
+            assert_eq!(row.holder.is_some(), row.state == State::Out);
+        }
+        for &(dies, index) in &l.lifetimes {
+            let row = &l.rows[index as usize];
+            assert!(row.id != 0 && row.dies == dies && row.state != State::Closing && row.state != State::Opening);
+        }
+        if l.closed {
+            assert!(counts.idle == 0 && counts.waiting == 0);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- P1: idle
+
+#[test]
+fn seventeen_go_at_once() {
+    let mut w = World::new(Rules { max_idle: Some(secs(2)), ..rules() });
+    w.burst(17);
+    assert_eq!(w.counts().idle, 17);
+    w.run(ms(1_999));
+    assert_eq!(w.counts().idle, 17, "not a moment too early");
+    w.run(ms(1));
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 17));
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+    w.run(secs(10)); // past the limits of the jobs
+    assert_eq!(w.ledger.alarm(), Moment::NEVER, "an empty pool wakes nobody");
+}
+
+#[test]
+fn a_trickle_keeps_one() {
+    let mut w = World::new(Rules { max_idle: Some(secs(2)), ..rules() });
+    w.burst(17);
+    for _ in 0..20 {
+        w.run(ms(100));
+        w.use_once(ms(1));
+    }
+    assert_eq!(w.server.len(), 1);
+}
+
+#[test]
+fn the_floor_does_not_churn() {
+    for trickle in [false, true] {
+        let mut w = World::new(Rules { min_idle: 4, max_idle: Some(secs(2)), ..rules() });
+        w.ledger.set_min_idle(w.now, 4);
+        w.settle();
+        for _ in 0..600_000 / 100 {
+            w.run(ms(100));
+            if trickle {
+                w.use_once(ms(1));
+            }
+        }
+        assert!(w.dials.len() <= 5, "{} opens in ten minutes", w.dials.len());
+        assert!(w.counts().idle >= 4);
+    }
+}
+
+#[test]
+fn of_the_unused_the_floor_stays() {
+    let mut w = World::new(Rules { min_idle: 2, max_idle: Some(secs(2)), ..rules() });
+    w.burst(6);
+    w.run(secs(3));
+    assert_eq!(w.counts().idle, 2);
+    w.run(secs(600));
+    assert_eq!(w.counts().idle, 2);
+}
+
+#[test]
+fn max_idle_zero_keeps_nothing() {
+    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
+    w.use_once(ms(5));
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 1));
+    // But the one who waits gets it.
+    w = World::new(Rules { max_idle: Some(Duration::ZERO), max_size: 1, ..rules() });
+    let (a, b) = (w.get(), w.get());
+    w.put(a);
+    assert!(w.out.contains_key(&b));
+}
+
+#[test]
+fn max_idle_none_keeps_all() {
+    let mut w = World::new(Rules { max_idle: None, ..rules() });
+    w.burst(17);
+    w.run(secs(1_000_000));
+    assert_eq!(w.counts().idle, 17);
+    assert_eq!(w.ledger.alarm(), Moment::NEVER);
+}
+
+#[test]
+fn last_in_first_out() {
+    let mut w = World::new(rules());
+    let (a, b) = (w.get(), w.get());
+    let (ca, cb) = (w.out[&a].1, w.out[&b].1);
+    w.put(a);
+    w.run(ms(1));
+    w.put(b);
+    let c = w.get();
+    assert_eq!(w.out[&c].1, cb);
+    let d = w.get();
+    assert_eq!(w.out[&d].1, ca);
+}
+
+// ---------------------------------------------------------------------------------------------------- P2: lifetime
+
+#[test]
+fn aged_connections_go_on_time() {
+    let mut w = World::new(Rules { max_lifetime: Some(secs(3)), ..rules() });
+    w.open_time = ms(10);
+    w.burst(3);
+    let kept = w.get();
+    w.run_to(Moment::BIRTH.plus(secs(3)));
+    assert_eq!(w.server.len(), 1, "the idle ones at the deadline, which counts from before the connect");
+    w.run(secs(10));
+    w.put(kept);
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Lifetime)), (0, 3), "the busy one when it came back");
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+#[test]
+fn jitter_is_taken_off() {
+    let mut w = World::new(Rules { max_lifetime: Some(secs(100)), lifetime_jitter: 0.1, ..rules() });
+    w.use_once(ms(1)); // the world draws the greatest jitter
+    w.run_to(Moment::BIRTH.plus(ms(89_999)));
+    assert_eq!(w.server.len(), 1);
+    w.run(ms(1));
+    assert_eq!(w.server.len(), 0);
+}
+
+#[test]
+fn one_that_arrives_expired_is_a_failed_open() {
+    let mut w = World::new(Rules { max_lifetime: Some(ms(50)), ..rules() });
+    w.open_time = ms(60);
+    let a = w.get();
+    w.run(ms(500));
+    assert!(!w.out.contains_key(&a));
+    assert_eq!(w.ledger.tally.opens, 0);
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+}
+
+#[test]
+fn the_resolution_of_the_clock_serves_nothing_late() {
+    let mut w = World::new(Rules { max_lifetime: Some(secs(3)), resolution: ms(4), ..rules() });
+    w.use_once(ms(1));
+    w.run_to(Moment::BIRTH.plus(ms(2_996)));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "it may be 3,000 in truth");
+    w.settle();
+    w.run(ms(1));
+    assert_eq!(w.closed_for(CloseReason::Lifetime), 1);
+}
+
+#[test]
+fn a_floor_is_replaced_before_it_goes() {
+    let mut w = World::new(Rules { min_idle: 4, max_lifetime: Some(secs(3)), max_idle: None, ..rules() });
+    w.open_time = ms(20);
+    w.ledger.set_min_idle(w.now, 4);
+    w.settle();
+    w.run(secs(1));
+    for _ in 0..6000 {
+        w.run(ms(10));
+        assert!(w.counts().idle >= 4, "at {:?}", w.now);
+        assert!(w.server.values().all(|(born, _)| w.now.since(*born) <= secs(3)));
+    }
+    assert!(w.dials.len() as u64 <= 4 * (61 / 2), "{} opens: replaced once each, not over and over", w.dials.len());
+}
+
+#[test]
+fn a_full_floor_is_released_first() {
+    let mut w = World::new(Rules { min_idle: 4, max_size: 4, max_lifetime: Some(secs(3)), max_idle: None, ..rules() });
+    w.open_time = ms(20);
+    w.ledger.set_min_idle(w.now, 4);
+    w.settle();
+    w.run(secs(60));
+    assert_eq!(w.most, 4);
+    assert!(w.dials.len() >= 4 * 19);
+}
+
+#[test]
+fn recycle_replaces_what_was_opened_before() {
+    let mut w = World::new(rules());
+    w.open_time = ms(10);
+    w.burst(2);
+    let busy = w.get();
+    w.ledger.recycle(w.now);
+    w.settle();
+    w.run(Duration::ZERO);
+    assert_eq!(w.closed_for(CloseReason::Recycled), 1, "the idle one at once");
+    w.put(busy);
+    assert_eq!(w.closed_for(CloseReason::Recycled), 2, "the busy one on return");
+    let a = w.get();
+    w.run(ms(5));
+    w.ledger.recycle(w.now);
+    w.settle();
+    w.run(secs(1));
+    assert_eq!(w.closed_for(CloseReason::Recycled), 3, "and the one that was under way");
+    w.put(a); // has one all the same
+    assert_eq!((w.counts().idle, w.closes.len()), (1, 3));
+}
+
+#[test]
+fn outdated_replaces_once() {
+    let mut w = World::new(rules());
+    w.burst(3);
+    let (a, b) = (w.get(), w.get());
+    w.put_back(a, Back::Outdated);
+    assert_eq!(w.server.len(), 1, "the idle one went with it");
+    let fresh = w.get();
+    w.put(fresh);
+    w.put_back(b, Back::Outdated);
+    assert_eq!(w.counts().idle, 1, "the new one stays");
+}
+
+// ---------------------------------------------------------------------------------------------------- P5: the bound
+
+#[test]
+fn opens_are_parallel_up_to_the_limit() {
+    let mut w = World::new(Rules { max_size: 17, ..rules() });
+    w.open_time = ms(100);
+    let seats: Vec<_> = (0..17).map(|_| w.get()).collect();
+    w.run(ms(499));
+    assert_eq!(w.out.len(), 16);
+    w.run(ms(1));
+    assert_eq!(w.out.len(), seats.len(), "ceil(17 / 4) x 100 ms");
+}
+
+#[test]
+fn closing_counts() {
+    let mut w = World::new(Rules { max_size: 10, ..rules() });
+    w.close_time = secs(3);
+    w.burst(10);
+    for seat in (0..10).map(|_| w.get()).collect::<Vec<_>>() {
+        w.put_back(seat, Back::Discard(CloseReason::Discarded));
+    }
+    let seats: Vec<_> = (0..10).map(|_| w.get()).collect();
+    assert!(w.out.is_empty(), "there is no room");
+    w.run(secs(3));
+    assert_eq!((w.out.len(), w.most), (seats.len(), 10));
+}
+
+#[test]
+fn resize_down_takes_the_longest_unused_first_and_the_busy_on_return() {
+    let mut w = World::new(rules());
+    w.burst(10);
+    let seats: Vec<_> = (0..6).map(|_| w.get()).collect();
+    w.ledger.resize(w.now, 5);
+    w.settle();
+    w.run(Duration::ZERO);
+    assert_eq!((w.counts().idle, w.counts().out), (0, 6));
+    let waits = w.get();
+    w.put(seats[0]);
+    assert!(!w.out.contains_key(&waits), "the excess goes as it returns, even though somebody waits");
+    w.put(seats[1]);
+    assert!(w.out.contains_key(&waits));
+    assert_eq!(w.closed_for(CloseReason::Resized), 5);
+}
+
+#[test]
+fn demand_that_is_gone_is_not_dialled() {
+    // Two wait at once, one open is under way at most; a return serves the second before its open is ordered.
+    let mut w = World::new(Rules { parallel_opens: 1, ..rules() });
+    w.open_time = ms(150);
+    w.burst(1);
+    let a = w.get();
+    let (b, c) = (w.get(), w.get());
+    w.run(ms(2));
+    w.put(a);
+    assert!(w.out.contains_key(&b));
+    w.put(b);
+    assert!(w.out.contains_key(&c));
+    w.put(c);
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn an_order_is_asked_again_before_it_dials() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(rules());
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, 1) else { panic!() };
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "nobody wants it any longer");
+    assert_eq!(l.counts().total(), 0);
+}
+
+// ---------------------------------------------------------------------------------------------------- P7: the queue
+
+#[test]
+fn first_come_first_served() {
+    let mut w = World::new(Rules { max_size: 1, ..rules() });
+    let first = w.get();
+    let seats: Vec<_> = (0..5_000).map(|_| w.get()).collect();
+    for seat in seats.iter().step_by(3) {
+        assert!(w.leave(*seat));
+    }
+    w.put(first);
+    for (i, seat) in seats.iter().enumerate() {
+        if i % 3 != 0 {
+            w.put(*seat); // panics if it is not this one's turn
+        }
+    }
+    assert_eq!(w.ledger.tally.timeouts, 1_667);
+}
+
+#[test]
+fn nobody_overtakes() {
+    let mut w = World::new(Rules { max_size: 1, ..rules() });
+    let (a, b) = (w.get(), w.get());
+    w.put(a);
+    let c = w.get();
+    assert!(w.out.contains_key(&b) && !w.out.contains_key(&c));
+}
+
+#[test]
+fn max_waiting() {
+    let mut w = World::new(Rules { max_size: 1, max_waiting: Some(2), ..rules() });
+    let _out = w.get();
+    let (b, c) = (w.get(), w.get());
+    let d = w.get();
+    assert_eq!(w.refused, [d]);
+    assert!(w.leave(b) && w.leave(c));
+    assert_eq!(w.ledger.tally.turned_away, 1);
+}
+
+// ---------------------------------------------------------------------------------------------------- P8: back-off
+
+#[test]
+fn transient_failures_back_off_and_recover() {
+    let mut w = World::new(rules());
+    w.refuse = Some(false);
+    let a = w.get();
+    w.run(secs(10));
+    // 0, 50, 150, 350, 750, then every second.
+    assert_eq!(w.dials.len(), 5 + 9);
+    assert!(w.refused.is_empty());
+    w.refuse = None;
+    w.run(secs(1));
+    assert!(w.out.contains_key(&a), "within a second of the server's return");
+}
+
+#[test]
+fn with_nobody_waiting_the_pause_grows_and_the_first_waiter_ends_it() {
+    let mut w = World::new(Rules { min_idle: 1, ..rules() });
+    w.refuse = Some(false);
+    w.ledger.set_min_idle(w.now, 1);
+    w.settle();
+    w.run(secs(300));
+    let before = w.dials.len();
+    assert!(before < 25, "{before} dials in five minutes with nobody asking");
+    w.refuse = None;
+    let a = w.get();
+    assert!(w.out.contains_key(&a), "kicked");
+}
+
+#[test]
+fn a_kick_keeps_its_distance() {
+    let mut w = World::new(rules());
+    w.refuse = Some(false);
+    for _ in 0..100 {
+        let seat = w.get();
+        w.run(ms(1));
+        w.leave(seat);
+    }
+    assert!(w.dials.len() <= 3, "{} dials in 100 ms", w.dials.len());
+    assert!(w.dials.windows(2).all(|d| d[1].since(d[0]) >= BACKOFF_FIRST));
+}
+
+#[test]
+fn a_permanent_refusal_fails_all_at_once_and_is_remembered() {
+    let mut w = World::new(Rules { min_idle: 1, ..rules() });
+    w.refuse = Some(true);
+    w.open_time = ms(3);
+    let seats: Vec<_> = (0..8).map(|_| w.get()).collect();
+    w.run(ms(3));
+    assert_eq!(w.refused, seats, "one round trip, everybody");
+    let dialled = w.dials.len();
+    for _ in 0..490 {
+        w.run(ms(10));
+        let seat = w.get();
+        assert_eq!(w.refused.last(), Some(&seat));
+    }
+    assert_eq!(w.dials.len(), dialled, "no further login, however many ask");
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), dialled + 1, "one at a time while it fails");
+    w.refuse = None;
+    w.run(secs(60));
+    let seat = w.get();
+    w.run(ms(3));
+    assert!(w.out.contains_key(&seat), "passwords are mended");
+}
+
+#[test]
+fn while_one_is_alive_waiters_keep_waiting() {
+    let mut w = World::new(rules());
+    w.burst(1);
+    let alive = w.get();
+    w.refuse = Some(true);
+    let b = w.get();
+    w.run(secs(1));
+    assert!(w.refused.is_empty());
+    w.put(alive);
+    assert!(w.out.contains_key(&b));
+    let c = w.get();
+    w.put_back(b, Back::Broken);
+    assert_eq!(w.refused, [c], "now none is");
+}
+
+// ---------------------------------------------------------------------------------------------------- P9: suspicion
+
+#[test]
+fn a_broken_one_makes_its_siblings_suspect() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), ..rules() });
+    w.burst(5);
+    let a = w.get();
+    w.run(ms(1));
+    w.put_back(a, Back::Broken);
+    for (conn, _) in w.server.clone() {
+        w.dead.push(conn);
+    }
+    let b = w.get();
+    w.run(Duration::ZERO);
+    assert!(w.out.contains_key(&b) && !w.dead.contains(&w.out[&b].1), "a new one");
+}
+
+#[test]
+fn a_returned_one_is_suspect_too() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..rules() });
+    w.check_time = ms(1);
+    let (a, b) = (w.get(), w.get());
+    let c = w.get();
+    w.run(ms(1));
+    w.put_back(a, Back::Broken);
+    assert!(w.out.contains_key(&c), "newly opened");
+    let d = w.get();
+    w.put(b);
+    assert!(!w.out.contains_key(&d), "proven before the other broke: checked first");
+    w.run(ms(1));
+    assert!(w.out.contains_key(&d));
+}
+
+#[test]
+fn six_dead_ones_cost_one_connect() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), max_size: 6, ..rules() });
+    w.burst(6);
+    w.run(secs(10));
+    w.dead = w.server.keys().copied().collect();
+    w.check_time = secs(1); // each a full timeout
+    let a = w.get();
+    w.run(secs(1));
+    assert!(w.out.contains_key(&a), "with the first found dead, a new one is opened in its place");
+}
+
+#[test]
+fn validation_follows_its_policy() {
+    for (validate, idle, expected) in [
+        (Validate::Never, secs(100), false),
+        (Validate::Always, Duration::ZERO, true),
+        (Validate::AfterIdle(secs(1)), ms(999), false),
+        (Validate::AfterIdle(secs(1)), ms(1_000), true),
+        (Validate::AfterIdle(Duration::ZERO), Duration::ZERO, true),
+    ] {
+        let mut w = World::new(Rules { validate, ..rules() });
+        w.burst(1);
+        w.run(idle);
+        match w.ledger.take(w.now, here(), true) {
+            Take::Ready(..) => assert!(!expected, "{validate:?} after {idle:?}"),
+            Take::Check(..) => assert!(expected, "{validate:?} after {idle:?}"),
+            Take::Nothing => panic!(),
+        }
+    }
+}
+
+#[test]
+fn one_who_checked_in_vain_keeps_its_place() {
+    let mut w = World::new(Rules { validate: Validate::Always, max_size: 1, ..rules() });
+    w.close_time = ms(10);
+    w.burst(1);
+    let Take::Check(token, conn, ticket) = w.ledger.take(w.now, here(), true) else { panic!() };
+    w.settle();
+    let later = w.get();
+    w.ledger.check_failed(w.now, &token, CloseReason::Invalid);
+    w.jobs.insert((w.now.plus(ms(10)), u64::MAX), (Event::Closed, Job { token, conn, begun: w.now }));
+    let (Join::Queued(got), _) = w.ledger.join(w.now, here(), Some(ticket), 77) else { panic!() };
+    assert_eq!(got, ticket);
+    w.waiting.push_front((77, ticket)); // the naive account: ahead of `later`
+    w.settle();
+    w.run(ms(10));
+    assert!(w.out.contains_key(&77) && !w.out.contains_key(&later));
+}
+
+#[test]
+fn keepalive_one_at_a_time_and_back_in_place() {
+    let mut w = World::new(Rules { keepalive: Some(secs(10)), max_idle: Some(secs(25)), ..rules() });
+    w.check_time = ms(100);
+    w.burst(3);
+    let order: Vec<_> = w.ledger.idle.iter().map(|i| i.1).collect();
+    w.run(secs(10));
+    assert_eq!(w.counts().checking, 1);
+    w.run(ms(50));
+    assert_eq!((w.counts().checking, w.counts().idle), (1, 2));
+    w.run(secs(1));
+    assert_eq!(w.ledger.idle.iter().map(|i| i.1).collect::<Vec<_>>(), order);
+    w.run_to(Moment::BIRTH.plus(secs(25)));
+    assert_eq!(w.server.len(), 0, "maintenance is not use");
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+// ---------------------------------------------------------------------------------------------------- limits
+
+#[test]
+fn a_job_past_its_limit_loses_its_slot() {
+    let mut w = World::new(Rules { max_size: 2, ..rules() });
+    w.open_time = secs(60);
+    let a = w.get();
+    w.run(secs(10));
+    assert_eq!((w.written_off, w.counts().lost), (1, 1));
+    w.open_time = ms(1);
+    w.run(secs(2));
+    assert!(w.out.contains_key(&a), "the next attempt came through");
+    assert_eq!(w.server.len(), 2, "the lost one is still there");
+    w.run(secs(60));
+    assert_eq!((w.server.len(), w.counts().lost), (1, 0), "and gone when it came back");
+}
+
+#[test]
+fn a_silent_server_loses_no_more_than_max_size_and_a_probe_a_minute() {
+    let mut w = World::new(Rules { max_size: 3, open_timeout: secs(1), ..rules() });
+    w.open_time = Duration::MAX;
+    let a = w.get();
+    w.run(secs(30));
+    assert_eq!(w.counts().lost, 3);
+    w.run(secs(600));
+    assert!(w.counts().lost <= 3 + 11, "{}", w.counts().lost);
+    w.open_time = ms(1);
+    w.run(secs(61));
+    assert!(w.out.contains_key(&a), "a probe came through");
+}
+
+#[test]
+fn beyond_the_bound_a_stuck_close_keeps_its_slot() {
+    let mut w = World::new(Rules { max_size: 2, ..rules() });
+    w.burst(2);
+    w.close_time = secs(1_000);
+    for seat in [w.get(), w.get()] {
+        w.put_back(seat, Back::Discard(CloseReason::Discarded));
+    }
+    w.run(secs(5));
+    assert_eq!((w.counts().lost, w.counts().closing), (2, 0));
+    let probe = w.get();
+    w.run(secs(60));
+    w.put_back(probe, Back::Discard(CloseReason::Discarded));
+    w.run(secs(5));
+    assert_eq!((w.counts().lost, w.counts().closing, w.written_off), (2, 1, 3));
+    w.run(secs(2_000));
+    assert_eq!((w.counts().lost, w.counts().closing, w.server.len()), (0, 0, 0));
+}
+
+#[test]
+fn a_leak_is_reported_once_per_checkout() {
+    let mut w = World::new(Rules { leak_threshold: Some(secs(5)), ..rules() });
+    let a = w.get();
+    let id = w.out[&a].1;
+    w.run(ms(4_999));
+    assert!(w.leaks.is_empty());
+    w.run(ms(1));
+    assert_eq!(w.leaks, [id]);
+    w.run(secs(60));
+    assert_eq!(w.leaks, [id]);
+    w.put(a);
+    let b = w.get();
+    w.run(secs(5));
+    assert_eq!(w.leaks, [id, id]);
+    w.put(b);
+}
+
+#[test]
+fn try_get_prepares_one_at_a_time() {
+    let mut w = World::new(rules());
+    w.open_time = ms(100);
+    for _ in 0..10 {
+        w.ledger.prepare(w.now);
+        w.settle();
+    }
+    assert_eq!(w.dials.len(), 1);
+    w.run(ms(100));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Ready(..)));
+}
+
+// ---------------------------------------------------------------------------------------------------- P4: close
+
+#[test]
+fn close_turns_everybody_out() {
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
+    w.open_time = ms(100);
+    w.burst(2);
+    let (a, b) = (w.get(), w.get());
+    w.put(b);
+    let c = w.get();
+    let waiters: Vec<_> = (0..8).map(|_| w.get()).collect();
+    assert_eq!(w.ledger.close(w.now), Some(8));
+    w.settle();
+    assert_eq!(w.turned_out, waiters);
+    let late = w.get();
+    assert_eq!(w.turned_out.last(), Some(&late));
+    w.put(a);
+    w.run(ms(100)); // a connect that was under way
+    assert_eq!(w.counts().total(), 1);
+    w.put(c);
+    assert_eq!((w.counts().total(), w.server.len()), (0, 0));
+    assert_eq!(w.ledger.close(w.now), None);
+    w.run(secs(10));
+    assert_eq!(w.ledger.alarm(), Moment::NEVER);
+}
+
+// ---------------------------------------------------------------------------------------------------- a year
+
+#[test]
+fn a_year_with_two_thousand_connections() {
+    let mut w = World::new(Rules {
+        max_size: 2_000,
+        min_idle: 10,
+        max_idle: Some(secs(600)),
+        max_lifetime: Some(secs(1_800)),
+        lifetime_jitter: 0.1,
+        validate: Validate::AfterIdle(secs(1)),
+        parallel_opens: 100,
+        ..rules()
+    });
+    w.open_time = ms(3);
+    w.check_time = ms(1);
+    w.ledger.set_min_idle(w.now, 10);
+    w.settle();
+    let day = secs(86_400);
+    for n in 0..365u64 {
+        // A rush in the morning, a trickle until the evening, silence at night.
+        let rush: Vec<_> = (0..if n % 73 == 0 { 2_000 } else { 60 }).map(|_| w.get()).collect();
+        w.run(secs(1));
+        rush.into_iter().for_each(|seat| w.put(seat));
+        for _ in 0..36 {
+            w.run(secs(1_200));
+            let seat = w.get();
+            w.run(secs(1));
+            w.put(seat);
+        }
+        w.run_to(Moment::BIRTH.plus(day.saturating_mul(n as u32 + 1)));
+        assert!((10..=11).contains(&w.counts().idle), "{:?} on day {n}", w.counts());
+    }
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+    assert!(w.most <= 2_000);
+}
+
+// ---------------------------------------------------------------------------------------------------- anything
+
+mod property {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Get,
+        /// Return the nth that is out.
+        Put(usize, Back),
+        Detach(usize),
+        /// The nth that waits gives up.
+        Leave(usize),
+        Run(u64),
+        Resize(u32),
+        Recycle,
+        Prepare,
+        /// From now on the server takes connections, is away, or refuses.
+        Server(Option<bool>),
+        /// How long opens, checks and closes take.
+        Network(u64, u64, u64),
+        /// The nth connection dies without a word.
+        Kill(usize),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let back = prop_oneof![
+            12 => Just(Back::Keep),
+            2 => Just(Back::Reset),
+            1 => Just(Back::Broken),
+            1 => Just(Back::Outdated),
+            1 => Just(Back::Discard(CloseReason::Discarded)),
+        ];
+        prop_oneof![
+            10 => Just(Op::Get),
+            10 => (any::<usize>(), back).prop_map(|(n, back)| Op::Put(n, back)),
+            1 => any::<usize>().prop_map(Op::Detach),
+            2 => any::<usize>().prop_map(Op::Leave),
+            6 => (0u64..3_000).prop_map(Op::Run),
+            1 => (1u32..8).prop_map(Op::Resize),
+            1 => Just(Op::Recycle),
+            2 => Just(Op::Prepare),
+            1 => prop_oneof![4 => Just(None), 1 => Just(Some(false)), 1 => Just(Some(true))].prop_map(Op::Server),
+            2 => (0u64..12_000, 0u64..3_000, 0u64..8_000).prop_map(|(o, c, x)| Op::Network(o, c, x)),
+            2 => any::<usize>().prop_map(Op::Kill),
+        ]
+    }
+
+    fn some_rules() -> impl Strategy<Value = Rules> {
+        let validate = prop_oneof![
+            Just(Validate::Never),
+            Just(Validate::Always),
+            Just(Validate::AfterIdle(Duration::from_secs(1)))
+        ];
+        let some = |range| prop_oneof![1 => Just(None), 3 => Strategy::prop_map(range, |n| Some(ms(n)))];
+        (1u32..8, 0u32..8, some(0u64..10_000), some(1u64..20_000), validate, 1u32..5, some(1u64..5_000)).prop_map(
+            |(max_size, min_idle, max_idle, max_lifetime, validate, parallel_opens, keepalive)| Rules {
+                max_size,
+                min_idle: if max_idle == Some(Duration::ZERO) { 0 } else { min_idle.min(max_size) },
+                max_idle,
+                max_lifetime,
+                validate,
+                parallel_opens,
+                keepalive,
+                leak_threshold: Some(secs(2)),
+                ..rules()
+            },
+        )
+    }
+
+    impl World {
+        /// The idle connections as a naive pool would reckon them: all that the server sees and nobody has, by last use.
+        fn naive_idle(&self) -> Vec<Moment> {
+            let busy: Vec<Conn> =
+                self.out.values().map(|o| o.1).chain(self.jobs.values().map(|(_, job)| job.conn)).collect();
+            let mut used: Vec<_> =
+                self.server.iter().filter(|(conn, _)| !busy.contains(conn)).map(|(_, &(_, used))| used).collect();
+            used.sort();
+            used
+        }
+
+        fn check_against_naive(&self) {
+            let (l, rules) = (&self.ledger, &self.ledger.rules);
+            let idle: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
+            let naive = self.naive_idle();
+            assert_eq!(idle, naive, "the stack, by last use");
+            // P1: above the floor nothing is left that is due.
+            if let Some(max) = rules.max_idle {
+                let due = naive.iter().skip(rules.min_idle as usize).filter(|used| used.plus(max) <= self.now);
+                assert_eq!(due.count(), 0, "idle for too long");
+            }
+            // P2: nothing idle is past its end.
+            assert!(l.rows().all(|r| r.state != State::Idle || r.dies > self.now), "too old");
+            // P5: the server sees what is counted, and `lost` at most; those are bounded.
+            let counts = self.counts();
+            assert!(self.server.len() <= (counts.total() + counts.lost) as usize);
+            // Whoever waits has something to wait for: room that will come back, a job, or a time to dial.
+            if counts.waiting > 0 {
+                let hope = counts.alive() + counts.opening + counts.closing > 0 || l.alarm < Moment::NEVER;
+                assert!(hope, "waiting for nothing: {counts:?}");
+            }
+            assert_eq!(l.tally.max_lateness, Duration::ZERO);
+        }
+    }
+
+    fn nth<T: Copy>(mut of: Vec<T>, n: usize) -> Option<T>
+    where
+        T: Ord,
+    {
+        of.sort();
+        if of.is_empty() { None } else { Some(of[n % of.len()]) }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+
+        /// Whatever happens, in whatever order: the rules hold after each step, every slot comes back, nobody is
+        /// forgotten, and a pool whose server is well again serves all who wait.
+        #[test]
+        fn anything_goes(rules in some_rules(), ops in prop::collection::vec(op(), 1..120)) {
+            let max = rules.max_size;
+            let floor = rules.min_idle;
+            let mut w = World::new(rules);
+            w.ledger.set_min_idle(w.now, floor);
+            w.settle();
+            for op in ops {
+                match op {
+                    Op::Get => { w.get(); }
+                    Op::Put(n, back) => if let Some(seat) = nth(w.out.keys().copied().collect(), n) {
+                        w.put_back(seat, back);
+                    },
+                    Op::Detach(n) => if let Some(seat) = nth(w.out.keys().copied().collect(), n) {
+                        let (token, conn) = w.out.remove(&seat).unwrap();
+                        w.server.remove(&conn);
+                        w.ledger.detach(w.now, token);
+                    },
+                    Op::Leave(n) => if let Some(seat) = nth(w.waiting.iter().map(|x| x.0).collect(), n) {
+                        assert!(w.leave(seat));
+                    },
+                    Op::Run(n) => w.run(ms(n)),
+                    Op::Resize(n) if n >= floor => w.ledger.resize(w.now, n),
+                    Op::Resize(_) => {}
+                    Op::Recycle => w.ledger.recycle(w.now),
+                    Op::Prepare => w.ledger.prepare(w.now),
+                    Op::Server(refuse) => w.refuse = refuse,
+                    Op::Network(open, check, close) => (w.open_time, w.check_time, w.close_time) = (ms(open), ms(check), ms(close)),
+                    Op::Kill(n) => if let Some(conn) = nth(w.server.keys().copied().collect(), n) {
+                        w.dead.push(conn);
+                    },
+                }
+                w.settle();
+                w.run(Duration::ZERO);
+                w.check_against_naive();
+            }
+            // The server is well again, nothing takes long, and everybody returns what they have.
+            (w.refuse, w.open_time, w.check_time, w.close_time) = (None, ms(1), Duration::ZERO, Duration::ZERO);
+            w.ledger.rules.max_lifetime = Some(secs(1_000_000));
+            for _ in 0..200 {
+                for seat in w.out.keys().copied().collect::<Vec<_>>() {
+                    w.put(seat);
+                }
+                w.run(secs(1));
+            }
+            prop_assert_eq!(w.counts().waiting, 0, "somebody was forgotten");
+            prop_assert!(w.counts().total() <= max.max(w.ledger.rules.max_size));
+            prop_assert!(w.counts().idle >= floor.min(w.ledger.rules.max_size));
+            w.ledger.close(w.now);
+            w.settle();
+            w.run(secs(60));
+            prop_assert_eq!(w.counts().total(), 0, "every slot comes back");
+            prop_assert_eq!(w.counts().lost, 0);
+            prop_assert!(w.server.is_empty());
+            prop_assert_eq!(w.ledger.lifetimes.len() + w.ledger.limits.len(), 0);
+        }
+    }
+}
