@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -40,18 +40,14 @@ fn in_a_process(test: &str, environment: &[(&str, &str)], kill_after: Option<&st
         .spawn()
         .expect("this program again");
     let mut printed = String::new();
-    let mut stdout = std::io::BufReader::new(child.stdout.take().expect("its output"));
+    let mut stdout = BufReader::new(child.stdout.take().expect("its output"));
     if let Some(line) = kill_after {
-        use std::io::BufRead;
         while !printed.contains(line) && stdout.read_line(&mut printed).expect("text") > 0 {}
         child.kill().expect("a process to kill");
     }
-    // Ends with the process: a watchdog that kept the pipe would be found out here.
-    let end = Instant::now();
     stdout.read_to_string(&mut printed).expect("text");
     let status = child.wait().expect("a child");
     assert!(kill_after.is_some() || status.success(), "{test}, in its own process: {printed}");
-    assert!(kill_after.is_none() || end.elapsed() < ms(500), "somebody kept the output of a dead process open");
     printed
 }
 
@@ -136,7 +132,9 @@ fn kill_leaves_no_process() {
     // A backend that does not look up from its work, and so does not see its postmaster die.
     let busy = server.conninfo("busy");
     let busy = std::thread::spawn(move || {
-        connect(&busy).batch_execute("DO $$ BEGIN FOR i IN 1..2000000000 LOOP END LOOP; END $$")
+        let mut client = connect(&busy);
+        client.batch_execute("SET statement_timeout = '60s'").unwrap();
+        client.batch_execute("DO $$ BEGIN LOOP END LOOP; END $$")
     });
     let works = || server.backends("busy").iter().any(|backend| backend.state == "active");
     assert!(wait_until(within(SOON), works));
@@ -152,40 +150,50 @@ fn kill_leaves_no_process() {
     assert!(!dir.exists());
 }
 
-/// The pieces of System V shared memory that nobody uses and nobody removed.
-fn orphaned_shared_memory() -> usize {
-    let segments = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
-    // The seventh column is the number of processes that use it.
-    segments.lines().skip(1).filter(|line| line.split_whitespace().nth(6) == Some("0")).count()
+#[test]
+fn a_killed_server_leaves_no_shared_memory() {
+    let server = Server::start();
+    let file = std::fs::read_to_string(server.socket_dir().join("data/postmaster.pid")).unwrap();
+    let id = file.lines().nth(6).and_then(|key_and_id| key_and_id.split_whitespace().nth(1)).expect("its id");
+    let exists = || {
+        let segments = std::fs::read_to_string("/proc/sysvipc/shm").unwrap();
+        segments.lines().any(|line| line.split_whitespace().nth(1) == Some(id))
+    };
+    server.kill();
+    assert!(exists(), "the kernel keeps it for the next postmaster");
+    drop(server);
+    assert!(!exists());
+}
+
+/// The processes that this one started and has not waited for.
+fn children() -> Vec<String> {
+    let parent = std::process::id().to_string();
+    let stats = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let stats = stats.filter_map(|process| std::fs::read_to_string(process.path().join("stat")).ok());
+    let ours = |stat: &String| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.split(' ').nth(1) == Some(&parent));
+    stats.filter(ours).collect()
 }
 
 #[test]
 fn drop_after_a_panic_leaves_nothing() {
+    if !is_child() {
+        // Alone in its process: other tests have children, too.
+        in_a_process("drop_after_a_panic_leaves_nothing", &[], None);
+        return;
+    }
     let mut dir = PathBuf::new();
-    let mut postmaster = 0;
     let panicked = catch_unwind(AssertUnwindSafe(|| {
         let server = Server::start();
         dir = server.socket_dir().to_owned();
-        postmaster = server.pid();
         assert!(processes_in(&dir).len() > 4);
+        assert_eq!(children().len(), 2);
         let _client = connect(&server.conninfo("panic"));
-        panic!("on purpose");
+        std::panic::resume_unwind(Box::new("quietly"));
     }));
     assert!(panicked.is_err());
     assert_eq!(processes_in(&dir), [] as [PathBuf; 0]);
+    assert_eq!(children(), [] as [String; 0], "not even a zombie");
     assert!(!dir.exists());
-    assert!(!Path::new(&format!("/proc/{postmaster}")).exists(), "not even a zombie");
-}
-
-#[test]
-fn a_killed_server_leaves_no_shared_memory() {
-    let server = Server::start();
-    let before = orphaned_shared_memory();
-    server.kill();
-    assert!(orphaned_shared_memory() > before, "the kernel keeps it for the next postmaster");
-    drop(server);
-    // Other tests kill their servers, too.
-    assert!(wait_until(within(SOON), || orphaned_shared_memory() <= before));
 }
 
 #[test]
@@ -228,10 +236,12 @@ fn a_database_of_the_users_serves_instead() {
 
 #[test]
 fn no_postgresql_is_one_clear_message() {
-    let nowhere = [PathBuf::from("/nowhere"), PathBuf::from("/usr")];
+    let half = tempfile::tempdir().unwrap();
+    std::fs::write(half.path().join("initdb"), "").unwrap();
+    let nowhere = [PathBuf::from("/nowhere"), half.path().to_owned()];
     let panic = catch_unwind(|| support::programs::find_in(&nowhere)).expect_err("there is none");
     let message = panic.downcast_ref::<String>().expect("a message");
-    assert!(message.contains("apt-get install postgresql") && message.contains("in: /nowhere, /usr"), "{message}");
+    assert!(message.contains("apt-get install postgresql") && message.contains("in: /nowhere, "), "{message}");
 }
 
 #[test]
@@ -305,13 +315,15 @@ fn a_proxy_forwards_pauses_and_resumes() {
 fn a_proxy_carries_much_both_ways() {
     let proxy = Proxy::to(echo());
     let client = TcpStream::connect(proxy.addr()).unwrap();
-    let much: Vec<u8> = (0..3_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let much: Vec<u8> = (0..40_000_000_u32).map(|i| (i % 251) as u8).collect();
     let mut back = Vec::new();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             (&client).write_all(&much).unwrap();
             client.shutdown(std::net::Shutdown::Write).unwrap();
         });
+        // Until nobody on the way can take any more.
+        std::thread::sleep(ms(300));
         (&client).read_to_end(&mut back).unwrap();
     });
     assert!(back == much);

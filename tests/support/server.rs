@@ -93,7 +93,9 @@ impl Server {
     pub fn with(settings: &[(&str, &str)]) -> Server {
         let programs = programs::find();
         let user = User::for_server();
-        let dir = tempfile::Builder::new().prefix("millpond-").tempdir().expect("a folder for the server");
+        // The server's user may not get into a TMPDIR of root's.
+        let parent = user.map_or_else(std::env::temp_dir, |_| PathBuf::from("/tmp"));
+        let dir = tempfile::Builder::new().prefix("millpond-").tempdir_in(parent).expect("a folder for the server");
         if let Some(User { uid, gid }) = user {
             std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid)).expect("a folder for the server's user");
         }
