@@ -139,7 +139,7 @@ fn kill_leaves_no_process() {
     let works = || server.backends("busy").iter().any(|backend| backend.state == "active");
     assert!(wait_until(within(SOON), works));
     let running = processes_in(&dir).len();
-    assert!(running > 4, "the watchdog, the postmaster, its helpers, a backend; seen: {running}");
+    assert!(running > 4, "the watchdog, the postmaster, its auxiliary processes, a backend; seen: {running}");
 
     server.kill();
     assert_eq!(processes_in(&dir).len(), 1, "only the watchdog is left");
