@@ -25,20 +25,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Duration;
 
+use crate::builder::Validate;
 use crate::clock::Moment;
-use crate::stats::{CloseReason, Tally};
-
-/// When a connection is checked before it is handed out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Validate {
-    /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
-    Always,
-    /// When it was idle for at least this long, or when another connection has been found dead since it was last
-    /// known to be well. The default, with one second. Zero is the same as `Always`.
-    AfterIdle(Duration),
-    /// Never, not even on suspicion.
-    Never,
-}
+use crate::stats::{CloseReason, ConnectionState as State, Tally};
 
 /// The limits a ledger keeps. Durations too long to be added to a moment mean "never".
 #[derive(Clone, Debug)]
@@ -101,21 +90,6 @@ impl Token {
 /// A place in the queue. Lower is earlier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket(u64);
-
-/// What a slot is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
-    /// A connection is being opened.
-    Opening,
-    /// In the pool, ready to be handed out.
-    Idle,
-    /// Checked out.
-    Out,
-    /// Being validated, kept alive or reset: neither idle nor lent.
-    Checking,
-    /// Being closed.
-    Closing,
-}
 
 /// What the ledger knows of one slot.
 #[derive(Clone, Debug)]
@@ -416,9 +390,14 @@ impl<C, W> Ledger<C, W> {
         self.alarm
     }
 
-    /// Whether anything runs that has a limit.
-    pub(crate) fn has_jobs(&self) -> bool {
-        !self.limits.is_empty()
+    /// Whether the server has refused for good, as far as is known.
+    pub(crate) fn is_refusing(&self) -> bool {
+        self.failure.is_some_and(|f| f.permanent)
+    }
+
+    /// Since when a connection has been lent.
+    pub(crate) fn held_since(&self, token: &Token) -> Moment {
+        self.rows[token.index as usize].since
     }
 
     // ---------------------------------------------------------------------------------------------- checkout
@@ -640,6 +619,15 @@ impl<C, W> Ledger<C, W> {
         Some(token)
     }
 
+    /// A job goes on to close what it has, for which there is a limit of its own.
+    pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
+        let now = self.tick(now);
+        let row = &self.rows[token.index as usize];
+        if row.id == token.id && row.state == State::Closing && !row.stuck {
+            self.start_limit(token.index, now.plus(self.rules.close_timeout));
+        }
+    }
+
     /// A connection has arrived. `Err`: too late, it was written off; to be closed, and then [`free`](Ledger::free)d.
     pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         let now = self.tick(now);
@@ -812,6 +800,11 @@ impl<C, W> Ledger<C, W> {
         next.min(self.keepalive_due().0).min(self.leak_due())
     }
 
+    /// Has the reaper look again at once.
+    pub(crate) fn look_again(&mut self) {
+        self.arm(self.now);
+    }
+
     /// Has the reaper look again at `at`, if it means to sleep longer.
     #[inline]
     fn arm(&mut self, at: Moment) {
@@ -864,6 +857,12 @@ impl<C, W> Ledger<C, W> {
             failure.permanent = false;
         }
         self.provision(now);
+    }
+
+    /// Forgets what was counted while the pool was built.
+    pub(crate) fn forget_rehearsal(&mut self) {
+        let Tally { opens, failed_opens, open, .. } = std::mem::take(&mut self.tally);
+        self.tally = Tally { opens, failed_opens, open, ..Tally::default() };
     }
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.
@@ -990,10 +989,8 @@ impl<C, W> Ledger<C, W> {
         while self.floor_is_short() && self.dial_at(now) <= now {
             self.order_open(now);
         }
-        if self.failure.is_some() || self.lost > 0 {
-            if self.has_demand() {
-                self.arm(self.dial_at(now));
-            }
+        if (self.failure.is_some() || self.lost > 0) && self.has_demand() {
+            self.arm(self.dial_at(now));
         }
     }
 
@@ -1278,6 +1275,10 @@ impl<C, W> Ledger<C, W> {
         row.holder = None;
         self.free.push(index);
         self.outbox.changed |= self.watchers > 0;
+        if self.closed && self.opening + self.checking + self.closing == 0 {
+            // The reaper is no longer needed: it is to see that.
+            self.arm(self.now);
+        }
     }
 
     fn start_limit(&mut self, index: u32, at: Moment) {

@@ -1,7 +1,293 @@
-//! What a pool counts: [`Stats`], its [`Distribution`]s of times, and why connections are closed.
+//! What a pool can be seen doing: [`Stats`], [`Connections`], and why connections are closed.
 
 use std::fmt;
+use std::ops::Deref;
+use std::panic::Location;
 use std::time::Duration;
+
+/// How many connections a pool has, as r2d2's `Pool::state` says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct State {
+    /// All that are open: idle, checked out, or being checked.
+    pub connections: u32,
+    /// Those that are ready to be handed out.
+    pub idle_connections: u32,
+}
+
+/// What a connection is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ConnectionState {
+    /// Being opened.
+    Opening,
+    /// In the pool, ready to be handed out.
+    Idle,
+    /// Checked out.
+    Out,
+    /// Being validated, kept alive or reset: neither idle nor lent.
+    Checking,
+    /// Being closed.
+    Closing,
+}
+
+impl fmt::Display for ConnectionState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            ConnectionState::Opening => "opening",
+            ConnectionState::Idle => "idle",
+            ConnectionState::Out => "out",
+            ConnectionState::Checking => "checking",
+            ConnectionState::Closing => "closing",
+        })
+    }
+}
+
+/// One connection of a pool, as it was when somebody asked.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ConnectionInfo {
+    /// The number of the connection: unique within its pool, counted up with every attempt to open one.
+    pub id: u64,
+    /// The server's own number for it, where the manager can tell: for PostgreSQL the process id of the backend.
+    pub server_id: Option<u64>,
+    /// What it is doing.
+    pub state: ConnectionState,
+    /// How long it has been doing that: idle for, held for, being opened for.
+    pub since: Duration,
+    /// The time since its opening began.
+    pub age: Duration,
+    /// How often it was checked out.
+    pub uses: u64,
+    /// Where it was checked out, while it is: the line that called `get`.
+    pub location: Option<&'static Location<'static>>,
+    /// Which thread checked it out, while it is.
+    pub thread: Option<String>,
+}
+
+impl ConnectionInfo {
+    /// How long it has been unused, if it is idle.
+    pub fn idle_for(&self) -> Option<Duration> {
+        (self.state == ConnectionState::Idle).then_some(self.since)
+    }
+
+    /// How long it has been checked out, if it is.
+    pub fn held_for(&self) -> Option<Duration> {
+        (self.state == ConnectionState::Out).then_some(self.since)
+    }
+
+    /// `#7 for 1.50 s by 'worker-3' at src/main.rs:12:5`.
+    pub(crate) fn held(&self) -> impl fmt::Display + '_ {
+        struct Held<'a>(&'a ConnectionInfo);
+        impl fmt::Display for Held<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "#{} for {}", self.0.id, Short(self.0.since))?;
+                if let Some(thread) = &self.0.thread {
+                    write!(f, " by {thread}")?;
+                }
+                match self.0.location {
+                    Some(at) => write!(f, " at {at}"),
+                    None => Ok(()),
+                }
+            }
+        }
+        Held(self)
+    }
+}
+
+/// One line: `#7 (pid 4711) out for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
+impl fmt::Display for ConnectionInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.id)?;
+        if let Some(id) = self.server_id {
+            write!(f, " (server's {id})")?;
+        }
+        write!(f, " {} for {}, age {}", self.state, Short(self.since), Short(self.age))?;
+        write!(f, ", used {} {}", self.uses, if self.uses == 1 { "time" } else { "times" })?;
+        if let Some(thread) = &self.thread {
+            write!(f, ", by {thread}")?;
+        }
+        match self.location {
+            Some(at) => write!(f, " at {at}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The connections of a pool, by number. [`Display`](fmt::Display) prints a table.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(pub(crate) Vec<ConnectionInfo>);
+
+impl Deref for Connections {
+    type Target = [ConnectionInfo];
+
+    fn deref(&self) -> &[ConnectionInfo] {
+        &self.0
+    }
+}
+
+impl IntoIterator for Connections {
+    type Item = ConnectionInfo;
+    type IntoIter = std::vec::IntoIter<ConnectionInfo>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl fmt::Display for Connections {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let head = ["id", "server's", "state", "for", "age", "uses", "thread", "checked out at"].map(String::from);
+        let rows = self.0.iter().map(|c| {
+            let or = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+            [
+                c.id.to_string(),
+                or(c.server_id.map(|id| id.to_string())),
+                c.state.to_string(),
+                Short(c.since).to_string(),
+                Short(c.age).to_string(),
+                c.uses.to_string(),
+                or(c.thread.clone()),
+                or(c.location.map(Location::to_string)),
+            ]
+        });
+        let rows: Vec<_> = std::iter::once(head).chain(rows).collect();
+        for row in &rows {
+            let mut line = String::new();
+            for (i, cell) in row.iter().enumerate() {
+                let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
+                line += &format!("{cell:<width$}  ");
+            }
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// What a pool is doing, and has done since it was built.
+///
+/// [`Display`](fmt::Display) prints it in a few lines for a human being. A snapshot: it does not change.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The name of the pool.
+    pub name: String,
+    /// The time since it was built.
+    pub age: Duration,
+    /// Whether it is closed.
+    pub closed: bool,
+
+    /// The greatest number of connections, as it is set now.
+    pub max_size: u32,
+    /// Connections ready to be handed out.
+    pub idle: u32,
+    /// Connections that are checked out.
+    pub out: u32,
+    /// Connections being validated, kept alive or reset.
+    pub checking: u32,
+    /// Connections being opened.
+    pub opening: u32,
+    /// Connections being closed.
+    pub closing: u32,
+    /// Threads that wait for a connection.
+    pub waiting: u32,
+    /// Jobs written off that have not come back: the server may see as many connections more.
+    pub lost: u32,
+
+    /// How often a connection was checked out.
+    pub checkouts: u64,
+    /// How often somebody had to wait for one.
+    pub waits: u64,
+    /// How often none came in time.
+    pub timeouts: u64,
+    /// How often `max_waiting` turned somebody away.
+    pub turned_away: u64,
+    /// Connections opened.
+    pub opens: u64,
+    /// Attempts to open one that failed.
+    pub failed_opens: u64,
+    /// Connections closed, all reasons together. [`closed_for`](Stats::closed_for) has them apart.
+    pub closes: u64,
+    /// Connections taken out of the pool with `detach`.
+    pub detached: u64,
+    /// Jobs (opens, checks, closes) written off because they took longer than their limit.
+    pub written_off: u64,
+    /// Checkouts that lasted longer than `leak_threshold`.
+    pub leaks: u64,
+    /// Log records dropped because the logger blocked.
+    pub dropped_records: u64,
+
+    /// How long those waited who had to, up to the moment they were given a connection or gave up.
+    pub wait_time: Distribution,
+    /// How long connections were checked out, in steps of the coarse clock (4 ms on most Linux systems).
+    pub hold_time: Distribution,
+    /// How long it took to open a connection.
+    pub open_time: Distribution,
+    /// The greatest time by which the pool was late in closing an idle or aged connection, counted from the deadline
+    /// to the moment the close was ordered.
+    pub max_lateness: Duration,
+
+    pub(crate) closes_by: [u64; CloseReason::ALL.len()],
+}
+
+impl Stats {
+    /// How many connections were closed for this reason.
+    pub fn closed_for(&self, reason: CloseReason) -> u64 {
+        self.closes_by[reason as usize]
+    }
+
+    /// All slots in use: what `max_size` bounds.
+    pub fn size(&self) -> u32 {
+        self.idle + self.out + self.checking + self.opening + self.closing
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let closed = if self.closed { ", closed" } else { "" };
+        writeln!(
+            f,
+            "pool '{}': {} of {} in use, age {}{closed}",
+            self.name,
+            self.size(),
+            self.max_size,
+            Short(self.age)
+        )?;
+        write!(f, "  now        {} idle, {} out, {} waiting", self.idle, self.out, self.waiting)?;
+        for (n, what) in
+            [(self.checking, "checking"), (self.opening, "opening"), (self.closing, "closing"), (self.lost, "lost")]
+        {
+            if n > 0 {
+                write!(f, ", {n} {what}")?;
+            }
+        }
+        write!(f, "\n  checkouts  {}, {} of them waited", self.checkouts, self.waits)?;
+        write!(f, ", {} timed out, {} turned away, {} leaks", self.timeouts, self.turned_away, self.leaks)?;
+        write!(f, "\n  opened     {}, {} failed", self.opens, self.failed_opens)?;
+        write!(f, "\n  closed     {}", self.closes)?;
+        let mut lead = ": ";
+        for reason in CloseReason::ALL {
+            let n = self.closed_for(reason);
+            if n > 0 {
+                write!(f, "{lead}{n} {reason}")?;
+                lead = ", ";
+            }
+        }
+        if self.detached > 0 {
+            write!(f, "; {} detached", self.detached)?;
+        }
+        if self.written_off > 0 {
+            write!(f, "\n  given up   {} jobs past their limit", self.written_off)?;
+        }
+        if self.dropped_records > 0 {
+            write!(f, "\n  log        {} records dropped: the logger blocked", self.dropped_records)?;
+        }
+        write!(f, "\n  waited     {}", self.wait_time)?;
+        write!(f, "\n  held       {}", self.hold_time)?;
+        write!(f, "\n  to open    {}", self.open_time)?;
+        writeln!(f, "\n  evictions  at most {} late", Short(self.max_lateness))
+    }
+}
 
 /// Why the pool closed a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

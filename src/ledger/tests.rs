@@ -1096,10 +1096,7 @@ mod property {
         }
     }
 
-    fn nth<T: Copy>(mut of: Vec<T>, n: usize) -> Option<T>
-    where
-        T: Ord,
-    {
+    fn nth<T: Copy + Ord>(mut of: Vec<T>, n: usize) -> Option<T> {
         of.sort();
         if of.is_empty() { None } else { Some(of[n % of.len()]) }
     }

@@ -1,0 +1,416 @@
+//! [`Builder`]: every knob, its default, and what is rejected.
+
+use crate::error::Error;
+use crate::event::HandleEvent;
+use crate::ledger::Rules;
+use crate::manage::Manage;
+use crate::pool::Pool;
+use r2d2::{CustomizeConnection, HandleError};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// When a connection is checked before it is handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Validate {
+    /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
+    Always,
+    /// When it was idle for at least this long, or when another connection has been found dead since it was last
+    /// known to be well. The default, with one second. Zero is the same as `Always`.
+    AfterIdle(Duration),
+    /// Never, not even on suspicion.
+    Never,
+}
+
+/// The limits of a pool: what the [`Builder`] was told, checked and complete.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Settings {
+    /// See [`Builder::name`].
+    pub name: String,
+    /// See [`Builder::max_size`]. As it was built: [`Pool::max_size`] follows `resize`.
+    pub max_size: u32,
+    /// See [`Builder::min_idle`].
+    pub min_idle: u32,
+    /// See [`Builder::max_idle`].
+    pub max_idle: Option<Duration>,
+    /// See [`Builder::max_lifetime`].
+    pub max_lifetime: Option<Duration>,
+    /// See [`Builder::lifetime_jitter`].
+    pub lifetime_jitter: f64,
+    /// See [`Builder::connection_timeout`].
+    pub connection_timeout: Duration,
+    /// See [`Builder::validate`].
+    pub validate: Validate,
+    /// See [`Builder::validation_timeout`].
+    pub validation_timeout: Duration,
+    /// See [`Builder::open_timeout`].
+    pub open_timeout: Duration,
+    /// See [`Builder::close_timeout`].
+    pub close_timeout: Duration,
+    /// See [`Builder::parallel_opens`].
+    pub parallel_opens: u32,
+    /// See [`Builder::max_waiting`].
+    pub max_waiting: Option<u32>,
+    /// See [`Builder::keepalive`].
+    pub keepalive: Option<Duration>,
+    /// See [`Builder::leak_threshold`].
+    pub leak_threshold: Option<Duration>,
+}
+
+impl Settings {
+    pub(crate) fn rules(&self, resolution: Duration) -> Rules {
+        Rules {
+            max_size: self.max_size,
+            // The floor is laid once the first connection is known to work.
+            min_idle: 0,
+            max_idle: self.max_idle,
+            max_lifetime: self.max_lifetime,
+            lifetime_jitter: self.lifetime_jitter,
+            validate: self.validate,
+            validation_timeout: self.validation_timeout,
+            open_timeout: self.open_timeout,
+            close_timeout: self.close_timeout,
+            parallel_opens: self.parallel_opens,
+            max_waiting: self.max_waiting,
+            keepalive: self.keepalive,
+            leak_threshold: self.leak_threshold,
+            resolution,
+        }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let zero = |setting, d: Option<Duration>| match d {
+            Some(Duration::ZERO) => Err(Error::config(setting, "is zero, and must be longer")),
+            _ => Ok(()),
+        };
+        if self.max_size == 0 {
+            return Err(Error::config("max_size", "is 0, and must be at least 1"));
+        }
+        check_floor(self.min_idle, self.max_size)?;
+        if self.min_idle > 0 && self.max_idle == Some(Duration::ZERO) {
+            return Err(Error::config(
+                "max_idle",
+                format!("is zero, which keeps nothing idle, and min_idle is {}", self.min_idle),
+            ));
+        }
+        if self.parallel_opens == 0 {
+            return Err(Error::config("parallel_opens", "is 0, and must be at least 1"));
+        }
+        if !(0.0..=1.0).contains(&self.lifetime_jitter) {
+            let problem = format!("is {}, and must be between 0 and 1", self.lifetime_jitter);
+            return Err(Error::config("lifetime_jitter", problem));
+        }
+        zero("max_lifetime", self.max_lifetime)?;
+        zero("connection_timeout", Some(self.connection_timeout))?;
+        zero("validation_timeout", Some(self.validation_timeout))?;
+        zero("open_timeout", Some(self.open_timeout))?;
+        zero("close_timeout", Some(self.close_timeout))?;
+        zero("keepalive", self.keepalive)?;
+        zero("leak_threshold", self.leak_threshold)
+    }
+}
+
+/// The one place for this rule, which `resize` keeps as well.
+pub(crate) fn check_floor(min_idle: u32, max_size: u32) -> Result<(), Error> {
+    if min_idle > max_size {
+        return Err(Error::config("min_idle", format!("is {min_idle}, and max_size is {max_size}")));
+    }
+    Ok(())
+}
+
+/// What the user wants called.
+pub(crate) struct Hooks<M: Manage> {
+    pub(crate) customizer: Option<Box<dyn CustomizeConnection<M::Connection, M::Error>>>,
+    pub(crate) errors: Option<Box<dyn HandleError<M::Error>>>,
+    pub(crate) events: Option<Box<dyn HandleEvent>>,
+}
+
+/// Makes a [`Pool`].
+///
+/// ```
+/// use millpond::Pool;
+/// use std::time::Duration;
+/// # use millpond::doc::DocManager;
+///
+/// let pool = Pool::builder()
+///     .name("orders")
+///     .max_size(16)
+///     .min_idle(2)
+///     .max_idle(Duration::from_secs(60))
+///     .max_lifetime(Duration::from_secs(1800))
+///     .connection_timeout(Duration::from_secs(5))
+///     .build(DocManager)?;
+/// # Ok::<(), millpond::Error>(())
+/// ```
+///
+/// Durations too long for the clock mean "never". What cannot be is refused by [`build`](Builder::build), not changed
+/// in silence.
+pub struct Builder<M: Manage> {
+    name: Option<String>,
+    settings: Settings,
+    hooks: Hooks<M>,
+}
+
+impl<M: Manage> Default for Builder<M> {
+    fn default() -> Self {
+        Builder::new()
+    }
+}
+
+impl<M: Manage> Builder<M> {
+    /// A builder with the default of every setting.
+    pub fn new() -> Builder<M> {
+        Builder {
+            name: None,
+            settings: Settings {
+                name: String::new(),
+                max_size: 10,
+                min_idle: 0,
+                max_idle: Some(Duration::from_secs(10 * 60)),
+                max_lifetime: Some(Duration::from_secs(30 * 60)),
+                lifetime_jitter: 0.1,
+                connection_timeout: Duration::from_secs(30),
+                validate: Validate::AfterIdle(Duration::from_secs(1)),
+                validation_timeout: Duration::from_secs(2),
+                open_timeout: Duration::from_secs(10),
+                close_timeout: Duration::from_secs(5),
+                parallel_opens: 4,
+                max_waiting: None,
+                keepalive: None,
+                leak_threshold: None,
+            },
+            hooks: Hooks { customizer: None, errors: None, events: None },
+        }
+    }
+
+    /// What the pool is called in errors, log records and thread names (which the system cuts to 15 bytes).
+    ///
+    /// Default: `millpond-N`, counted up within the process.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// The greatest number of connections: idle, lent, being checked, opened and closed, all together.
+    ///
+    /// Default 10. Zero is refused.
+    #[must_use]
+    pub fn max_size(mut self, max_size: u32) -> Self {
+        self.settings.max_size = max_size;
+        self
+    }
+
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand.
+    ///
+    /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
+    /// refused.
+    #[must_use]
+    pub fn min_idle(mut self, min_idle: impl Into<Option<u32>>) -> Self {
+        self.settings.min_idle = min_idle.into().unwrap_or(0);
+        self
+    }
+
+    /// How long a connection may be unused before it is closed, unless [`min_idle`](Builder::min_idle) keeps it.
+    ///
+    /// Default 10 minutes. `None`: for ever. Zero: a connection that nobody waits for is closed as it comes back
+    /// (refused together with a `min_idle`).
+    #[must_use]
+    pub fn max_idle(mut self, max_idle: impl Into<Option<Duration>>) -> Self {
+        self.settings.max_idle = max_idle.into();
+        self
+    }
+
+    /// [`max_idle`](Builder::max_idle) by r2d2's name.
+    #[must_use]
+    pub fn idle_timeout(self, idle_timeout: impl Into<Option<Duration>>) -> Self {
+        self.max_idle(idle_timeout)
+    }
+
+    /// How old a connection may get: it is not handed out past this age, closed at it when idle, and on return when
+    /// lent. Counted from the moment its opening began.
+    ///
+    /// Default 30 minutes. `None`: without limit. Zero is refused.
+    #[must_use]
+    pub fn max_lifetime(mut self, max_lifetime: impl Into<Option<Duration>>) -> Self {
+        self.settings.max_lifetime = max_lifetime.into();
+        self
+    }
+
+    /// The greatest part of `max_lifetime` by which the life of a connection is shortened, at random, so that those
+    /// opened together do not end together.
+    ///
+    /// Default 0.1. 0: none. Outside of 0 to 1 is refused.
+    #[must_use]
+    pub fn lifetime_jitter(mut self, part: f64) -> Self {
+        self.settings.lifetime_jitter = part;
+        self
+    }
+
+    /// How long [`Pool::get`] waits, and [`build`](Builder::build) for the first connections.
+    ///
+    /// Default 30 seconds. Zero is refused.
+    #[must_use]
+    pub fn connection_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.connection_timeout = timeout;
+        self
+    }
+
+    /// When a connection is validated before it is handed out.
+    ///
+    /// Default: [`Validate::AfterIdle`] with one second.
+    #[must_use]
+    pub fn validate(mut self, validate: Validate) -> Self {
+        self.settings.validate = validate;
+        self
+    }
+
+    /// r2d2's way to say [`Validate::Always`] (`true`, r2d2's default) or [`Validate::Never`] (`false`).
+    #[must_use]
+    pub fn test_on_check_out(self, test: bool) -> Self {
+        self.validate(if test { Validate::Always } else { Validate::Never })
+    }
+
+    /// How long a validation may take. One that takes longer has failed.
+    ///
+    /// Default 2 seconds. Zero is refused.
+    #[must_use]
+    pub fn validation_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.validation_timeout = timeout;
+        self
+    }
+
+    /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its slot,
+    /// and what may yet come of it is closed.
+    ///
+    /// Default 10 seconds. Zero is refused.
+    #[must_use]
+    pub fn open_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.open_timeout = timeout;
+        self
+    }
+
+    /// How long closing or resetting a connection may take before it is written off.
+    ///
+    /// Default 5 seconds. Zero is refused.
+    #[must_use]
+    pub fn close_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.close_timeout = timeout;
+        self
+    }
+
+    /// How many connections may be opened at the same time.
+    ///
+    /// Default 4. Zero is refused.
+    #[must_use]
+    pub fn parallel_opens(mut self, n: u32) -> Self {
+        self.settings.parallel_opens = n;
+        self
+    }
+
+    /// How many threads may wait for a connection; one more fails at once.
+    ///
+    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened.
+    #[must_use]
+    pub fn max_waiting(mut self, n: impl Into<Option<u32>>) -> Self {
+        self.settings.max_waiting = n.into();
+        self
+    }
+
+    /// How often an idle connection is validated to keep firewalls and servers from forgetting it. Does not count as
+    /// use. One at a time.
+    ///
+    /// Default `None`: not at all. Zero is refused.
+    #[must_use]
+    pub fn keepalive(mut self, period: impl Into<Option<Duration>>) -> Self {
+        self.settings.keepalive = period.into();
+        self
+    }
+
+    /// How long a connection may be checked out before the pool warns of a leak: once per checkout, with the line of
+    /// source that called `get` and the thread. The connection stays where it is.
+    ///
+    /// Default `None`: no warnings. Zero is refused.
+    #[must_use]
+    pub fn leak_threshold(mut self, threshold: impl Into<Option<Duration>>) -> Self {
+        self.settings.leak_threshold = threshold.into();
+        self
+    }
+
+    /// Prepares each connection after it is opened, and takes care of it when it is closed, as in r2d2.
+    ///
+    /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called only
+    /// if `on_acquire` succeeded, and takes the place of [`Manage::close`].
+    #[must_use]
+    pub fn connection_customizer(mut self, c: Box<dyn CustomizeConnection<M::Connection, M::Error>>) -> Self {
+        self.hooks.customizer = Some(c);
+        self
+    }
+
+    /// Is given every error of the manager, on the thread where it came up: r2d2's `error_handler`.
+    ///
+    /// Default: none. (r2d2 logs them as errors; this pool logs failures at warn by itself.)
+    #[must_use]
+    pub fn error_handler(mut self, handler: Box<dyn HandleError<M::Error>>) -> Self {
+        self.hooks.errors = Some(handler);
+        self
+    }
+
+    /// Is told of what happens in the pool. Default: none.
+    #[must_use]
+    pub fn event_handler(mut self, handler: Box<dyn HandleEvent>) -> Self {
+        self.hooks.events = Some(handler);
+        self
+    }
+
+    /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at once
+    /// if the server refuses for good, [`Timeout`](crate::ErrorKind::Timeout) with the last failure otherwise.
+    pub fn build(self, manager: M) -> Result<Pool<M>, Error> {
+        let (settings, hooks) = self.checked()?;
+        let pool = Pool::start(settings, hooks, manager)?;
+        pool.fill()?;
+        Ok(pool)
+    }
+
+    /// Builds the pool without waiting for a connection. `min_idle` of them are opened in the background.
+    ///
+    /// # Panics
+    ///
+    /// If a setting cannot be, or the pool's thread cannot be started. (r2d2's panics for settings as well.)
+    pub fn build_unchecked(self, manager: M) -> Pool<M> {
+        let built = self.checked().and_then(|(settings, hooks)| Pool::start(settings, hooks, manager));
+        match built {
+            Ok(pool) => {
+                pool.lay_floor();
+                pool
+            }
+            Err(e) => panic!("cannot build the pool: {e}"),
+        }
+    }
+
+    fn checked(mut self) -> Result<(Settings, Hooks<M>), Error> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        self.settings.check()?;
+        self.settings.name = self.name.unwrap_or_else(|| format!("millpond-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        Ok((self.settings, self.hooks))
+    }
+}
+
+impl<M: Manage> fmt::Debug for Builder<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Builder { name, settings, hooks } = self;
+        f.debug_struct("Builder").field("name", name).field("settings", settings).field("hooks", hooks).finish()
+    }
+}
+
+impl<M: Manage> fmt::Debug for Hooks<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Hooks { customizer, errors, events } = self;
+        f.debug_struct("Hooks").field("customizer", customizer).field("errors", errors).field("events", events).finish()
+    }
+}

@@ -1,0 +1,203 @@
+//! [`PooledConnection`]: a borrowed connection, and the box it travels in.
+
+use crate::clock::Moment;
+use crate::event::CheckinEvent;
+use crate::jobs::{catch, shielded};
+use crate::ledger::{Back, Token};
+use crate::manage::{Manage, Returned};
+use crate::shared::Shared;
+use crate::stats::{CloseReason, ConnectionInfo};
+use r2d2::Extensions;
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::thread;
+
+/// A connection in its box, which is made at its birth and moved from then on.
+pub(crate) struct Conn<M: Manage> {
+    /// Counted, because whoever returns a connection needs the pool's lock while the box moves into what it guards.
+    /// (Each connection's own count: it is touched by one thread at a time.)
+    link: Arc<Link<M>>,
+    conn: M::Connection,
+    extensions: Extensions,
+    /// Whether a customizer's `on_acquire` has succeeded: only then `on_release` is called.
+    acquired: bool,
+    /// The slot, while it is lent.
+    token: Option<Token>,
+    /// Whether the thread that took it was panicking already.
+    panicking: bool,
+}
+
+/// What does not change in the life of a connection.
+pub(crate) struct Link<M: Manage> {
+    pub(crate) shared: Arc<Shared<M>>,
+    pub(crate) id: u64,
+    pub(crate) born: Moment,
+}
+
+impl<M: Manage> Conn<M> {
+    pub(crate) fn new(link: Link<M>, conn: M::Connection, acquired: bool) -> Self {
+        let link = Arc::new(link);
+        Conn { link, conn, extensions: Extensions::new(), acquired, token: None, panicking: false }
+    }
+
+    pub(crate) fn get(&self) -> &M::Connection {
+        &self.conn
+    }
+
+    pub(crate) fn get_mut(&mut self) -> &mut M::Connection {
+        &mut self.conn
+    }
+
+    pub(crate) fn link(&self) -> &Link<M> {
+        &self.link
+    }
+
+    pub(crate) fn into_parts(self) -> (M::Connection, Extensions, bool) {
+        let Conn { conn, extensions, acquired, .. } = self;
+        (conn, extensions, acquired)
+    }
+}
+
+/// A connection borrowed from a [`Pool`](crate::Pool), which gets it back when this is dropped.
+///
+/// It derefs to the connection itself, so what can be done with it as a borrowed one are associated functions:
+/// `PooledConnection::discard(c)`, not `c.discard()`.
+///
+/// It does not keep the pool open, and may outlive it. Dropped by a panic that began after it was taken, the connection
+/// is closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its slot with it for good.
+#[must_use = "a connection that is not bound to a name goes back to the pool at once"]
+pub struct PooledConnection<M: Manage> {
+    conn: Option<Box<Conn<M>>>,
+}
+
+const TAKEN: &str = "a borrowed connection is there until it is dropped";
+
+impl<M: Manage> PooledConnection<M> {
+    #[inline]
+    pub(crate) fn new(token: Token, mut conn: Box<Conn<M>>) -> Self {
+        conn.token = Some(token);
+        conn.panicking = thread::panicking();
+        PooledConnection { conn: Some(conn) }
+    }
+
+    #[inline]
+    fn conn(&self) -> &Conn<M> {
+        self.conn.as_deref().expect(TAKEN)
+    }
+
+    #[inline]
+    fn conn_mut(&mut self) -> &mut Conn<M> {
+        self.conn.as_deref_mut().expect(TAKEN)
+    }
+
+    /// Closes the connection instead of returning it: for one whose state you do not trust.
+    pub fn discard(this: Self) {
+        this.give_back(Some(Back::Discard(CloseReason::Discarded)));
+    }
+
+    /// Takes the connection out of the pool, for good: it is yours, the pool no longer counts it, and may open another
+    /// in its place. A customizer's `on_release` is not called for it, and its extensions are dropped.
+    pub fn detach(mut this: Self) -> M::Connection {
+        let mut conn = this.conn.take().expect(TAKEN);
+        let link = Arc::clone(&conn.link);
+        if let Some(token) = conn.token.take() {
+            let now = link.shared.now();
+            link.shared.with(|l| l.detach(now, token));
+        }
+        let opening = link.shared.openings.lock().remove(&link.id);
+        shielded(|| drop(opening));
+        let (conn, extensions, _) = conn.into_parts();
+        shielded(|| drop(extensions));
+        conn
+    }
+
+    /// What the pool knows of this connection: number, age, uses, where it was checked out.
+    pub fn info(this: &Self) -> ConnectionInfo {
+        let link = this.conn().link();
+        let rows = link.shared.rows(|row| row.id == link.id);
+        link.shared.describe(rows).pop().expect("a borrowed connection has a row")
+    }
+
+    /// What was attached to this connection. It stays with it from one checkout to the next.
+    pub fn extensions(this: &Self) -> &Extensions {
+        &this.conn().extensions
+    }
+
+    /// What is attached to this connection, to be changed: prepared statements, say.
+    pub fn extensions_mut(this: &mut Self) -> &mut Extensions {
+        &mut this.conn_mut().extensions
+    }
+
+    #[inline]
+    fn give_back(mut self, back: Option<Back>) {
+        self.put_back(back);
+    }
+
+    /// Returns the connection, as `back` says or as the manager finds it.
+    #[inline]
+    fn put_back(&mut self, back: Option<Back>) {
+        let Some(mut conn) = self.conn.take() else { return };
+        let Some(token) = conn.token.take() else { return };
+        let link = Arc::clone(&conn.link);
+        let shared = &link.shared;
+        let back = match back {
+            Some(back) => back,
+            None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
+            None => match catch(|| shared.manager.returned(&mut conn.conn)) {
+                Ok(Returned::Keep) => Back::Keep,
+                Ok(Returned::Reset) => Back::Reset,
+                Ok(Returned::Discard) => Back::Discard(CloseReason::Discarded),
+                Ok(Returned::Broken) => Back::Broken,
+                Ok(Returned::Outdated) => Back::Outdated,
+                Err(_) => Back::Discard(CloseReason::Panicked),
+            },
+        };
+        if shared.hooks.events.is_some() {
+            tell_checkin(shared, link.id, &token);
+        }
+        let now = shared.now();
+        shared.with(|l| l.checkin(now, token, conn, back));
+    }
+}
+
+#[cold]
+fn tell_checkin<M: Manage>(shared: &Arc<Shared<M>>, id: u64, token: &Token) {
+    if let Some(events) = &shared.hooks.events {
+        let since = shared.lock().held_since(token);
+        let duration = shared.now().since(since);
+        shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
+    }
+}
+
+impl<M: Manage> Drop for PooledConnection<M> {
+    #[inline]
+    fn drop(&mut self) {
+        self.put_back(None);
+    }
+}
+
+impl<M: Manage> Deref for PooledConnection<M> {
+    type Target = M::Connection;
+
+    #[inline]
+    fn deref(&self) -> &M::Connection {
+        &self.conn().conn
+    }
+}
+
+impl<M: Manage> DerefMut for PooledConnection<M> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut M::Connection {
+        &mut self.conn_mut().conn
+    }
+}
+
+impl<M: Manage> fmt::Debug for PooledConnection<M>
+where
+    M::Connection: fmt::Debug,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.conn().conn.fmt(f)
+    }
+}

@@ -1,0 +1,348 @@
+//! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], what the other side said.
+
+use crate::stats::{ConnectionInfo, Short};
+use std::error::Error as StdError;
+use std::fmt::{self, Write as _};
+use std::panic::Location;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a pool could not be built, or gave no connection.
+///
+/// One word wide, so that a `Result` of it costs nothing to pass around; [`kind`](Error::kind) has the details.
+pub struct Error(Box<ErrorKind>);
+
+/// What went wrong, with the details.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// No connection came in time.
+    Timeout(Timeout),
+    /// The other side refuses, for a reason that will not go away by trying again: a wrong password, say.
+    Connect(Connect),
+    /// The pool is closed.
+    Closed(Closed),
+    /// As many wait already as `max_waiting` allows.
+    TooManyWaiting(TooManyWaiting),
+    /// A setting that cannot be.
+    Config(Config),
+}
+
+/// [`ErrorKind::Timeout`]: what the pool looked like when the deadline came.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Timeout {
+    /// The name of the pool.
+    pub pool: String,
+    /// How long the caller was ready to wait.
+    pub timeout: Duration,
+    /// The greatest number of connections, as set then.
+    pub max_size: u32,
+    /// Connections that were checked out.
+    pub out: u32,
+    /// Connections that were being opened.
+    pub opening: u32,
+    /// Connections that were being checked or reset.
+    pub checking: u32,
+    /// Connections that were being closed.
+    pub closing: u32,
+    /// Others who waited.
+    pub waiting: u32,
+    /// Who held a connection for the longest time: [`HOLDERS`](Timeout::HOLDERS) of them at most, the longest first.
+    pub holders: Vec<ConnectionInfo>,
+    /// How many connections the very thread that got this error had checked out.
+    pub held_here: u32,
+    /// The last failure to open a connection, if none has been opened since.
+    pub cause: Option<Cause>,
+}
+
+impl Timeout {
+    /// How many holders are named at most.
+    pub const HOLDERS: usize = 5;
+}
+
+/// [`ErrorKind::Connect`]: a permanent refusal.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Connect {
+    /// The name of the pool.
+    pub pool: String,
+    /// What the other side said.
+    pub cause: Cause,
+}
+
+/// [`ErrorKind::Closed`]: who closed the pool.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Closed {
+    /// The name of the pool.
+    pub pool: String,
+    /// What closed it, such as `close` or the drop of a guard.
+    pub by: &'static str,
+    /// Where in the source that was called or made; `None` if only its handles were dropped.
+    pub at: Option<&'static Location<'static>>,
+    /// The thread on which that happened.
+    pub thread: String,
+    /// How long ago.
+    pub ago: Duration,
+}
+
+/// [`ErrorKind::TooManyWaiting`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct TooManyWaiting {
+    /// The name of the pool.
+    pub pool: String,
+    /// How many wait.
+    pub waiting: u32,
+    /// The limit.
+    pub max_waiting: u32,
+}
+
+/// [`ErrorKind::Config`]: which setting, and why not.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Config {
+    /// The setting's name.
+    pub setting: &'static str,
+    /// What is wrong, with the value and the limit.
+    pub problem: String,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind) -> Error {
+        Error(Box::new(kind))
+    }
+
+    pub(crate) fn config(setting: &'static str, problem: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Config(Config { setting, problem: problem.into() }))
+    }
+
+    /// What went wrong, with the details.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.0
+    }
+
+    /// Whether no connection came in time.
+    pub fn is_timeout(&self) -> bool {
+        matches!(*self.0, ErrorKind::Timeout(_))
+    }
+
+    /// Whether the other side refuses for a reason that will not go away by trying again.
+    pub fn is_connect(&self) -> bool {
+        matches!(*self.0, ErrorKind::Connect(_))
+    }
+
+    /// Whether the pool is closed.
+    pub fn is_closed(&self) -> bool {
+        matches!(*self.0, ErrorKind::Closed(_))
+    }
+
+    /// Whether too many wait already.
+    pub fn is_too_many_waiting(&self) -> bool {
+        matches!(*self.0, ErrorKind::TooManyWaiting(_))
+    }
+
+    /// Whether a setting was refused.
+    pub fn is_config(&self) -> bool {
+        matches!(*self.0, ErrorKind::Config(_))
+    }
+
+    /// Whether the pool has all it may have and all of it is in use: a server that answers 503 does so for this.
+    /// (`false` when the trouble lies with the other side.)
+    pub fn is_exhausted(&self) -> bool {
+        match &*self.0 {
+            ErrorKind::Timeout(t) => t.cause.is_none() && t.out > 0,
+            ErrorKind::TooManyWaiting(_) => true,
+            _ => false,
+        }
+    }
+
+    /// What the other side said, if this has to do with it.
+    pub fn cause(&self) -> Option<&Cause> {
+        match &*self.0 {
+            ErrorKind::Timeout(t) => t.cause.as_ref(),
+            ErrorKind::Connect(c) => Some(&c.cause),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            ErrorKind::Timeout(t) => t.fmt(f),
+            ErrorKind::Connect(c) => write!(f, "pool '{}' cannot connect: {}", c.pool, c.cause),
+            ErrorKind::Closed(c) => c.fmt(f),
+            ErrorKind::TooManyWaiting(t) => {
+                write!(f, "pool '{}': {} wait already, and max_waiting is {}", t.pool, t.waiting, t.max_waiting)
+            }
+            ErrorKind::Config(c) => write!(f, "{}: {}", c.setting, c.problem),
+        }
+    }
+}
+
+/// The text of the cause stands in `Display`, so there is no `source` that would say it twice; see [`Error::cause`].
+impl StdError for Error {}
+
+impl fmt::Display for Timeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pool '{}': no connection within {}", self.pool, Short(self.timeout))?;
+        match &self.cause {
+            Some(cause) if self.out == 0 => write!(f, ": the server cannot be reached: {cause}")?,
+            _ if self.out >= self.max_size => write!(f, ": all {} are in use", self.max_size)?,
+            _ => {
+                write!(f, ": {} of {} in use", self.out, self.max_size)?;
+                for (n, what) in
+                    [(self.opening, "being opened"), (self.checking, "being checked"), (self.closing, "being closed")]
+                {
+                    if n > 0 {
+                        write!(f, ", {n} {what}")?;
+                    }
+                }
+            }
+        }
+        if self.held_here > 0 {
+            write!(f, "; this very thread holds {} of them", self.held_here)?;
+        }
+        for (i, row) in self.holders.iter().enumerate() {
+            let lead = if i == 0 { "; held the longest: " } else { ", " };
+            write!(f, "{lead}{}", row.held())?;
+        }
+        if self.waiting > 0 {
+            write!(f, "; {} more wait", self.waiting)?;
+        }
+        match &self.cause {
+            Some(cause) if self.out > 0 => write!(f, "; the last attempt to open one failed: {cause}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Closed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pool '{}' is closed: {}", self.pool, self.by)?;
+        if let Some(at) = self.at {
+            write!(f, " ({at})")?;
+        }
+        write!(f, " on thread {}, {} ago", self.thread, Short(self.ago))
+    }
+}
+
+/// What the other side said, in a form that travels between threads: the text of the whole chain of sources, whether
+/// trying again can help, and the error itself where the manager could hand it on.
+#[derive(Clone)]
+pub struct Cause {
+    text: Arc<str>,
+    permanent: bool,
+    error: Option<Arc<dyn StdError + Send + Sync>>,
+}
+
+impl Cause {
+    /// The text of `error` and of all its sources. (An error's own text often leaves out the sources: that of
+    /// `postgres::Error` for a wrong password is "db error".)
+    pub fn text(error: &(dyn StdError + 'static)) -> Cause {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(next) = source {
+            let part = next.to_string();
+            // Some say what their source says already.
+            if !text.contains(&part) {
+                let _ = write!(text, ": {part}");
+            }
+            source = next.source();
+        }
+        Cause::message(text)
+    }
+
+    /// A cause in the manager's own words.
+    pub fn message(text: impl Into<String>) -> Cause {
+        Cause { text: text.into().into(), permanent: false, error: None }
+    }
+
+    /// A cause with the error itself, for [`downcast_ref`](Cause::downcast_ref).
+    pub fn of<E: StdError + Send + Sync + 'static>(error: E) -> Cause {
+        Cause { error: Some(Arc::new(error) as Arc<dyn StdError + Send + Sync>), ..Cause::message("") }.with_own_text()
+    }
+
+    fn with_own_text(mut self) -> Cause {
+        if let Some(error) = &self.error {
+            self.text = Cause::text(&**error).text;
+        }
+        self
+    }
+
+    /// The same, as one that does not go away by trying again soon: all who wait are told at once.
+    #[must_use]
+    pub fn permanent(mut self) -> Cause {
+        self.permanent = true;
+        self
+    }
+
+    /// Whether trying again soon is useless.
+    pub fn is_permanent(&self) -> bool {
+        self.permanent
+    }
+
+    /// The error itself, if the manager handed it on and it is an `E`.
+    pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
+        self.error.as_ref().and_then(|e| e.downcast_ref())
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.text)
+    }
+}
+
+impl fmt::Debug for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cause").field("text", &self.text).field("permanent", &self.permanent).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Layer(&'static str, Option<Box<Layer>>);
+
+    impl fmt::Display for Layer {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.0)
+        }
+    }
+
+    impl StdError for Layer {
+        fn source(&self) -> Option<&(dyn StdError + 'static)> {
+            self.1.as_deref().map(|l| l as _)
+        }
+    }
+
+    #[test]
+    fn one_word_wide() {
+        assert_eq!(size_of::<Error>(), size_of::<usize>());
+        assert_eq!(size_of::<Result<(), Error>>(), size_of::<usize>());
+        fn travels<T: Send + Sync + 'static>() {}
+        travels::<Error>();
+        travels::<Cause>();
+    }
+
+    #[test]
+    fn the_whole_chain_once() {
+        let e = Layer("db error", Some(Box::new(Layer("FATAL: no", Some(Box::new(Layer("no", None)))))));
+        assert_eq!(Cause::text(&e).to_string(), "db error: FATAL: no");
+        let cause = Cause::of(e).permanent();
+        assert_eq!(cause.to_string(), "db error: FATAL: no");
+        assert!(cause.is_permanent() && cause.downcast_ref::<Layer>().is_some());
+        assert!(cause.downcast_ref::<fmt::Error>().is_none());
+    }
+}

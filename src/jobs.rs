@@ -1,0 +1,377 @@
+//! What the crew does: everything that may block, panic, or run a user's code.
+//!
+//! Each [`Job`] that has a [`Slot`] gives it back to the ledger, in so many words or, if a panic comes in between, by
+//! dropping it.
+
+use crate::clock::Moment;
+use crate::connection::{Conn, Link};
+use crate::crew::{Crew, Work};
+use crate::error::Cause;
+use crate::event::{AcquireEvent, ReleaseEvent};
+use crate::ledger::Token;
+use crate::manage::{Manage, Opening};
+use crate::shared::Shared;
+use crate::stats::{CloseReason, Short};
+use log::Level;
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Something for the crew to do.
+pub(crate) enum Job<M: Manage> {
+    Open(Slot<M>),
+    Check(Slot<M>, Box<Conn<M>>),
+    Reset(Slot<M>, Box<Conn<M>>),
+    Close(Slot<M>, Box<Conn<M>>, CloseReason),
+    /// Abort what this connection is doing, after asking the server to cancel it if `true`.
+    Cut(Arc<Opening>, bool),
+    Notice(Notice),
+}
+
+/// A log record.
+pub(crate) struct Notice {
+    pub(crate) level: Level,
+    pub(crate) text: String,
+}
+
+/// A slot of the pool in the hands of a job. Dropped, it is freed: no path, panics included, can forget it. Never dropped
+/// under the ledger's lock, which it takes.
+pub(crate) struct Slot<M: Manage> {
+    shared: Arc<Shared<M>>,
+    token: Option<Token>,
+}
+
+thread_local! {
+    /// On a thread of a crew: which pool's (the address of its `Shared`), and how many slots its job has.
+    static CREW: Cell<(usize, u32)> = const { Cell::new((0, 0)) };
+}
+
+/// Whether this thread is one of `shared`'s crew at work, and how many slots its job has: `close` does not wait for it.
+pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u32> {
+    let (pool, slots) = CREW.get();
+    (pool == Arc::as_ptr(shared) as usize).then_some(slots)
+}
+
+impl<M: Manage> Work for Shared<M> {
+    type Job = Job<M>;
+
+    fn crew(&self) -> &Crew<Job<M>> {
+        &self.crew
+    }
+
+    fn run(self: &Arc<Self>, job: Job<M>) -> bool {
+        job.run(self)
+    }
+
+    fn left(&self) {
+        // Under the lock, so that it does not come between a look and a sleep.
+        let ledger = self.lock();
+        drop(ledger);
+        self.changed.notify_all();
+    }
+}
+
+impl<M: Manage> Job<M> {
+    /// `true`: the job was written off meanwhile.
+    pub(crate) fn run(self, shared: &Arc<Shared<M>>) -> bool {
+        let slots = u32::from(!matches!(self, Job::Cut(..) | Job::Notice(..)));
+        let before = CREW.replace((Arc::as_ptr(shared) as usize, slots));
+        let _restore = Restore(before);
+        match self {
+            Job::Open(slot) => open(shared, slot),
+            Job::Check(slot, conn) => check(shared, slot, conn, false),
+            Job::Reset(slot, conn) => check(shared, slot, conn, true),
+            Job::Close(slot, conn, reason) => close(shared, slot, *conn, reason),
+            Job::Cut(opening, cancel) => {
+                if cancel {
+                    shielded(|| opening.cancel());
+                }
+                shielded(|| opening.abort());
+                false
+            }
+            Job::Notice(Notice { level, text }) => {
+                shielded(|| log::log!(target: "millpond", level, "{text}"));
+                false
+            }
+        }
+    }
+}
+
+struct Restore((usize, u32));
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        CREW.set(self.0);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- the jobs
+
+fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) -> bool {
+    let Some(slot) = slot.begin() else { return false };
+    let (id, limit) = (slot.id(), shared.settings.open_timeout);
+    let begun = shared.clock.precise();
+    let opening = Arc::new(Opening::new(Arc::clone(&shared.name), limit));
+    shared.openings.lock().insert(id, Arc::clone(&opening));
+    let mut conn = match catch(|| shared.manager.open(&opening)) {
+        Ok(Ok(conn)) => conn,
+        Ok(Err(error)) => return failed(shared, slot, error),
+        Err(panic) => return failed_with(shared, slot, panic),
+    };
+    let mut acquired = false;
+    if let Some(customizer) = &shared.hooks.customizer {
+        match catch(|| customizer.on_acquire(&mut conn)) {
+            Ok(Ok(())) => acquired = true,
+            Ok(Err(error)) => {
+                shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
+                return failed(shared, slot, error);
+            }
+            Err(panic) => {
+                shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
+                return failed_with(shared, slot, panic);
+            }
+        }
+    }
+    let conn = Box::new(Conn::new(Link { shared: Arc::clone(shared), id, born: begun }, conn, acquired));
+    start(shared, slot, conn, &opening, begun)
+}
+
+/// The second half of an open: the connection is there, and shown around.
+fn start<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    slot: Slot<M>,
+    mut conn: Box<Conn<M>>,
+    opening: &Opening,
+    begun: Moment,
+) -> bool {
+    if shared.starting.load(Ordering::Acquire) {
+        let verdict = catch(|| shared.manager.started(conn.get_mut(), &shared.settings));
+        if let Err(cause) = verdict.unwrap_or_else(Err) {
+            shared.set_cause(Some(cause));
+            slot.report_failure(true);
+            return close(shared, slot, *conn, CloseReason::Discarded);
+        }
+        shared.starting.store(false, Ordering::Release);
+    }
+    opening.set_server_id(catch(|| shared.manager.server_id(conn.get())).ok().flatten());
+    let (id, took) = (slot.id(), shared.clock.precise().since(begun));
+    if let Some(events) = &shared.hooks.events {
+        shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
+    }
+    match slot.settle(|l, now, token| l.opened(now, token, conn)) {
+        Ok(()) => {
+            shared.set_cause(None);
+            shared.notice(Level::Debug, || {
+                let server = opening.server_id().map(|id| format!(" (server's {id})")).unwrap_or_default();
+                format!("opened #{id}{server} in {}", Short(took))
+            });
+            false
+        }
+        Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
+    }
+}
+
+/// An open failed with the manager's own error.
+fn failed<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, error: M::Error) -> bool {
+    let cause = explain(shared, &error);
+    report(shared, &slot, cause);
+    handle(shared, error);
+    gone(shared, slot)
+}
+
+/// An open failed without an error of the manager's.
+fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, cause: Cause) -> bool {
+    report(shared, &slot, cause);
+    gone(shared, slot)
+}
+
+fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
+    let (id, permanent) = (slot.id(), cause.is_permanent());
+    shared.notice(Level::Warn, || {
+        format!("cannot open #{id}: {cause}{}", if permanent { " (will not be tried again soon)" } else { "" })
+    });
+    shared.set_cause(Some(cause));
+    slot.report_failure(permanent);
+}
+
+fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, reset: bool) -> bool {
+    let Some(slot) = slot.begin() else { return false };
+    let begun = shared.clock.precise();
+    let result = if reset {
+        catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout))
+    } else {
+        catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout))
+    };
+    let reason = match (&result, reset) {
+        (Err(_), _) => CloseReason::Panicked,
+        (Ok(Err(_)), true) => CloseReason::ResetFailed,
+        (Ok(Err(_)), false) => CloseReason::Invalid,
+        (Ok(Ok(())), _) => {
+            return match slot.settle(|l, now, token| l.checked(now, begun, token, conn)) {
+                Ok(()) => false,
+                Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
+            };
+        }
+    };
+    slot.report_check(reason);
+    refused(shared, slot.id(), reason, result);
+    close(shared, slot, *conn, reason)
+}
+
+/// Says that a validation or reset has failed, to the log and the user's handler.
+pub(crate) fn refused<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    id: u64,
+    reason: CloseReason,
+    result: Result<Result<(), M::Error>, Cause>,
+) {
+    let log = |cause: Cause| shared.notice(Level::Warn, || format!("#{id} {reason}: {cause}"));
+    match result {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            log(explain(shared, &error));
+            handle(shared, error);
+        }
+        Err(panic) => log(panic),
+    }
+}
+
+/// Closes a connection and frees its slot.
+fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reason: CloseReason) -> bool {
+    slot.begin_close();
+    let (id, age) = (slot.id(), shared.clock.precise().since(conn.link().born));
+    if let Some(events) = &shared.hooks.events {
+        shielded(|| events.handle_release(ReleaseEvent { id, age, reason }));
+    }
+    let (conn, extensions, acquired) = conn.into_parts();
+    match &shared.hooks.customizer {
+        Some(customizer) if acquired => shielded(|| customizer.on_release(conn)),
+        _ => shielded(|| shared.manager.close(conn, shared.settings.close_timeout)),
+    }
+    shielded(|| drop(extensions));
+    shared.notice(Level::Debug, || format!("closed #{id}: {reason}, age {}", Short(age)));
+    gone(shared, slot)
+}
+
+fn gone<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) -> bool {
+    let opening = shared.openings.lock().remove(&slot.id());
+    shielded(|| drop(opening));
+    slot.free()
+}
+
+// -------------------------------------------------------------------------------------------------- user's code
+
+/// Runs code that is not the pool's; what it panics with, if it does, becomes a cause.
+pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Cause> {
+    // What the code may leave half done is the connection, which is closed, or the manager's own.
+    catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
+        let text = format!("panicked: {}", panic_text(&*payload));
+        // The payload's own drop may panic as well.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+        Cause::message(text)
+    })
+}
+
+/// `catch`, where a panic has no further consequence.
+pub(crate) fn shielded(code: impl FnOnce()) {
+    let _ = catch(code);
+}
+
+fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    match payload.downcast_ref::<&str>() {
+        Some(text) => text,
+        None => payload.downcast_ref::<String>().map_or("(no message)", String::as_str),
+    }
+}
+
+fn explain<M: Manage>(shared: &Shared<M>, error: &M::Error) -> Cause {
+    catch(|| shared.manager.explain(error)).unwrap_or_else(|panic| panic)
+}
+
+fn handle<M: Manage>(shared: &Shared<M>, error: M::Error) {
+    match &shared.hooks.errors {
+        Some(handler) => shielded(|| handler.handle_error(error)),
+        None => shielded(|| drop(error)),
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- slots
+
+type Late<M> = (Slot<M>, Box<Conn<M>>);
+
+impl<M: Manage> Slot<M> {
+    pub(crate) fn new(shared: Arc<Shared<M>>, token: Token) -> Self {
+        Slot { shared, token: Some(token) }
+    }
+
+    fn id(&self) -> u64 {
+        self.token.as_ref().map_or(0, Token::id)
+    }
+
+    /// The job starts: its limit counts from now. `None`: nobody wants it any longer.
+    fn begin(mut self) -> Option<Self> {
+        let token = self.token.take()?;
+        let shared = Arc::clone(&self.shared);
+        let (now, chance) = (shared.clock.precise(), shared.chance());
+        let token = shared.with(|l| l.begin(now, token, chance))?;
+        Some(Slot::new(shared, token))
+    }
+
+    /// What follows is the close: it has a limit of its own, if the job was not written off before.
+    fn begin_close(&self) {
+        if let Some(token) = &self.token {
+            let now = self.shared.clock.precise();
+            self.shared.with(|l| l.begin_close(now, token));
+        }
+    }
+
+    /// Hands slot and connection to the ledger; gets them back if it comes too late.
+    fn settle(
+        mut self,
+        hand_over: impl FnOnce(&mut crate::shared::Book<M>, Moment, Token) -> Result<(), (Token, Box<Conn<M>>)>,
+    ) -> Result<(), Late<M>> {
+        let Some(token) = self.token.take() else { return Ok(()) };
+        let shared = Arc::clone(&self.shared);
+        let now = shared.clock.precise();
+        shared.with(|l| hand_over(l, now, token)).map_err(|(token, conn)| (Slot::new(shared, token), conn))
+    }
+
+    fn report_failure(&self, permanent: bool) {
+        if let Some(token) = &self.token {
+            let (now, chance) = (self.shared.clock.precise(), self.shared.chance());
+            self.shared.with(|l| l.open_failed(now, token, permanent, chance));
+        }
+    }
+
+    pub(crate) fn report_check(&self, reason: CloseReason) {
+        if let Some(token) = &self.token {
+            let now = self.shared.clock.precise();
+            self.shared.with(|l| l.check_failed(now, token, reason));
+        }
+    }
+
+    /// An open that could not even begin.
+    pub(crate) fn fail(self, permanent: bool) {
+        self.report_failure(permanent);
+        self.free();
+    }
+
+    /// `true`: the job was written off meanwhile.
+    fn free(mut self) -> bool {
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> bool {
+        let Some(token) = self.token.take() else { return false };
+        let now = self.shared.clock.precise();
+        self.shared.with(|l| l.free(now, token))
+    }
+}
+
+impl<M: Manage> Drop for Slot<M> {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}

@@ -1,0 +1,266 @@
+//! [`Manage`]: the seam between the pool and what it pools.
+
+use crate::builder::Settings;
+use crate::error::Cause;
+use parking_lot::Mutex;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How a pool opens, checks, resets and closes one kind of connection.
+///
+/// Every [`r2d2::ManageConnection`] is a `Manage` (this crate implements it for all of them), so a manager made for
+/// r2d2 works as it is. Implement `Manage` directly where more is known than r2d2's three methods can say: a validation
+/// with a limit, what state a connection came back in, which errors will not go away by trying again. A type cannot
+/// be both an r2d2 manager and a direct implementation: the compiler refuses the second as a conflict (E0119).
+///
+/// `open`, `validate`, `reset` and `close` may block: they run on threads of the pool's own, each within a limit past
+/// which the pool goes on without them. (`validate` runs on the thread that calls `get` if
+/// [`keeps_limits`](Manage::keeps_limits) says that it may.) Any of them may panic: that costs one connection.
+///
+/// ```
+/// use millpond::{Cause, Manage, Opening, Pool, Returned};
+/// use std::net::{TcpStream, ToSocketAddrs};
+/// use std::time::Duration;
+///
+/// /// Plain TCP connections to one address.
+/// struct Tcp(String);
+///
+/// impl Manage for Tcp {
+///     type Connection = TcpStream;
+///     type Error = std::io::Error;
+///
+///     fn open(&self, opening: &Opening) -> Result<TcpStream, std::io::Error> {
+///         let addr = self.0.to_socket_addrs()?.next().ok_or(std::io::ErrorKind::NotFound)?;
+///         TcpStream::connect_timeout(&addr, opening.limit())
+///     }
+///
+///     fn validate(&self, c: &mut TcpStream, _limit: Duration) -> Result<(), std::io::Error> {
+///         c.take_error()?.map_or(Ok(()), Err)
+///     }
+///
+///     fn keeps_limits(&self) -> bool {
+///         true // `take_error` does not wait
+///     }
+///
+///     fn returned(&self, _: &mut TcpStream) -> Returned {
+///         Returned::Keep
+///     }
+/// }
+///
+/// let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+/// let pool = Pool::builder().build(Tcp(listener.local_addr()?.to_string()))?;
+/// assert!(pool.get()?.peer_addr().is_ok());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait Manage: Send + Sync + 'static {
+    /// What is pooled.
+    type Connection: Send + 'static;
+
+    /// What can go wrong. It need not be `Send`: it is [explained](Manage::explain) on the thread where it came up.
+    type Error: std::error::Error + 'static;
+
+    /// Opens a connection, within [`Opening::limit`] if it can: an attempt that takes longer is written off.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the other side says. What [`explain`](Manage::explain) calls permanent is told to all who wait at once.
+    fn open(&self, opening: &Opening) -> Result<Self::Connection, Self::Error>;
+
+    /// Finds out whether the connection still works.
+    ///
+    /// # Errors
+    ///
+    /// If it does not: the connection is then closed, and its siblings are checked before they are handed out.
+    fn validate(&self, connection: &mut Self::Connection, limit: Duration) -> Result<(), Self::Error>;
+
+    /// Whether [`validate`](Manage::validate) always ends within its limit, whatever the network does. Then it may run
+    /// on the thread that calls `get`, which saves two context switches; otherwise it runs on the pool's.
+    fn keeps_limits(&self) -> bool {
+        false
+    }
+
+    /// Looks at a connection that comes back, on the thread that returns it. Must not block.
+    fn returned(&self, connection: &mut Self::Connection) -> Returned;
+
+    /// Cleans a connection that was [`Returned::Reset`]. Runs on the pool's own threads, within `close_timeout`.
+    ///
+    /// # Errors
+    ///
+    /// If that cannot be done: the connection is then closed.
+    fn reset(&self, _connection: &mut Self::Connection, _limit: Duration) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Closes a connection; by default by dropping it.
+    fn close(&self, connection: Self::Connection, _limit: Duration) {
+        drop(connection);
+    }
+
+    /// Looks at the first connection of a pool, before `build` returns: for what needs the server to be answered.
+    ///
+    /// # Errors
+    ///
+    /// If the pool should not start: `build` fails with this cause.
+    fn started(&self, _connection: &mut Self::Connection, _settings: &Settings) -> Result<(), Cause> {
+        Ok(())
+    }
+
+    /// The server's own number for this connection, such as the process id of a PostgreSQL backend.
+    fn server_id(&self, _connection: &Self::Connection) -> Option<u64> {
+        None
+    }
+
+    /// Says in words what went wrong, and whether trying again can help.
+    fn explain(&self, error: &Self::Error) -> Cause {
+        Cause::text(error)
+    }
+}
+
+impl<M: r2d2::ManageConnection> Manage for M {
+    type Connection = <M as r2d2::ManageConnection>::Connection;
+    type Error = <M as r2d2::ManageConnection>::Error;
+
+    fn open(&self, _: &Opening) -> Result<Self::Connection, Self::Error> {
+        self.connect()
+    }
+
+    fn validate(&self, connection: &mut Self::Connection, _: Duration) -> Result<(), Self::Error> {
+        self.is_valid(connection)
+    }
+
+    fn returned(&self, connection: &mut Self::Connection) -> Returned {
+        if self.has_broken(connection) { Returned::Broken } else { Returned::Keep }
+    }
+}
+
+/// The state in which a connection comes back, as [`Manage::returned`] sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Returned {
+    /// Fit to be lent again.
+    Keep,
+    /// To be [reset](Manage::reset) before anyone else gets it.
+    Reset,
+    /// To be closed. Says nothing of other connections.
+    Discard,
+    /// Dead. Other connections are suspect: each is validated before it is handed out again.
+    Broken,
+    /// Of the past (a node that is no longer the primary, say): every connection opened before now is replaced.
+    Outdated,
+}
+
+type Hook = Arc<dyn Fn() + Send + Sync>;
+
+/// One attempt to open a connection, and what the manager lets the pool do about it from outside.
+///
+/// What is registered here stays valid for the connection that comes of it, as long as that lives.
+pub struct Opening {
+    pool: Arc<str>,
+    limit: Duration,
+    hooks: Mutex<Hooks>,
+    server_id: AtomicU64,
+}
+
+#[derive(Default)]
+struct Hooks {
+    abort: Option<Hook>,
+    cancel: Option<Hook>,
+    aborted: bool,
+}
+
+impl Opening {
+    pub(crate) fn new(pool: Arc<str>, limit: Duration) -> Self {
+        Opening { pool, limit, hooks: Mutex::default(), server_id: AtomicU64::new(u64::MAX) }
+    }
+
+    /// The name of the pool.
+    pub fn pool(&self) -> &str {
+        &self.pool
+    }
+
+    /// How long the attempt may take.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Registers what makes a call that is stuck in this connection (`open` itself, `validate`, `reset`, `close`, or a
+    /// user's own) fail at once. The pool calls it on one of its own threads when a job is written off, and when the
+    /// grace of a `close` is over. It must not block, and may be called at any time and more than once.
+    ///
+    /// Called at once if the attempt was written off before this was registered.
+    pub fn on_abort(&self, cut: impl Fn() + Send + Sync + 'static) {
+        let cut: Hook = Arc::new(cut);
+        let mut hooks = self.hooks.lock();
+        hooks.abort = Some(Arc::clone(&cut));
+        let late = hooks.aborted;
+        drop(hooks);
+        if late {
+            cut();
+        }
+    }
+
+    /// Registers what asks the server to stop what this connection is doing. The pool calls it on one of its own
+    /// threads when the grace of a `close` is over and the connection is still lent, and aborts it then. It may block.
+    pub fn on_cancel(&self, cancel: impl Fn() + Send + Sync + 'static) {
+        self.hooks.lock().cancel = Some(Arc::new(cancel));
+    }
+
+    pub(crate) fn abort(&self) {
+        let mut hooks = self.hooks.lock();
+        hooks.aborted = true;
+        let cut = hooks.abort.clone();
+        drop(hooks);
+        if let Some(cut) = cut {
+            cut();
+        }
+    }
+
+    pub(crate) fn cancel(&self) {
+        let cancel = self.hooks.lock().cancel.clone();
+        if let Some(cancel) = cancel {
+            cancel();
+        }
+    }
+
+    /// Whether anything can be done about this connection from outside.
+    pub(crate) fn can_cut(&self) -> bool {
+        let hooks = self.hooks.lock();
+        hooks.abort.is_some() || hooks.cancel.is_some()
+    }
+
+    pub(crate) fn set_server_id(&self, id: Option<u64>) {
+        self.server_id.store(id.unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub(crate) fn server_id(&self) -> Option<u64> {
+        Some(self.server_id.load(Ordering::Relaxed)).filter(|&id| id != u64::MAX)
+    }
+}
+
+impl fmt::Debug for Opening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opening").field("pool", &self.pool).field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    #[test]
+    fn an_abort_that_comes_first_is_not_lost() {
+        let opening = Opening::new("p".into(), Duration::from_secs(1));
+        let cuts = Arc::new(AtomicU32::new(0));
+        opening.abort();
+        let seen = Arc::clone(&cuts);
+        opening.on_abort(move || {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(cuts.load(Ordering::Relaxed), 1);
+        opening.abort();
+        assert_eq!(cuts.load(Ordering::Relaxed), 2);
+    }
+}

@@ -1,0 +1,652 @@
+//! [`Pool`]: what its users hold.
+
+use crate::builder::{Builder, Hooks, Settings, check_floor};
+use crate::clock::Moment;
+use crate::connection::{Conn, PooledConnection};
+use crate::crew::Kind;
+use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
+use crate::event::{CheckoutEvent, TimeoutEvent};
+use crate::guard::PoolGuard;
+use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
+use crate::ledger::{Grant, Holder, Join, Take, Ticket, Token};
+use crate::manage::Manage;
+use crate::shared::{Ended, Shared, WaitingSeat};
+use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::{reaper, who};
+use log::Level;
+use std::cmp::Reverse;
+use std::fmt;
+use std::panic::Location;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// A pool of connections: a handle to it, to be cloned and given to every thread.
+///
+/// The pool is open until one of them is told to [`close`](Pool::close), a [`PoolGuard`] is dropped, or the last handle
+/// and guard is. Borrowed connections do not keep it open.
+pub struct Pool<M: Manage>(Arc<Handle<M>>);
+
+/// What the handles have in common and the pool's own threads have not.
+struct Handle<M: Manage> {
+    shared: Arc<Shared<M>>,
+}
+
+impl<M: Manage> Drop for Handle<M> {
+    fn drop(&mut self) {
+        end(&self.shared, "its last handle was dropped", None);
+    }
+}
+
+impl<M: Manage> Clone for Pool<M> {
+    fn clone(&self) -> Self {
+        Pool(Arc::clone(&self.0))
+    }
+}
+
+impl<M: Manage> Pool<M> {
+    /// A pool with the default settings. See [`Builder::build`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build`].
+    pub fn new(manager: M) -> Result<Pool<M>, Error> {
+        Pool::builder().build(manager)
+    }
+
+    /// The settings of a pool to be.
+    pub fn builder() -> Builder<M> {
+        Builder::new()
+    }
+
+    /// A pool with a thread that keeps time, and no connection yet.
+    pub(crate) fn start(settings: Settings, hooks: Hooks<M>, manager: M) -> Result<Pool<M>, Error> {
+        let shared = Shared::new(settings, hooks, manager);
+        reaper::start(&shared).map_err(|e| Error::config("pool", format!("its thread cannot be started: {e}")))?;
+        shared.notice(Level::Info, || {
+            let s = &shared.settings;
+            let or_never = |d: Option<Duration>| d.map_or("never".into(), |d| Short(d).to_string());
+            let (idle, life) = (or_never(s.max_idle), or_never(s.max_lifetime));
+            format!("open (max_size {}, min_idle {}, max_idle {idle}, max_lifetime {life})", s.max_size, s.min_idle)
+        });
+        Ok(Pool(Arc::new(Handle { shared })))
+    }
+
+    /// Opens what `build` promises, or says why not.
+    pub(crate) fn fill(&self) -> Result<(), Error> {
+        let shared = &self.0.shared;
+        let timeout = shared.settings.connection_timeout;
+        let deadline = shared.clock.precise().plus(timeout);
+        shared.starting.store(true, Ordering::Release);
+        drop(self.get_timeout(timeout)?);
+        self.lay_floor();
+        let deadline = shared.clock.instant(deadline);
+        let mut ledger = shared.lock();
+        ledger.watchers += 1;
+        let verdict = loop {
+            if ledger.is_closed() || ledger.floor_stands() {
+                break Ok(());
+            }
+            if ledger.is_refusing() {
+                break Err(true);
+            }
+            match deadline {
+                None => shared.changed.wait(&mut ledger),
+                Some(at) if Instant::now() >= at => break Err(false),
+                Some(at) => {
+                    shared.changed.wait_until(&mut ledger, at);
+                }
+            }
+        };
+        ledger.watchers -= 1;
+        ledger.forget_rehearsal();
+        drop(ledger);
+        verdict.map_err(|refused| if refused { shared.refused_error() } else { self.timeout_error(timeout) })
+    }
+
+    pub(crate) fn lay_floor(&self) {
+        let shared = &self.0.shared;
+        let now = shared.clock.precise();
+        shared.with(|l| l.set_min_idle(now, shared.settings.min_idle));
+    }
+
+    // ---------------------------------------------------------------------------------------------- getting
+
+    /// Borrows a connection, waiting for one for at most `connection_timeout`.
+    ///
+    /// The one used last is taken first. If none is idle, waits in order of arrival for one to be returned or opened,
+    /// whichever comes first.
+    ///
+    /// # Errors
+    ///
+    /// * [`Timeout`](crate::ErrorKind::Timeout): none came in time. Says who holds them, or why none could be opened.
+    /// * [`Connect`](crate::ErrorKind::Connect): the server refuses for good, and no connection is alive. At once.
+    /// * [`Closed`](crate::ErrorKind::Closed): the pool is closed. At once, to those who wait as well.
+    /// * [`TooManyWaiting`](crate::ErrorKind::TooManyWaiting): `max_waiting` others wait. At once.
+    #[track_caller]
+    #[inline]
+    pub fn get(&self) -> Result<PooledConnection<M>, Error> {
+        self.get_timeout(self.0.shared.settings.connection_timeout)
+    }
+
+    /// [`get`](Pool::get) with a deadline of its own: `timeout` covers everything, queueing, opening and validation.
+    ///
+    /// Zero: takes a connection that is ready, and fails otherwise. A short timeout does no harm to a connection that is
+    /// being opened or validated: it goes to the next.
+    ///
+    /// # Errors
+    ///
+    /// As [`get`](Pool::get).
+    #[track_caller]
+    #[inline]
+    pub fn get_timeout(&self, timeout: Duration) -> Result<PooledConnection<M>, Error> {
+        let shared = &self.0.shared;
+        let holder = Holder { at: Location::caller(), thread: who::tag() };
+        let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
+        let now = shared.now();
+        match shared.with(|l| l.take(now, holder, here)) {
+            Take::Ready(token, conn) => Ok(self.lend(token, conn, None)),
+            other => self.get_slowly(other, holder, timeout),
+        }
+    }
+
+    /// Borrows a connection if one is idle and needs no check. Waits for nothing, neither for a connection nor for the
+    /// network; but asks for one to be made ready, so that a later call finds it.
+    ///
+    /// `None` as well if the pool is closed, or others wait.
+    #[track_caller]
+    pub fn try_get(&self) -> Option<PooledConnection<M>> {
+        let shared = &self.0.shared;
+        let holder = Holder { at: Location::caller(), thread: who::tag() };
+        let now = shared.now();
+        match shared.with(|l| l.take(now, holder, false)) {
+            Take::Ready(token, conn) => Some(self.lend(token, conn, None)),
+            Take::Check(..) => unreachable!("it did not offer to check"),
+            Take::Nothing => {
+                if !shared.is_forked() {
+                    shared.with(|l| l.prepare(now));
+                }
+                None
+            }
+        }
+    }
+
+    /// A connection has been won. `waited` since then, if it was not there at once.
+    #[inline]
+    fn lend(&self, token: Token, conn: Box<Conn<M>>, waited: Option<Moment>) -> PooledConnection<M> {
+        let shared = &self.0.shared;
+        if let Some(events) = &shared.hooks.events {
+            let id = token.id();
+            let duration = waited.map_or(Duration::ZERO, |since| shared.clock.precise().since(since));
+            shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
+        }
+        PooledConnection::new(token, conn)
+    }
+
+    #[cold]
+    fn get_slowly(
+        &self,
+        first: Take<Box<Conn<M>>>,
+        holder: Holder,
+        timeout: Duration,
+    ) -> Result<PooledConnection<M>, Error> {
+        let shared = &self.0.shared;
+        if shared.is_forked() {
+            // What it has in hand is the parent's.
+            std::mem::forget(first);
+            return Err(shared.forked_error());
+        }
+        let begun = shared.clock.precise();
+        let deadline = begun.plus(timeout);
+        let mut place = None;
+        if let Take::Check(token, conn, ticket) = first {
+            if let Some((token, conn)) = self.check_here(token, conn, holder) {
+                return Ok(self.lend(token, conn, Some(begun)));
+            }
+            place = Some(ticket);
+        }
+        let seat = Arc::new(WaitingSeat::<M>::new());
+        let now = shared.clock.precise();
+        let (joined, unused) = shared.with(|l| {
+            let joined = l.join(now, holder, place, Arc::clone(&seat));
+            shared.note_crowd(l);
+            joined
+        });
+        drop(unused);
+        let grant = match joined {
+            Join::Ready(token, conn) => Grant::Lent(token, conn),
+            Join::Closed => Grant::Closed,
+            Join::Refused => Grant::Refused,
+            Join::Crowded(waiting) => {
+                let max_waiting = shared.settings.max_waiting.unwrap_or(u32::MAX);
+                let crowd = TooManyWaiting { pool: shared.name.to_string(), waiting, max_waiting };
+                return Err(Error::new(ErrorKind::TooManyWaiting(crowd)));
+            }
+            Join::Queued(ticket) => match self.wait(&seat, ticket, deadline) {
+                Some(grant) => grant,
+                None => {
+                    if let Some(events) = &shared.hooks.events {
+                        shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
+                    }
+                    return Err(self.timeout_error(timeout));
+                }
+            },
+        };
+        match grant {
+            Grant::Lent(token, conn) => Ok(self.lend(token, conn, Some(begun))),
+            Grant::Closed => Err(shared.closed_error()),
+            Grant::Refused => Err(shared.refused_error()),
+        }
+    }
+
+    /// Sits until the seat is filled. `None`: the deadline came first.
+    fn wait(&self, seat: &WaitingSeat<M>, ticket: Ticket, deadline: Moment) -> Option<Grant<Box<Conn<M>>>> {
+        let shared = &self.0.shared;
+        if let Some(grant) = seat.wait(shared.clock.instant(deadline)) {
+            return Some(grant);
+        }
+        let now = shared.clock.precise();
+        let left = shared.with(|l| {
+            let left = l.leave(now, ticket);
+            shared.note_crowd(l);
+            left
+        });
+        match left {
+            Some(_) => None,
+            // No longer queued: then its seat was filled, under the same lock.
+            None => seat.take(),
+        }
+    }
+
+    /// Validates on this thread. `None`: it failed, or the connection may not be had after all.
+    fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
+        let shared = &self.0.shared;
+        let begun = shared.clock.precise();
+        let result = catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout));
+        let reason = match &result {
+            Ok(Ok(())) => {
+                let now = shared.clock.precise();
+                return shared.with(|l| l.cleared(now, begun, token, conn, holder));
+            }
+            Ok(Err(_)) => CloseReason::Invalid,
+            Err(_) => CloseReason::Panicked,
+        };
+        let id = token.id();
+        let slot = Slot::new(Arc::clone(shared), token);
+        slot.report_check(reason);
+        shared.post(Kind::Close, Job::Close(slot, conn, reason));
+        refused(shared, id, reason, result);
+        None
+    }
+
+    fn timeout_error(&self, timeout: Duration) -> Error {
+        let shared = &self.0.shared;
+        let (counts, max_size, failing) = {
+            let ledger = shared.lock();
+            (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
+        };
+        let mut out = shared.rows(|row| row.state == ConnectionState::Out);
+        let me = who::tag();
+        let held_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
+        out.sort_by_key(|row| row.since);
+        out.truncate(Timeout::HOLDERS);
+        let mut holders = shared.describe(out);
+        holders.sort_by_key(|row| Reverse(row.since));
+        Error::new(ErrorKind::Timeout(Timeout {
+            pool: shared.name.to_string(),
+            timeout,
+            max_size,
+            out: counts.out,
+            opening: counts.opening,
+            checking: counts.checking,
+            closing: counts.closing,
+            waiting: counts.waiting,
+            holders,
+            held_here,
+            cause: if failing { shared.cause() } else { None },
+        }))
+    }
+
+    // ---------------------------------------------------------------------------------------------- changing
+
+    /// Sets the greatest number of connections.
+    ///
+    /// Down: what is too many is closed, idle ones at once (the longest unused first) and lent ones as they come back.
+    ///
+    /// # Errors
+    ///
+    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then.
+    pub fn resize(&self, max_size: u32) -> Result<(), Error> {
+        if max_size == 0 {
+            return Err(Error::config("max_size", "is 0, and must be at least 1"));
+        }
+        let shared = &self.0.shared;
+        check_floor(shared.settings.min_idle, max_size)?;
+        let now = shared.clock.precise();
+        shared.with(|l| l.resize(now, max_size));
+        Ok(())
+    }
+
+    /// Replaces every connection whose opening began before now: idle ones at once, lent ones as they come back.
+    ///
+    /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
+    /// forgotten: the next attempt is made soon.
+    pub fn recycle(&self) {
+        let shared = &self.0.shared;
+        let now = shared.clock.precise();
+        shared.with(|l| l.recycle(now));
+        shared.notice(Level::Info, || "recycled: every connection is replaced".into());
+    }
+
+    // ---------------------------------------------------------------------------------------------- ending
+
+    /// Closes the pool, and waits until it is closed, but for at most `grace`.
+    ///
+    /// From the start of the call, those who wait for a connection get [`Closed`](crate::ErrorKind::Closed), and nothing
+    /// new is handed out. Idle connections are closed; lent ones as they come back; those being opened when they arrive.
+    /// It does not wait for what this very thread holds, nor, called from a hook, for the job that called it.
+    ///
+    /// When the grace is over, what is still lent is cancelled and cut where the manager can do that, the rest is
+    /// left to end by itself, and the report says what. Zero: waits for nothing. A second call waits as well.
+    #[track_caller]
+    pub fn close(&self, grace: Duration) -> CloseReport {
+        let begun = Instant::now();
+        close(&self.0.shared, "`close` was called", Location::caller(), begun, begun.checked_add(grace), true)
+    }
+
+    /// Whether the pool is closed.
+    pub fn is_closed(&self) -> bool {
+        self.0.shared.lock().is_closed()
+    }
+
+    /// A guard that closes the pool when it is dropped. See [`PoolGuard`].
+    #[track_caller]
+    pub fn guard(&self) -> PoolGuard {
+        PoolGuard::new(Arc::new(self.clone()), Location::caller())
+    }
+
+    // ---------------------------------------------------------------------------------------------- looking
+
+    /// How many connections there are, as r2d2 says it: all that are open, and the idle ones among them.
+    pub fn state(&self) -> State {
+        let counts = self.0.shared.counts();
+        State { connections: counts.idle + counts.out + counts.checking, idle_connections: counts.idle }
+    }
+
+    /// What the pool is doing and has done. For a gauge every few seconds: it takes the pool's lock for a moment.
+    pub fn stats(&self) -> Stats {
+        let shared = &self.0.shared;
+        let dropped_records = shared.crew.dropped_notices();
+        let (counts, max_size, closed, tally) = {
+            let ledger = shared.lock();
+            (ledger.counts(), ledger.rules().max_size, ledger.is_closed(), ledger.tally.clone())
+        };
+        Stats {
+            name: shared.name.to_string(),
+            age: shared.clock.precise().since(Moment::BIRTH),
+            closed,
+            max_size,
+            idle: counts.idle,
+            out: counts.out,
+            checking: counts.checking,
+            opening: counts.opening,
+            closing: counts.closing,
+            waiting: counts.waiting,
+            lost: counts.lost,
+            checkouts: tally.checkouts,
+            waits: tally.waits,
+            timeouts: tally.timeouts,
+            turned_away: tally.turned_away,
+            opens: tally.opens,
+            failed_opens: tally.failed_opens,
+            closes: tally.closes.iter().sum(),
+            detached: tally.detached,
+            written_off: tally.written_off,
+            leaks: tally.leaks,
+            dropped_records,
+            wait_time: tally.wait,
+            hold_time: tally.hold,
+            open_time: tally.open,
+            max_lateness: tally.max_lateness,
+            closes_by: tally.closes,
+        }
+    }
+
+    /// Every connection, one row each: what it is doing, how old it is, who has it.
+    pub fn connections(&self) -> Connections {
+        let shared = &self.0.shared;
+        Connections(shared.describe(shared.rows(|_| true)))
+    }
+
+    /// The settings the pool was built with.
+    pub fn settings(&self) -> &Settings {
+        &self.0.shared.settings
+    }
+
+    /// The manager.
+    pub fn manager(&self) -> &M {
+        &self.0.shared.manager
+    }
+
+    /// The name of the pool.
+    pub fn name(&self) -> &str {
+        &self.0.shared.name
+    }
+
+    /// The greatest number of connections, as it is set now.
+    pub fn max_size(&self) -> u32 {
+        self.0.shared.lock().rules().max_size
+    }
+
+    /// The floor. (r2d2's returns an `Option`, in which `None` stands for `max_size`.)
+    pub fn min_idle(&self) -> u32 {
+        self.settings().min_idle
+    }
+
+    /// See [`Builder::max_idle`].
+    pub fn max_idle(&self) -> Option<Duration> {
+        self.settings().max_idle
+    }
+
+    /// [`max_idle`](Pool::max_idle) by r2d2's name.
+    pub fn idle_timeout(&self) -> Option<Duration> {
+        self.settings().max_idle
+    }
+
+    /// See [`Builder::max_lifetime`].
+    pub fn max_lifetime(&self) -> Option<Duration> {
+        self.settings().max_lifetime
+    }
+
+    /// See [`Builder::connection_timeout`].
+    pub fn connection_timeout(&self) -> Duration {
+        self.settings().connection_timeout
+    }
+}
+
+impl<M: Manage> fmt::Debug for Pool<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("name", &self.name())
+            .field("state", &self.state())
+            .field("settings", self.settings())
+            .finish_non_exhaustive()
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- the end
+
+/// What `close` has done, and what it had to leave.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CloseReport {
+    /// The name of the pool.
+    pub pool: String,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// How many waited for a connection, and were told that the pool is closed.
+    pub waiters: u32,
+    /// Connections that are not closed yet: still lent, or in a job that has not ended.
+    pub left: Connections,
+    /// The numbers of those among them that were cut when the grace was over.
+    pub cut: Vec<u64>,
+    /// Jobs that had been written off before and have not come back.
+    pub lost: u32,
+    /// Threads of the pool that have not ended: each is in a call of the manager's, a hook's or the logger's.
+    pub threads: usize,
+    /// Whether the workers that a guard owned have finished; `true` if it owned none.
+    pub workers_finished: bool,
+}
+
+impl CloseReport {
+    /// Whether nothing is left: no connection, no thread, no worker.
+    pub fn is_complete(&self) -> bool {
+        self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
+    }
+}
+
+impl fmt::Display for CloseReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pool '{}' closed in {}", self.pool, Short(self.elapsed))?;
+        if self.waiters > 0 {
+            write!(f, "; {} waiters turned away", self.waiters)?;
+        }
+        if self.is_complete() {
+            return write!(f, "; nothing is left");
+        }
+        if !self.workers_finished {
+            write!(f, "; workers still run")?;
+        }
+        if self.lost > 0 {
+            write!(f, "; {} jobs given up before are not back", self.lost)?;
+        }
+        if self.threads > 0 {
+            write!(f, "; {} threads have not ended", self.threads)?;
+        }
+        for (i, row) in self.left.iter().enumerate() {
+            let cut = if self.cut.contains(&row.id) { " (cut)" } else { "" };
+            write!(f, "{}{row}{cut}", if i == 0 { "; left: " } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
+/// Begins the end, if it has not begun. Returns how many waited.
+fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static Location<'static>>) -> u32 {
+    let now = shared.clock.precise();
+    // Before the ledger is told: whoever hears that the pool is closed can read who did it.
+    let _ = shared.ended.set(Ended { by, at, thread: who::tag(), when: now });
+    let waiters = shared.with(|l| {
+        let waiters = l.close(now);
+        shared.note_crowd(l);
+        waiters
+    });
+    if waiters.is_some() {
+        let place = at.map(|at| format!(" ({at})")).unwrap_or_default();
+        shared.notice(Level::Info, || format!("closing: {by}{place}"));
+    }
+    shared.crew.close();
+    waiters.unwrap_or(0)
+}
+
+/// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
+const LAST_WORDS: Duration = Duration::from_millis(20);
+
+/// Ends the pool, waits until the deadline for what there is, and reports. The whole began at `begun`.
+fn close<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    by: &'static str,
+    at: &'static Location<'static>,
+    begun: Instant,
+    deadline: Option<Instant>,
+    workers_finished: bool,
+) -> CloseReport {
+    let waiters = end(shared, by, Some(at));
+    let me = who::tag();
+    let (my_thread, my_slots) = crew_here(shared).map_or((0, 0), |slots| (1, slots));
+    // A forked child has none of the threads it could wait for.
+    let deadline = if shared.is_forked() { Some(begun) } else { deadline };
+
+    let mut ledger = shared.lock();
+    ledger.watchers += 1;
+    loop {
+        let mine = ledger.rows().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
+        let slots = ledger.counts().total() - mine - my_slots;
+        let reaper = shared.reaper_lives.load(Ordering::SeqCst) && my_slots == 0;
+        if slots == 0 && !reaper && shared.crew.threads() == my_thread {
+            break;
+        }
+        match deadline {
+            None => shared.changed.wait(&mut ledger),
+            Some(at) if Instant::now() >= at => break,
+            Some(at) => {
+                shared.changed.wait_until(&mut ledger, at);
+            }
+        }
+    }
+    ledger.watchers -= 1;
+    let lost = ledger.counts().lost;
+    drop(ledger);
+
+    let left = Connections(shared.describe(shared.rows(|_| true)));
+    let over = deadline.is_some_and(|at| Instant::now() >= at) && !shared.is_forked();
+    let mut cut = Vec::new();
+    if over {
+        for row in left.iter() {
+            let lent = row.state == ConnectionState::Out;
+            if shared.cut(row.id, lent) {
+                cut.push(row.id);
+            }
+        }
+    }
+    let mut report = CloseReport {
+        pool: shared.name.to_string(),
+        elapsed: begun.elapsed(),
+        waiters,
+        left,
+        cut,
+        lost,
+        threads: shared.crew.threads().saturating_sub(my_thread),
+        workers_finished,
+    };
+    let level = if report.is_complete() { Level::Info } else { Level::Warn };
+    if !shared.is_forked() && level <= log::max_level() {
+        shared.notice(level, || report.to_string());
+        let until = Instant::now() + LAST_WORDS;
+        let mut ledger = shared.lock();
+        while shared.crew.threads() > report.threads + my_thread && Instant::now() < until {
+            shared.changed.wait_until(&mut ledger, until);
+        }
+    }
+    report.elapsed = begun.elapsed();
+    report
+}
+
+/// What a guard can do with a pool whose manager it does not know.
+pub(crate) trait Closing: Send + Sync {
+    fn name(&self) -> &str;
+    /// Closes the pool on behalf of a guard that was made at `at` and dropped at `begun`.
+    fn close_by(
+        &self,
+        at: &'static Location<'static>,
+        begun: Instant,
+        deadline: Option<Instant>,
+        workers_finished: bool,
+    ) -> CloseReport;
+}
+
+impl<M: Manage> Closing for Pool<M> {
+    fn name(&self) -> &str {
+        Pool::name(self)
+    }
+
+    fn close_by(
+        &self,
+        at: &'static Location<'static>,
+        begun: Instant,
+        deadline: Option<Instant>,
+        workers_finished: bool,
+    ) -> CloseReport {
+        close(&self.0.shared, "its guard was dropped", at, begun, deadline, workers_finished)
+    }
+}

@@ -1,0 +1,308 @@
+//! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
+//!
+//! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the outbox is settled by whoever
+//! held the lock: seats are filled before it is released, and after it threads are woken and jobs posted.
+
+use crate::builder::{Hooks, Settings};
+use crate::clock::{Clock, Moment};
+use crate::connection::Conn;
+use crate::crew::{Crew, Kind};
+use crate::error::{Cause, Closed, Error, ErrorKind};
+use crate::jobs::{Job, Notice, Slot};
+use crate::ledger::{Counts, Grant, Ledger, Order, Row, Token};
+use crate::manage::{Manage, Opening};
+use crate::stats::{ConnectionInfo, ConnectionState, Short};
+use crate::waiter::Seat;
+use crate::{reaper, who};
+use log::Level;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::panic::Location;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// The ledger of a pool of `M`'s connections.
+pub(crate) type Book<M> = Ledger<Box<Conn<M>>, Arc<WaitingSeat<M>>>;
+
+/// Where a thread waits for one of `M`'s connections.
+pub(crate) type WaitingSeat<M> = Seat<Grant<Box<Conn<M>>>>;
+
+/// What the parts of one pool share.
+pub(crate) struct Shared<M: Manage> {
+    pub(crate) name: Arc<str>,
+    pub(crate) clock: Clock,
+    pub(crate) settings: Settings,
+    pub(crate) manager: M,
+    pub(crate) hooks: Hooks<M>,
+    pub(crate) crew: Crew<Job<M>>,
+    /// [`Manage::keeps_limits`], asked once.
+    pub(crate) keeps_limits: bool,
+    ledger: Mutex<Book<M>>,
+    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
+    crowd: AtomicU32,
+    /// What the reaper sleeps on.
+    pub(crate) alarm: Condvar,
+    pub(crate) reaper_lives: AtomicBool,
+    /// What `build` and `close` sleep on.
+    pub(crate) changed: Condvar,
+    /// Why the last open failed. Not in the ledger: a cause is not to be dropped under its lock.
+    cause: Mutex<Option<Cause>>,
+    /// Every connection that is open or being opened, by number: what can be done about it from outside.
+    pub(crate) openings: Mutex<HashMap<u64, Arc<Opening>>>,
+    pub(crate) ended: OnceLock<Ended>,
+    /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`].
+    pub(crate) starting: AtomicBool,
+    /// The process that built the pool.
+    pid: u32,
+}
+
+/// Who closed the pool.
+pub(crate) struct Ended {
+    pub(crate) by: &'static str,
+    pub(crate) at: Option<&'static Location<'static>>,
+    pub(crate) thread: u64,
+    pub(crate) when: Moment,
+}
+
+impl<M: Manage> Shared<M> {
+    pub(crate) fn new(settings: Settings, hooks: Hooks<M>, manager: M) -> Arc<Self> {
+        let clock = Clock::new();
+        Arc::new(Shared {
+            name: settings.name.as_str().into(),
+            crew: Crew::new(settings.name.clone()),
+            keeps_limits: manager.keeps_limits(),
+            ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
+            crowd: AtomicU32::new(0),
+            alarm: Condvar::new(),
+            reaper_lives: AtomicBool::new(false),
+            changed: Condvar::new(),
+            cause: Mutex::new(None),
+            openings: Mutex::new(HashMap::new()),
+            ended: OnceLock::new(),
+            starting: AtomicBool::new(false),
+            pid: std::process::id(),
+            clock,
+            settings,
+            hooks,
+            manager,
+        })
+    }
+
+    // ---------------------------------------------------------------------------------------------- the lock
+
+    /// Asks the ledger, and settles what it leaves to be done.
+    #[inline]
+    pub(crate) fn with<R>(self: &Arc<Self>, ask: impl FnOnce(&mut Book<M>) -> R) -> R {
+        let mut ledger = self.ledger.lock();
+        let answer = ask(&mut ledger);
+        if !ledger.outbox.is_empty() {
+            self.settle(ledger);
+        }
+        answer
+    }
+
+    /// The lock itself, for those who sleep under it: its outbox must be empty when it is released.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Book<M>> {
+        self.ledger.lock()
+    }
+
+    /// Fills seats, releases the lock, wakes and posts.
+    #[cold]
+    pub(crate) fn settle(self: &Arc<Self>, mut ledger: MutexGuard<'_, Book<M>>) {
+        let grants = std::mem::take(&mut ledger.outbox.grants);
+        let orders = std::mem::take(&mut ledger.outbox.orders);
+        let bell = std::mem::take(&mut ledger.outbox.bell);
+        let changed = std::mem::take(&mut ledger.outbox.changed);
+        let mut seats = Vec::with_capacity(grants.len());
+        for (seat, grant) in grants {
+            seat.fill(grant);
+            seats.push(seat);
+        }
+        self.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
+        drop(ledger);
+        seats.iter().for_each(|seat| seat.wake());
+        if bell {
+            reaper::wake(self);
+        }
+        if changed {
+            self.changed.notify_all();
+        }
+        if orders.is_empty() {
+            return;
+        }
+        if self.is_forked() {
+            // These connections are the parent's: whatever is done to them here is done to it.
+            return orders.into_iter().for_each(std::mem::forget);
+        }
+        orders.into_iter().for_each(|order| self.dispatch(order));
+    }
+
+    /// Tells those who wait, and the clock, that the queue has changed.
+    pub(crate) fn note_crowd(&self, ledger: &Book<M>) {
+        self.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
+    }
+
+    /// The time: coarse, and precise while somebody waits.
+    #[inline]
+    pub(crate) fn now(&self) -> Moment {
+        if self.crowd.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
+    }
+
+    /// A number between 0 and 1, at random.
+    pub(crate) fn chance(&self) -> f64 {
+        RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
+    }
+
+    /// Whether this process is a child of the one that built the pool, forked from it: it has the pool's memory and
+    /// sockets, and none of its threads.
+    pub(crate) fn is_forked(&self) -> bool {
+        std::process::id() != self.pid
+    }
+
+    // ---------------------------------------------------------------------------------------------- orders
+
+    fn dispatch(self: &Arc<Self>, order: Order<Box<Conn<M>>>) {
+        let slot = |token: Token| Slot::new(Arc::clone(self), token);
+        match order {
+            Order::Open(token) => self.post(Kind::Open, Job::Open(slot(token))),
+            Order::Check(token, conn) => self.post(Kind::Check, Job::Check(slot(token), conn)),
+            Order::Reset(token, conn) => self.post(Kind::Check, Job::Reset(slot(token), conn)),
+            Order::Close(token, conn, reason) => self.post(Kind::Close, Job::Close(slot(token), conn, reason)),
+            Order::WriteOff { id, job, limit } => {
+                let (kind, what) = match job {
+                    ConnectionState::Opening => (Kind::Open, "opening"),
+                    ConnectionState::Checking => (Kind::Check, "checking"),
+                    _ => (Kind::Close, "closing"),
+                };
+                if job == ConnectionState::Opening {
+                    let within = Short(limit);
+                    self.set_cause(Some(Cause::message(format!("no answer to an attempt to connect within {within}"))));
+                }
+                self.crew.write_off(self, kind);
+                self.cut(id, false);
+                self.notice(Level::Warn, || format!("gave up {what} #{id}, which took longer than {}", Short(limit)));
+            }
+            Order::Leak { id, holder, held } => self.notice(Level::Warn, || {
+                let by = holder.map(|h| format!(" by thread {} at {}", who::name(h.thread), h.at));
+                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by.unwrap_or_default())
+            }),
+        }
+    }
+
+    pub(crate) fn post(self: &Arc<Self>, kind: Kind, job: Job<M>) {
+        match self.crew.post(self, kind, job) {
+            Ok(true) => {}
+            // The reaper nudges the crew after each look.
+            Ok(false) => self.with(|l| l.look_again()),
+            Err((error, Job::Open(slot))) => {
+                self.set_cause(Some(Cause::message(format!("cannot start a thread to connect on: {error}"))));
+                slot.fail(false);
+            }
+            // The reaper runs no job; anybody else has nobody to leave it to.
+            Err((_, job)) if reaper::is_this(self) => self.crew.strand(kind, job),
+            Err((_, job)) => {
+                job.run(self);
+            }
+        }
+    }
+
+    /// Makes the calls of a connection fail, after asking the server to stop what it is doing if `cancel`.
+    pub(crate) fn cut(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
+        let opening = self.openings.lock().get(&id).cloned();
+        match opening {
+            // An attempt that is yet to register something is told when it does.
+            Some(opening) => {
+                let can = opening.can_cut();
+                self.post(Kind::Cut, Job::Cut(opening, cancel));
+                can
+            }
+            None => false,
+        }
+    }
+
+    /// Leaves a record to a thread that the logger may block.
+    pub(crate) fn notice(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
+        if level <= log::max_level() {
+            let text = format!("pool '{}': {}", self.name, text());
+            self.post(Kind::Notice, Job::Notice(Notice { level, text }));
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- causes, errors
+
+    /// Remembers why the last open failed, or that the last one did not.
+    pub(crate) fn set_cause(&self, cause: Option<Cause>) {
+        let before = std::mem::replace(&mut *self.cause.lock(), cause);
+        drop(before);
+    }
+
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        self.cause.lock().clone()
+    }
+
+    pub(crate) fn refused_error(&self) -> Error {
+        let cause = self.cause().unwrap_or_else(|| Cause::message("refused"));
+        Error::new(ErrorKind::Connect(crate::error::Connect { pool: self.name.to_string(), cause }))
+    }
+
+    pub(crate) fn closed_error(&self) -> Error {
+        let closed = match self.ended.get() {
+            Some(ended) => Closed {
+                pool: self.name.to_string(),
+                by: ended.by,
+                at: ended.at,
+                thread: who::name(ended.thread),
+                ago: self.clock.precise().since(ended.when),
+            },
+            None => Closed {
+                pool: self.name.to_string(),
+                by: "its last handle was dropped",
+                at: None,
+                thread: who::name(who::tag()),
+                ago: std::time::Duration::ZERO,
+            },
+        };
+        Error::new(ErrorKind::Closed(closed))
+    }
+
+    /// What a forked child is told.
+    pub(crate) fn forked_error(&self) -> Error {
+        let problem = format!(
+            "belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
+             connections are the parent's. Build a pool after the fork",
+            self.pid,
+            std::process::id()
+        );
+        Error::config("pool", problem)
+    }
+
+    // ---------------------------------------------------------------------------------------------- looking
+
+    pub(crate) fn counts(&self) -> Counts {
+        self.ledger.lock().counts()
+    }
+
+    /// Copies of the rows that `pick` picks. What they say in words is looked up later, without the lock.
+    pub(crate) fn rows(&self, pick: impl Fn(&Row) -> bool) -> Vec<Row> {
+        self.ledger.lock().rows().filter(|row| pick(row)).cloned().collect()
+    }
+
+    /// The rows as the user sees them, by number.
+    pub(crate) fn describe(&self, mut rows: Vec<Row>) -> Vec<ConnectionInfo> {
+        rows.sort_by_key(|row| row.id);
+        let now = self.clock.precise();
+        let openings = self.openings.lock();
+        let describe = |row: Row| ConnectionInfo {
+            id: row.id,
+            server_id: openings.get(&row.id).and_then(|o| o.server_id()),
+            state: row.state,
+            since: now.since(row.since),
+            age: now.since(row.born),
+            uses: row.uses,
+            location: row.holder.map(|h| h.at),
+            thread: row.holder.map(|h| who::name(h.thread)),
+        };
+        rows.into_iter().map(describe).collect()
+    }
+}
