@@ -152,7 +152,8 @@ pub(crate) enum Grant<C> {
 pub(crate) enum Order<C> {
     Open(Token),
     Check(Token, C),
-    Reset(Token, C),
+    /// With who had it last.
+    Reset(Token, C, Option<Holder>),
     Close(Token, C, CloseReason),
     /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread.
     WriteOff {
@@ -541,9 +542,11 @@ impl<C, W> Ledger<C, W> {
         match back {
             Back::Keep => {}
             Back::Reset if reason.is_none() => {
-                self.rows[index as usize].unused_since = now;
+                let row = &mut self.rows[index as usize];
+                row.unused_since = now;
+                let holder = row.holder;
                 self.start_check(index, now, Check::Reset);
-                self.outbox.orders.push(Order::Reset(token, conn));
+                self.outbox.orders.push(Order::Reset(token, conn, holder));
                 return self.provision(now);
             }
             Back::Reset => {}
