@@ -859,10 +859,12 @@ impl<C, W> Ledger<C, W> {
         self.provision(now);
     }
 
-    /// Forgets what was counted while the pool was built.
+    /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
+    /// the books, which would not balance otherwise.
     pub(crate) fn forget_rehearsal(&mut self) {
-        let Tally { opens, failed_opens, open, .. } = std::mem::take(&mut self.tally);
-        self.tally = Tally { opens, failed_opens, open, ..Tally::default() };
+        let tally = std::mem::take(&mut self.tally);
+        let (wait, hold) = Default::default();
+        self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
     }
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.

@@ -421,6 +421,17 @@ fn max_idle_zero_keeps_nothing() {
 }
 
 #[test]
+fn a_rehearsal_is_forgotten_but_not_what_it_opened_and_closed() {
+    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
+    w.use_once(ms(5));
+    w.ledger.forget_rehearsal();
+    let tally = &w.ledger.tally;
+    assert_eq!((tally.checkouts, tally.waits, tally.wait.count(), tally.hold.count()), (0, 0, 0, 0));
+    assert_eq!((tally.opens, tally.open.count(), tally.closes[CloseReason::Idle as usize]), (1, 1, 1));
+    assert_eq!(w.counts().total(), 0);
+}
+
+#[test]
 fn max_idle_none_keeps_all() {
     let mut w = World::new(Rules { max_idle: None, ..rules() });
     w.burst(17);
