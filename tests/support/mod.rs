@@ -19,4 +19,4 @@ mod wait;
 pub use database::{Backend, Database};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, ms, threads_named, wait_until};
+pub use wait::{EPSILON, alone, ms, threads_named, wait_until};

@@ -3,6 +3,8 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
+
 /// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost.
 pub const EPSILON: Duration = Duration::from_millis(50);
 
@@ -47,4 +49,12 @@ pub fn threads_named(prefix: &str) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Keeps the tests of one program that measure time, or count its threads, from running side by side: each holds this
+/// from its first line to its last.
+#[must_use = "alone until it is dropped: bind it to a name, such as `_alone`"]
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock()
 }
