@@ -482,7 +482,7 @@ impl<C, W> Ledger<C, W> {
         let now = self.tick(now);
         let waiter = self.queue.remove(&ticket)?;
         self.tally.timeouts += 1;
-        self.tally.wait.record(now.since(waiter.since));
+        self.tally.wait.record(now.nanos_since(waiter.since));
         Some(waiter.seat)
     }
 
@@ -535,7 +535,7 @@ impl<C, W> Ledger<C, W> {
         let index = token.index;
         let row = &self.rows[index as usize];
         debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.since(row.since));
+        self.tally.hold.record(now.nanos_since(row.since));
         self.out -= 1;
         let mut reason = self.unfit(index, now);
         match back {
@@ -577,7 +577,7 @@ impl<C, W> Ledger<C, W> {
         let now = self.tick(now);
         let row = &self.rows[token.index as usize];
         debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.since(row.since));
+        self.tally.hold.record(now.nanos_since(row.since));
         self.out -= 1;
         self.forget_lifetime(token.index);
         self.tally.detached += 1;
@@ -639,7 +639,7 @@ impl<C, W> Ledger<C, W> {
         self.opening -= 1;
         let row = &mut self.rows[index as usize];
         row.unused_since = now;
-        self.tally.open.record(now.since(row.born));
+        self.tally.open.record(now.nanos_since(row.born));
         if row.dies <= now {
             let born = row.born;
             self.tally.failed_opens += 1;
@@ -929,7 +929,7 @@ impl<C, W> Ledger<C, W> {
                 self.start_check(index, now, Check::Crew);
                 self.outbox.orders.push(Order::Check(token, conn));
             } else if let Some((_, waiter)) = self.queue.pop_first() {
-                self.tally.wait.record(now.since(waiter.since));
+                self.tally.wait.record(now.nanos_since(waiter.since));
                 self.lend(index, now, waiter.holder);
                 self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
             }
@@ -1093,7 +1093,7 @@ impl<C, W> Ledger<C, W> {
     /// Empties the queue.
     fn turn_out(&mut self, now: Moment, grant: impl Fn() -> Grant<C>) {
         while let Some((_, waiter)) = self.queue.pop_first() {
-            self.tally.wait.record(now.since(waiter.since));
+            self.tally.wait.record(now.nanos_since(waiter.since));
             self.outbox.grants.push((waiter.seat, grant()));
         }
     }

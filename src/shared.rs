@@ -211,13 +211,11 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn cut(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let opening = self.openings.lock().get(&id).cloned();
         match opening {
-            // An attempt that is yet to register something is told when it does.
-            Some(opening) => {
-                let can = opening.can_cut();
+            Some(opening) if opening.condemn() => {
                 self.post(Kind::Cut, Job::Cut(opening, cancel));
-                can
+                true
             }
-            None => false,
+            _ => false,
         }
     }
 
