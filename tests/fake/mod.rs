@@ -70,6 +70,8 @@ pub enum Act {
     Block,
     /// Takes so long, then succeeds.
     Last(Duration),
+    /// Takes so long, then fails.
+    FailAfter(Duration),
     Panic,
     /// Does this, then succeeds.
     Run(Arc<dyn Fn() + Send + Sync>),
@@ -287,6 +289,10 @@ impl Inner {
             Act::Last(time) => {
                 std::thread::sleep(time);
                 Ok(())
+            }
+            Act::FailAfter(time) => {
+                std::thread::sleep(time);
+                Err(FakeError::new(call, false))
             }
             // Without the panic hook: no output.
             Act::Panic => std::panic::resume_unwind(Box::new(PANIC)),
