@@ -901,7 +901,10 @@ impl<C, W> Ledger<C, W> {
         match self.rules.validate {
             Validate::Never => false,
             Validate::Always => true,
-            Validate::AfterIdle(limit) => row.proven < self.suspect || now.since(row.unused_since) >= limit,
+            // A check that was made for somebody who did not wait for it, or to keep it alive, serves the next as well.
+            Validate::AfterIdle(limit) => {
+                row.proven < self.suspect || now.since(row.unused_since.max(row.proven)) >= limit
+            }
         }
     }
 

@@ -949,6 +949,35 @@ fn try_get_prepares_one_at_a_time() {
     assert!(matches!(w.ledger.take(w.now, here(), false), Take::Ready(..)));
 }
 
+#[test]
+fn what_was_checked_for_one_serves_the_next() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), ..rules() });
+    w.check_time = ms(100);
+    w.burst(1);
+    w.run(secs(5));
+    // By `try_get`, which does not wait for it.
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing));
+    w.ledger.prepare(w.now);
+    w.settle();
+    w.run(ms(100));
+    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("checked in vain") };
+    w.lent(1, token, conn);
+    w.put(1);
+    // By somebody who gave up.
+    w.run(secs(5));
+    let impatient = w.get();
+    assert!(w.leave(impatient));
+    w.run(ms(1_100));
+    let next = w.get();
+    assert!(!w.out.contains_key(&next), "a second after that check began, there is another");
+    w.run(ms(100));
+    assert!(w.out.contains_key(&next));
+    w.put(next);
+    // Of those that are unused for as long, it stays where it was: a check is no use of it.
+    w.run(secs(600));
+    assert_eq!(w.counts().idle, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------- P4: close
 
 #[test]
