@@ -30,7 +30,13 @@ impl Moment {
     /// How long after `earlier` this is; zero if it is not.
     #[inline]
     pub(crate) fn since(self, earlier: Moment) -> Duration {
-        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+        Duration::from_nanos(self.nanos_since(earlier))
+    }
+
+    /// `since` in nanoseconds, for those who count.
+    #[inline]
+    pub(crate) fn nanos_since(self, earlier: Moment) -> u64 {
+        self.0.saturating_sub(earlier.0)
     }
 }
 
@@ -64,7 +70,7 @@ impl Clock {
     #[inline]
     pub(crate) fn coarse(&self) -> Moment {
         match self.coarse.elapsed() {
-            Some(d) => Moment(nanos(d)),
+            Some(nanos) => Moment(nanos),
             None => self.precise(),
         }
     }
@@ -87,19 +93,20 @@ mod coarse {
 
     #[derive(Debug)]
     pub(super) struct Source {
-        origin: Duration,
+        origin: u64,
         resolution: Duration,
     }
 
     impl Source {
         pub(super) fn new() -> Source {
-            let origin = duration(clock_gettime(ClockId::Monotonic));
-            Source { origin, resolution: duration(clock_getres(ClockId::MonotonicCoarse)) }
+            let origin = nanos(clock_gettime(ClockId::Monotonic));
+            Source { origin, resolution: Duration::from_nanos(nanos(clock_getres(ClockId::MonotonicCoarse))) }
         }
 
+        /// Nanoseconds since the origin.
         #[inline]
-        pub(super) fn elapsed(&self) -> Option<Duration> {
-            Some(duration(clock_gettime(ClockId::MonotonicCoarse)).saturating_sub(self.origin))
+        pub(super) fn elapsed(&self) -> Option<u64> {
+            Some(nanos(clock_gettime(ClockId::MonotonicCoarse)).saturating_sub(self.origin))
         }
 
         pub(super) fn resolution(&self) -> Duration {
@@ -108,9 +115,9 @@ mod coarse {
     }
 
     #[inline]
-    fn duration(t: Timespec) -> Duration {
-        // A monotonic clock is never negative, and its nanoseconds are below a billion.
-        Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+    fn nanos(t: Timespec) -> u64 {
+        // A monotonic clock is never negative, and 584 years from its overflow.
+        t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
     }
 }
 
@@ -128,7 +135,7 @@ mod coarse {
         }
 
         #[inline]
-        pub(super) fn elapsed(&self) -> Option<Duration> {
+        pub(super) fn elapsed(&self) -> Option<u64> {
             None
         }
 

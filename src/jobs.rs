@@ -8,9 +8,9 @@ use crate::connection::{Conn, Link};
 use crate::crew::{Crew, Work};
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
-use crate::ledger::Token;
+use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
-use crate::shared::Shared;
+use crate::shared::{Shared, by};
 use crate::stats::{CloseReason, Short};
 use log::Level;
 use std::any::Any;
@@ -23,7 +23,8 @@ use std::sync::atomic::Ordering;
 pub(crate) enum Job<M: Manage> {
     Open(Slot<M>),
     Check(Slot<M>, Box<Conn<M>>),
-    Reset(Slot<M>, Box<Conn<M>>),
+    /// With who had it last.
+    Reset(Slot<M>, Box<Conn<M>>, Option<Holder>),
     Close(Slot<M>, Box<Conn<M>>, CloseReason),
     /// Abort what this connection is doing, after asking the server to cancel it if `true`.
     Cut(Arc<Opening>, bool),
@@ -81,8 +82,8 @@ impl<M: Manage> Job<M> {
         let _restore = Restore(before);
         match self {
             Job::Open(slot) => open(shared, slot),
-            Job::Check(slot, conn) => check(shared, slot, conn, false),
-            Job::Reset(slot, conn) => check(shared, slot, conn, true),
+            Job::Check(slot, conn) => check(shared, slot, conn, None),
+            Job::Reset(slot, conn, holder) => check(shared, slot, conn, Some(holder)),
             Job::Close(slot, conn, reason) => close(shared, slot, *conn, reason),
             Job::Cut(opening, cancel) => {
                 if cancel {
@@ -196,15 +197,25 @@ fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
     slot.report_failure(permanent);
 }
 
-fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, reset: bool) -> bool {
+/// Validates, or resets what `reset` had last.
+fn check<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    slot: Slot<M>,
+    mut conn: Box<Conn<M>>,
+    reset: Option<Option<Holder>>,
+) -> bool {
     let Some(slot) = slot.begin() else { return false };
     let begun = shared.clock.precise();
-    let result = if reset {
-        catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout))
+    let result = if let Some(holder) = reset {
+        let result = catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout));
+        if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
+            shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
+        }
+        result
     } else {
         catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout))
     };
-    let reason = match (&result, reset) {
+    let reason = match (&result, reset.is_some()) {
         (Err(_), _) => CloseReason::Panicked,
         (Ok(Err(_)), true) => CloseReason::ResetFailed,
         (Ok(Err(_)), false) => CloseReason::Invalid,

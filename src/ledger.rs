@@ -152,7 +152,8 @@ pub(crate) enum Grant<C> {
 pub(crate) enum Order<C> {
     Open(Token),
     Check(Token, C),
-    Reset(Token, C),
+    /// With who had it last.
+    Reset(Token, C, Option<Holder>),
     Close(Token, C, CloseReason),
     /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread.
     WriteOff {
@@ -482,7 +483,7 @@ impl<C, W> Ledger<C, W> {
         let now = self.tick(now);
         let waiter = self.queue.remove(&ticket)?;
         self.tally.timeouts += 1;
-        self.tally.wait.record(now.since(waiter.since));
+        self.tally.wait.record(now.nanos_since(waiter.since));
         Some(waiter.seat)
     }
 
@@ -535,15 +536,17 @@ impl<C, W> Ledger<C, W> {
         let index = token.index;
         let row = &self.rows[index as usize];
         debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.since(row.since));
+        self.tally.hold.record(now.nanos_since(row.since));
         self.out -= 1;
         let mut reason = self.unfit(index, now);
         match back {
             Back::Keep => {}
             Back::Reset if reason.is_none() => {
-                self.rows[index as usize].unused_since = now;
+                let row = &mut self.rows[index as usize];
+                row.unused_since = now;
+                let holder = row.holder;
                 self.start_check(index, now, Check::Reset);
-                self.outbox.orders.push(Order::Reset(token, conn));
+                self.outbox.orders.push(Order::Reset(token, conn, holder));
                 return self.provision(now);
             }
             Back::Reset => {}
@@ -577,7 +580,7 @@ impl<C, W> Ledger<C, W> {
         let now = self.tick(now);
         let row = &self.rows[token.index as usize];
         debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.since(row.since));
+        self.tally.hold.record(now.nanos_since(row.since));
         self.out -= 1;
         self.forget_lifetime(token.index);
         self.tally.detached += 1;
@@ -639,7 +642,7 @@ impl<C, W> Ledger<C, W> {
         self.opening -= 1;
         let row = &mut self.rows[index as usize];
         row.unused_since = now;
-        self.tally.open.record(now.since(row.born));
+        self.tally.open.record(now.nanos_since(row.born));
         if row.dies <= now {
             let born = row.born;
             self.tally.failed_opens += 1;
@@ -929,7 +932,7 @@ impl<C, W> Ledger<C, W> {
                 self.start_check(index, now, Check::Crew);
                 self.outbox.orders.push(Order::Check(token, conn));
             } else if let Some((_, waiter)) = self.queue.pop_first() {
-                self.tally.wait.record(now.since(waiter.since));
+                self.tally.wait.record(now.nanos_since(waiter.since));
                 self.lend(index, now, waiter.holder);
                 self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
             }
@@ -1093,7 +1096,7 @@ impl<C, W> Ledger<C, W> {
     /// Empties the queue.
     fn turn_out(&mut self, now: Moment, grant: impl Fn() -> Grant<C>) {
         while let Some((_, waiter)) = self.queue.pop_first() {
-            self.tally.wait.record(now.since(waiter.since));
+            self.tally.wait.record(now.nanos_since(waiter.since));
             self.outbox.grants.push((waiter.seat, grant()));
         }
     }

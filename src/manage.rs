@@ -93,6 +93,14 @@ pub trait Manage: Send + Sync + 'static {
         Ok(())
     }
 
+    /// What is to be said of the state in which a connection came back for a reset: it goes to the log as a warning, with
+    /// the thread and the line of source that had checked the connection out. Asked once, after `reset`.
+    ///
+    /// It completes the sentence "#7, checked out by thread 'worker' at src/main.rs:12:5, ...".
+    fn remark(&self, _connection: &mut Self::Connection) -> Option<String> {
+        None
+    }
+
     /// Closes a connection; by default by dropping it.
     fn close(&self, connection: Self::Connection, _limit: Duration) {
         drop(connection);
@@ -208,13 +216,17 @@ impl Opening {
     }
 
     pub(crate) fn abort(&self) {
-        let mut hooks = self.hooks.lock();
-        hooks.aborted = true;
-        let cut = hooks.abort.clone();
-        drop(hooks);
+        let cut = self.hooks.lock().abort.clone();
         if let Some(cut) = cut {
             cut();
         }
+    }
+
+    /// From now on what it registers is called at once. Whether there is something to call by now.
+    pub(crate) fn condemn(&self) -> bool {
+        let mut hooks = self.hooks.lock();
+        hooks.aborted = true;
+        hooks.abort.is_some() || hooks.cancel.is_some()
     }
 
     pub(crate) fn cancel(&self) {
@@ -222,12 +234,6 @@ impl Opening {
         if let Some(cancel) = cancel {
             cancel();
         }
-    }
-
-    /// Whether anything can be done about this connection from outside.
-    pub(crate) fn can_cut(&self) -> bool {
-        let hooks = self.hooks.lock();
-        hooks.abort.is_some() || hooks.cancel.is_some()
     }
 
     pub(crate) fn set_server_id(&self, id: Option<u64>) {
@@ -254,7 +260,7 @@ mod tests {
     fn an_abort_that_comes_first_is_not_lost() {
         let opening = Opening::new("p".into(), Duration::from_secs(1));
         let cuts = Arc::new(AtomicU32::new(0));
-        opening.abort();
+        assert!(!opening.condemn());
         let seen = Arc::clone(&cuts);
         opening.on_abort(move || {
             seen.fetch_add(1, Ordering::Relaxed);

@@ -379,24 +379,25 @@ const BUCKETS: usize = ((OCTAVES - STEP_BITS + 1) * STEPS) as usize;
 #[derive(Clone)]
 pub struct Distribution {
     count: u64,
-    sum: Duration,
-    max: Duration,
+    /// In nanoseconds, as are all its numbers.
+    sum: u64,
+    max: u64,
     buckets: [u64; BUCKETS],
 }
 
 impl Default for Distribution {
     fn default() -> Self {
-        Distribution { count: 0, sum: Duration::ZERO, max: Duration::ZERO, buckets: [0; BUCKETS] }
+        Distribution { count: 0, sum: 0, max: 0, buckets: [0; BUCKETS] }
     }
 }
 
 impl Distribution {
     #[inline]
-    pub(crate) fn record(&mut self, d: Duration) {
+    pub(crate) fn record(&mut self, nanos: u64) {
         self.count += 1;
-        self.sum = self.sum.saturating_add(d);
-        self.max = self.max.max(d);
-        self.buckets[bucket(d)] += 1;
+        self.sum = self.sum.saturating_add(nanos);
+        self.max = self.max.max(nanos);
+        self.buckets[bucket(nanos)] += 1;
     }
 
     /// How many there were.
@@ -406,17 +407,17 @@ impl Distribution {
 
     /// All of them together.
     pub fn sum(&self) -> Duration {
-        self.sum
+        Duration::from_nanos(self.sum)
     }
 
     /// The longest; zero if there was none.
     pub fn max(&self) -> Duration {
-        self.max
+        Duration::from_nanos(self.max)
     }
 
     /// The mean; zero if there was none.
     pub fn mean(&self) -> Duration {
-        if self.count == 0 { Duration::ZERO } else { self.sum.div_f64(self.count as f64) }
+        Duration::from_nanos(self.sum.checked_div(self.count).unwrap_or(0))
     }
 
     /// The time that a part `q` of them, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero if
@@ -427,15 +428,15 @@ impl Distribution {
         for (i, n) in self.buckets.iter().enumerate() {
             seen += n;
             if seen >= rank {
-                return upper(i).min(self.max);
+                return Duration::from_nanos(upper(i).min(self.max));
             }
         }
-        self.max
+        self.max()
     }
 }
 
-fn bucket(d: Duration) -> usize {
-    let ns = u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+#[inline]
+fn bucket(ns: u64) -> usize {
     if ns < u64::from(STEPS) {
         return ns as usize;
     }
@@ -445,13 +446,13 @@ fn bucket(d: Duration) -> usize {
 }
 
 /// The greatest time that falls into bucket `i`.
-fn upper(i: usize) -> Duration {
+fn upper(i: usize) -> u64 {
     let (octave, step) = (i as u32 / STEPS, i as u64 % u64::from(STEPS));
-    let ns = match octave {
+    match octave {
+        _ if i == BUCKETS - 1 => u64::MAX,
         0 => step,
         o => ((u64::from(STEPS) + step + 1) << (o - 1)) - 1,
-    };
-    if i == BUCKETS - 1 { Duration::MAX } else { Duration::from_nanos(ns) }
+    }
 }
 
 impl fmt::Debug for Distribution {
@@ -467,7 +468,7 @@ impl fmt::Display for Distribution {
             return f.write_str("never");
         }
         write!(f, "{} times, mean {}, p50 {}", self.count, Short(self.mean()), Short(self.quantile(0.5)))?;
-        write!(f, ", p99 {}, max {}", Short(self.quantile(0.99)), Short(self.max))
+        write!(f, ", p99 {}, max {}", Short(self.quantile(0.99)), Short(self.max()))
     }
 }
 
@@ -543,11 +544,11 @@ mod tests {
     #[test]
     fn buckets_are_an_eighth_wide() {
         for ns in (0..5000).chain((10..43).flat_map(|o| [(1u64 << o) - 1, 1 << o, (1 << o) + (1 << (o - 2)) + 7])) {
-            let up = upper(bucket(Duration::from_nanos(ns))).as_nanos() as u64;
+            let up = upper(bucket(ns));
             assert!(up >= ns, "{ns} is not above its bucket's end {up}");
             assert!(up - ns <= ns / 8, "{ns} may be said to be {up}");
         }
-        assert_eq!(upper(bucket(Duration::MAX)), Duration::MAX);
+        assert_eq!(upper(bucket(u64::MAX)), u64::MAX);
     }
 
     #[test]
@@ -555,7 +556,7 @@ mod tests {
         let mut d = Distribution::default();
         assert_eq!((d.quantile(0.5), d.mean(), d.max()), (Duration::ZERO, Duration::ZERO, Duration::ZERO));
         for ms in 1..=1000 {
-            d.record(Duration::from_millis(ms));
+            d.record(ms * 1_000_000);
         }
         assert_eq!(d.count(), 1000);
         assert_eq!(d.mean(), Duration::from_micros(500_500));

@@ -158,7 +158,7 @@ impl World {
                 let id = token.id();
                 (token, id, Event::Opened, self.open_time)
             }
-            Order::Check(token, conn) | Order::Reset(token, conn) => (token, conn, Event::Checked, self.check_time),
+            Order::Check(token, conn) | Order::Reset(token, conn, _) => (token, conn, Event::Checked, self.check_time),
             Order::Close(token, conn, reason) => {
                 self.closes.push((now, conn, reason));
                 (token, conn, Event::Closed, self.close_time)
