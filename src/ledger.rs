@@ -386,6 +386,12 @@ impl<C, W> Ledger<C, W> {
         self.idle.len() as u32 >= self.rules.min_idle.min(self.rules.max_size)
     }
 
+    /// Whether the pool is closed and nothing will be due, so that nobody need keep time. A limit that begins later sets
+    /// an alarm of its own.
+    pub(crate) fn is_over(&self) -> bool {
+        self.closed && self.checking + self.closing == 0 && self.limits.is_empty()
+    }
+
     /// When the reaper is to call [`reap`](Ledger::reap) next.
     pub(crate) fn alarm(&self) -> Moment {
         self.alarm
@@ -885,6 +891,24 @@ impl<C, W> Ledger<C, W> {
         Some(waiting)
     }
 
+    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
+    /// was not done by now, and no other open takes their place.
+    pub(crate) fn abandon_opens(&mut self, now: Moment) {
+        self.tick(now);
+        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state == State::Opening);
+        for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
+            self.end_limit(index);
+        }
+        self.note_if_over();
+    }
+
+    /// The reaper is to see that it is no longer needed.
+    fn note_if_over(&mut self) {
+        if self.is_over() {
+            self.arm(self.now);
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------- the rules
 
     /// Whether a connection may not be handed out for its age. The resolution of the clock counts against it.
@@ -1278,10 +1302,7 @@ impl<C, W> Ledger<C, W> {
         row.holder = None;
         self.free.push(index);
         self.outbox.changed |= self.watchers > 0;
-        if self.closed && self.opening + self.checking + self.closing == 0 {
-            // The reaper is no longer needed: it is to see that.
-            self.arm(self.now);
-        }
+        self.note_if_over();
     }
 
     fn start_limit(&mut self, index: u32, at: Moment) {

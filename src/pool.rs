@@ -602,6 +602,8 @@ fn close<M: Manage>(
                 cut.push(row.id);
             }
         }
+        let now = shared.clock.precise();
+        shared.with(|l| l.abandon_opens(now));
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),

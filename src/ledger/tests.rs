@@ -953,6 +953,31 @@ fn close_turns_everybody_out() {
     assert_eq!(w.ledger.alarm(), Moment::NEVER);
 }
 
+#[test]
+fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
+    w.burst(1);
+    let (a, b) = (w.get(), w.get());
+    w.put_back(b, Back::Discard(CloseReason::Discarded));
+    w.open_time = secs(60);
+    w.close_time = secs(2);
+    w.get();
+    w.ledger.close(w.now);
+    w.settle();
+    w.run(secs(1));
+    assert!(!w.ledger.is_over(), "an open and a close have limits");
+    w.put(a);
+    w.ledger.abandon_opens(w.now);
+    w.settle();
+    assert!(!w.ledger.is_over(), "the close still has one");
+    w.run(secs(2));
+    assert!(w.ledger.is_over());
+    assert_eq!((w.counts().opening, w.counts().total(), w.written_off), (1, 1, 0));
+    w.run(secs(60));
+    assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
+    assert_eq!(w.written_off, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------- a year
 
 #[test]
