@@ -1091,8 +1091,8 @@ impl<C, W> Ledger<C, W> {
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
         let longest = if permanent || self.queue.is_empty() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
-        // Up to a fifth is added, so that many pools do not come back in step.
-        let retry = now.plus(whole.mul_f64(1.0 + 0.2 * jitter.clamp(0.0, 1.0)));
+        // Up to a fifth is taken off, so that many pools do not come back in step.
+        let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
         self.failure = Some(Failure { count, last: now, permanent, retry });
         self.outbox.changed |= self.watchers > 0;
     }

@@ -79,6 +79,8 @@ struct World {
     check_time: Duration,
     /// `Some(permanent)`: opens fail.
     refuse: Option<bool>,
+    /// What is drawn for the pause after that.
+    jitter: f64,
     /// Connections that fail their next check.
     dead: Vec<Conn>,
     /// When each connection was last seen to be well, and when one was last found dead.
@@ -108,6 +110,7 @@ impl World {
             close_time: Duration::ZERO,
             check_time: Duration::ZERO,
             refuse: None,
+            jitter: 0.0,
             dead: Vec::new(),
             proven: HashMap::new(),
             suspect: Moment::BIRTH,
@@ -180,7 +183,7 @@ impl World {
         match event {
             Event::Opened if self.refuse.is_some() => {
                 self.server.remove(&conn);
-                self.ledger.open_failed(now, &token, self.refuse == Some(true), 0.0);
+                self.ledger.open_failed(now, &token, self.refuse == Some(true), self.jitter);
                 self.ledger.free(now, token);
             }
             Event::Opened => {
@@ -677,6 +680,20 @@ fn transient_failures_back_off_and_recover() {
     w.refuse = None;
     w.run(secs(1));
     assert!(w.out.contains_key(&a), "within a second of the server's return");
+}
+
+#[test]
+fn whatever_is_drawn_no_pause_is_longer_than_a_second_while_somebody_waits() {
+    for jitter in [0.0, 0.5, 1.0] {
+        let mut w = World::new(rules());
+        w.refuse = Some(false);
+        w.jitter = jitter;
+        w.get();
+        w.run(secs(60));
+        let pauses = w.dials.windows(2).map(|d| d[1].since(d[0]));
+        assert!(pauses.clone().all(|pause| (BACKOFF_FIRST..=secs(1)).contains(&pause)), "{jitter}");
+        assert_eq!(pauses.max(), Some(ms(1_000 - (200.0 * jitter) as u64)), "not all pools in step");
+    }
 }
 
 #[test]
