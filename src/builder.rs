@@ -150,6 +150,7 @@ pub struct Builder<M: Manage> {
     name: Option<String>,
     settings: Settings,
     hooks: Hooks<M>,
+    manager: Option<M>,
 }
 
 impl<M: Manage> Default for Builder<M> {
@@ -163,6 +164,7 @@ impl<M: Manage> Builder<M> {
     pub fn new() -> Builder<M> {
         Builder {
             name: None,
+            manager: None,
             settings: Settings {
                 name: String::new(),
                 max_size: 10,
@@ -364,6 +366,25 @@ impl<M: Manage> Builder<M> {
         self
     }
 
+    /// The manager, for [`open`](Builder::open).
+    #[must_use]
+    pub fn manager(mut self, manager: M) -> Self {
+        self.manager = Some(manager);
+        self
+    }
+
+    /// [`build`](Builder::build) with the manager that the builder has been given.
+    ///
+    /// # Errors
+    ///
+    /// As [`build`](Builder::build); and [`Config`](crate::ErrorKind::Config) if it was given none.
+    pub fn open(mut self) -> Result<Pool<M>, Error> {
+        match self.manager.take() {
+            Some(manager) => self.build(manager),
+            None => Err(Error::config("manager", "is missing: give it with `manager`, or use `build`")),
+        }
+    }
+
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
     /// # Errors
@@ -403,8 +424,12 @@ impl<M: Manage> Builder<M> {
 
 impl<M: Manage> fmt::Debug for Builder<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Builder { name, settings, hooks } = self;
-        f.debug_struct("Builder").field("name", name).field("settings", settings).field("hooks", hooks).finish()
+        let Builder { name, settings, hooks, manager: _ } = self;
+        f.debug_struct("Builder")
+            .field("name", name)
+            .field("settings", settings)
+            .field("hooks", hooks)
+            .finish_non_exhaustive()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// The grace of a guard that was not told another.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`].
+/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
 /// # use millpond::doc::DocManager;

@@ -8,9 +8,9 @@ use crate::connection::{Conn, Link};
 use crate::crew::{Crew, Work};
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
-use crate::ledger::Token;
+use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
-use crate::shared::Shared;
+use crate::shared::{Shared, by};
 use crate::stats::{CloseReason, Short};
 use log::Level;
 use std::any::Any;
@@ -23,7 +23,8 @@ use std::sync::atomic::Ordering;
 pub(crate) enum Job<M: Manage> {
     Open(Slot<M>),
     Check(Slot<M>, Box<Conn<M>>),
-    Reset(Slot<M>, Box<Conn<M>>),
+    /// With who had it last.
+    Reset(Slot<M>, Box<Conn<M>>, Option<Holder>),
     Close(Slot<M>, Box<Conn<M>>, CloseReason),
     /// Abort what this connection is doing, after asking the server to cancel it if `true`.
     Cut(Arc<Opening>, bool),
@@ -44,14 +45,15 @@ pub(crate) struct Slot<M: Manage> {
 }
 
 thread_local! {
-    /// On a thread of a crew: which pool's (the address of its `Shared`), and how many slots its job has.
-    static CREW: Cell<(usize, u32)> = const { Cell::new((0, 0)) };
+    /// On a thread of a crew: which pool's (the address of its `Shared`), and the number of the connection that its job is
+    /// about, or 0.
+    static CREW: Cell<(usize, u64)> = const { Cell::new((0, 0)) };
 }
 
-/// Whether this thread is one of `shared`'s crew at work, and how many slots its job has: `close` does not wait for it.
-pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u32> {
-    let (pool, slots) = CREW.get();
-    (pool == Arc::as_ptr(shared) as usize).then_some(slots)
+/// Whether this thread is one of `shared`'s crew at work, and on which connection, or 0: `close` does not wait for it.
+pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u64> {
+    let (pool, id) = CREW.get();
+    (pool == Arc::as_ptr(shared) as usize).then_some(id)
 }
 
 impl<M: Manage> Work for Shared<M> {
@@ -76,13 +78,16 @@ impl<M: Manage> Work for Shared<M> {
 impl<M: Manage> Job<M> {
     /// `true`: the job was written off meanwhile.
     pub(crate) fn run(self, shared: &Arc<Shared<M>>) -> bool {
-        let slots = u32::from(!matches!(self, Job::Cut(..) | Job::Notice(..)));
-        let before = CREW.replace((Arc::as_ptr(shared) as usize, slots));
+        let id = match &self {
+            Job::Open(slot) | Job::Check(slot, _) | Job::Reset(slot, ..) | Job::Close(slot, ..) => slot.id(),
+            Job::Cut(..) | Job::Notice(..) => 0,
+        };
+        let before = CREW.replace((Arc::as_ptr(shared) as usize, id));
         let _restore = Restore(before);
         match self {
             Job::Open(slot) => open(shared, slot),
-            Job::Check(slot, conn) => check(shared, slot, conn, false),
-            Job::Reset(slot, conn) => check(shared, slot, conn, true),
+            Job::Check(slot, conn) => check(shared, slot, conn, None),
+            Job::Reset(slot, conn, holder) => check(shared, slot, conn, Some(holder)),
             Job::Close(slot, conn, reason) => close(shared, slot, *conn, reason),
             Job::Cut(opening, cancel) => {
                 if cancel {
@@ -99,7 +104,7 @@ impl<M: Manage> Job<M> {
     }
 }
 
-struct Restore((usize, u32));
+struct Restore((usize, u64));
 
 impl Drop for Restore {
     fn drop(&mut self) {
@@ -196,15 +201,25 @@ fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
     slot.report_failure(permanent);
 }
 
-fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, reset: bool) -> bool {
+/// Validates, or resets what `reset` had last.
+fn check<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    slot: Slot<M>,
+    mut conn: Box<Conn<M>>,
+    reset: Option<Option<Holder>>,
+) -> bool {
     let Some(slot) = slot.begin() else { return false };
     let begun = shared.clock.precise();
-    let result = if reset {
-        catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout))
+    let result = if let Some(holder) = reset {
+        let result = catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout));
+        if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
+            shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
+        }
+        result
     } else {
         catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout))
     };
-    let reason = match (&result, reset) {
+    let reason = match (&result, reset.is_some()) {
         (Err(_), _) => CloseReason::Panicked,
         (Ok(Err(_)), true) => CloseReason::ResetFailed,
         (Ok(Err(_)), false) => CloseReason::Invalid,

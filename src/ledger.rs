@@ -152,7 +152,8 @@ pub(crate) enum Grant<C> {
 pub(crate) enum Order<C> {
     Open(Token),
     Check(Token, C),
-    Reset(Token, C),
+    /// With who had it last.
+    Reset(Token, C, Option<Holder>),
     Close(Token, C, CloseReason),
     /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread.
     WriteOff {
@@ -385,6 +386,12 @@ impl<C, W> Ledger<C, W> {
         self.idle.len() as u32 >= self.rules.min_idle.min(self.rules.max_size)
     }
 
+    /// Whether the pool is closed and nothing will be due, so that nobody need keep time. A limit that begins later sets
+    /// an alarm of its own.
+    pub(crate) fn is_over(&self) -> bool {
+        self.closed && self.checking + self.closing == 0 && self.limits.is_empty()
+    }
+
     /// When the reaper is to call [`reap`](Ledger::reap) next.
     pub(crate) fn alarm(&self) -> Moment {
         self.alarm
@@ -541,9 +548,11 @@ impl<C, W> Ledger<C, W> {
         match back {
             Back::Keep => {}
             Back::Reset if reason.is_none() => {
-                self.rows[index as usize].unused_since = now;
+                let row = &mut self.rows[index as usize];
+                row.unused_since = now;
+                let holder = row.holder;
                 self.start_check(index, now, Check::Reset);
-                self.outbox.orders.push(Order::Reset(token, conn));
+                self.outbox.orders.push(Order::Reset(token, conn, holder));
                 return self.provision(now);
             }
             Back::Reset => {}
@@ -882,6 +891,24 @@ impl<C, W> Ledger<C, W> {
         Some(waiting)
     }
 
+    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
+    /// was not done by now, and no other open takes their place.
+    pub(crate) fn abandon_opens(&mut self, now: Moment) {
+        self.tick(now);
+        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state == State::Opening);
+        for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
+            self.end_limit(index);
+        }
+        self.note_if_over();
+    }
+
+    /// The reaper is to see that it is no longer needed.
+    fn note_if_over(&mut self) {
+        if self.is_over() {
+            self.arm(self.now);
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------- the rules
 
     /// Whether a connection may not be handed out for its age. The resolution of the clock counts against it.
@@ -1067,8 +1094,8 @@ impl<C, W> Ledger<C, W> {
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
         let longest = if permanent || self.queue.is_empty() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
-        // Up to a fifth is added, so that many pools do not come back in step.
-        let retry = now.plus(whole.mul_f64(1.0 + 0.2 * jitter.clamp(0.0, 1.0)));
+        // Up to a fifth is taken off, so that many pools do not come back in step.
+        let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
         self.failure = Some(Failure { count, last: now, permanent, retry });
         self.outbox.changed |= self.watchers > 0;
     }
@@ -1278,10 +1305,7 @@ impl<C, W> Ledger<C, W> {
         row.holder = None;
         self.free.push(index);
         self.outbox.changed |= self.watchers > 0;
-        if self.closed && self.opening + self.checking + self.closing == 0 {
-            // The reaper is no longer needed: it is to see that.
-            self.arm(self.now);
-        }
+        self.note_if_over();
     }
 
     fn start_limit(&mut self, index: u32, at: Moment) {

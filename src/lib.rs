@@ -1,4 +1,88 @@
-//! Millpond.
+//! A synchronous, blocking connection pool for threaded servers, above all for PostgreSQL.
+//!
+//! One worker, one thread, one connection at a time. The pool closes idle and aged connections exactly when it said it
+//! would, keeps the deadline of every [`get`](Pool::get), and closes wholly when its [guard](PoolGuard) drops.
+//!
+//! ```no_run
+//! # #[cfg(feature = "postgres")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use millpond::Pool;
+//! use r2d2_postgres::{PostgresConnectionManager, postgres::NoTls};
+//! use std::time::Duration;
+//!
+//! let manager = PostgresConnectionManager::new("host=127.0.0.1 user=app".parse()?, NoTls);
+//! let pool = Pool::builder()
+//!     .name("orders")
+//!     .max_size(16)
+//!     .max_idle(Duration::from_secs(60))
+//!     .build(manager)?; // opens one connection, or says why not
+//! let _guard = pool.guard(); // closes the pool when main returns or unwinds
+//!
+//! let mut client = pool.get()?;
+//! let row = client.query_one("SELECT 40 + 2", &[])?;
+//! println!("{}", row.get::<_, i32>(0));
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "postgres"))]
+//! # fn main() {}
+//! ```
+//!
+//! # What it pools
+//!
+//! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is one, so the managers, customizers and error
+//! handlers of r2d2's ecosystem work as they are; [coming_from_r2d2] says what changes. It is built on r2d2's traits,
+//! not around its pool: `r2d2::Pool` can neither look at its idle connections nor take out any but the newest, cannot
+//! close or wake those who wait, loses its eviction to one panicking callback, and blocks its callers in `is_valid` and
+//! in `drop`.
+//!
+//! # How it works
+//!
+//! ```text
+//!  worker threads                      reaper (1 thread)              crew (0..k threads, on demand)
+//!  ──────────────                      ─────────────────              ──────────────────────────────
+//!  get ─► Ledger::take, join           sleeps until the Ledger's      everything that can block:
+//!         ready │ check │ wait         next alarm                     open, validate, reset, keep alive, close
+//!  put ─► Ledger::checkin              Ledger::reap ─► orders ──────► (crossbeam-channel)
+//!         given │ kept │ closed
+//!                 └─────────── parking_lot::Mutex<Ledger> ──────────────┘
+//! ```
+//!
+//! * The **ledger** decides and does nothing else: a plain value whose methods are told the time and say what is to be
+//!   done. It has no clock, lock, thread, I/O or randomness in it, so all rules of the pool stand in one file and are
+//!   tested on virtual time.
+//! * The **reaper** keeps time. It runs no manager's code, no hook, no log record and no drop of a connection, so
+//!   none of these can delay an eviction.
+//! * The **crew** does what may block. Its threads appear when there is work and leave 5 seconds after the last. A job
+//!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is written off: its slot is freed, its thread
+//!   replaced, and what may come of it closed.
+//! * **Workers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
+//!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
+//! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
+//!   leaves, or has its connection. Those who wait are served in order of arrival.
+//!
+//! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; borrowed connections and the pool's threads do not.
+//!
+//! # Times
+//!
+//! Times are measured with the monotonic clock, which stands still while the machine is suspended. A checkout that need
+//! not wait reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its resolution
+//! counts against a connection's lifetime, so that nothing is handed out late. Everything the reaper does is timed
+//! precisely.
+//!
+//! # Logging
+//!
+//! Through [`log`], with the target `millpond`, from a thread of the pool's own that the logger may block: the opening
+//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and jobs given up at warn.
+//!
+//! # Features
+//!
+//! * `postgres` (default): what a pool can do when it knows that the other side is PostgreSQL.
+//!
+//! # Limits
+//!
+//! * After a `fork` the child has none of the pool's threads: whatever would need them fails with an error that says
+//!   so, and no connection is closed there, since it is the parent's. Build a pool after the fork.
+//! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
 #![forbid(unsafe_code)]
 
 mod builder;
@@ -26,6 +110,16 @@ pub use crate::manage::{Manage, Opening, Returned};
 pub use crate::pool::{CloseReport, Pool};
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, Distribution, State, Stats};
 pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
+
+#[cfg(doc)]
+#[doc = include_str!("../docs/coming-from-r2d2.md")]
+pub mod coming_from_r2d2 {}
+
+/// Its examples are compiled, and that is all it is for.
+#[cfg(doctest)]
+#[cfg(feature = "postgres")]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
 #[doc(hidden)]
 pub mod doc {

@@ -93,6 +93,14 @@ pub trait Manage: Send + Sync + 'static {
         Ok(())
     }
 
+    /// What is to be said of the state in which a connection came back for a reset: it goes to the log as a warning, with
+    /// the thread and the line of source that had checked the connection out. Asked once, after `reset`.
+    ///
+    /// It completes the sentence "#7, checked out by thread 'worker' at src/main.rs:12:5, ...".
+    fn remark(&self, _connection: &mut Self::Connection) -> Option<String> {
+        None
+    }
+
     /// Closes a connection; by default by dropping it.
     fn close(&self, connection: Self::Connection, _limit: Duration) {
         drop(connection);

@@ -9,7 +9,7 @@ use crate::connection::Conn;
 use crate::crew::{Crew, Kind};
 use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot};
-use crate::ledger::{Counts, Grant, Ledger, Order, Row, Token};
+use crate::ledger::{Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::waiter::Seat;
@@ -63,6 +63,11 @@ pub(crate) struct Ended {
     pub(crate) at: Option<&'static Location<'static>>,
     pub(crate) thread: u64,
     pub(crate) when: Moment,
+}
+
+/// ` by thread 'worker' at src/main.rs:12:5`, or nothing.
+pub(crate) fn by(holder: Option<Holder>) -> String {
+    holder.map(|h| format!(" by thread {} at {}", who::name(h.thread), h.at)).unwrap_or_default()
 }
 
 impl<M: Manage> Shared<M> {
@@ -167,7 +172,7 @@ impl<M: Manage> Shared<M> {
         match order {
             Order::Open(token) => self.post(Kind::Open, Job::Open(slot(token))),
             Order::Check(token, conn) => self.post(Kind::Check, Job::Check(slot(token), conn)),
-            Order::Reset(token, conn) => self.post(Kind::Check, Job::Reset(slot(token), conn)),
+            Order::Reset(token, conn, holder) => self.post(Kind::Check, Job::Reset(slot(token), conn, holder)),
             Order::Close(token, conn, reason) => self.post(Kind::Close, Job::Close(slot(token), conn, reason)),
             Order::WriteOff { id, job, limit } => {
                 let (kind, what) = match job {
@@ -184,8 +189,7 @@ impl<M: Manage> Shared<M> {
                 self.notice(Level::Warn, || format!("gave up {what} #{id}, which took longer than {}", Short(limit)));
             }
             Order::Leak { id, holder, held } => self.notice(Level::Warn, || {
-                let by = holder.map(|h| format!(" by thread {} at {}", who::name(h.thread), h.at));
-                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by.unwrap_or_default())
+                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by(holder))
             }),
         }
     }

@@ -79,6 +79,8 @@ struct World {
     check_time: Duration,
     /// `Some(permanent)`: opens fail.
     refuse: Option<bool>,
+    /// What is drawn for the pause after that.
+    jitter: f64,
     /// Connections that fail their next check.
     dead: Vec<Conn>,
     /// When each connection was last seen to be well, and when one was last found dead.
@@ -108,6 +110,7 @@ impl World {
             close_time: Duration::ZERO,
             check_time: Duration::ZERO,
             refuse: None,
+            jitter: 0.0,
             dead: Vec::new(),
             proven: HashMap::new(),
             suspect: Moment::BIRTH,
@@ -158,7 +161,7 @@ impl World {
                 let id = token.id();
                 (token, id, Event::Opened, self.open_time)
             }
-            Order::Check(token, conn) | Order::Reset(token, conn) => (token, conn, Event::Checked, self.check_time),
+            Order::Check(token, conn) | Order::Reset(token, conn, _) => (token, conn, Event::Checked, self.check_time),
             Order::Close(token, conn, reason) => {
                 self.closes.push((now, conn, reason));
                 (token, conn, Event::Closed, self.close_time)
@@ -180,7 +183,7 @@ impl World {
         match event {
             Event::Opened if self.refuse.is_some() => {
                 self.server.remove(&conn);
-                self.ledger.open_failed(now, &token, self.refuse == Some(true), 0.0);
+                self.ledger.open_failed(now, &token, self.refuse == Some(true), self.jitter);
                 self.ledger.free(now, token);
             }
             Event::Opened => {
@@ -680,6 +683,20 @@ fn transient_failures_back_off_and_recover() {
 }
 
 #[test]
+fn whatever_is_drawn_no_pause_is_longer_than_a_second_while_somebody_waits() {
+    for jitter in [0.0, 0.5, 1.0] {
+        let mut w = World::new(rules());
+        w.refuse = Some(false);
+        w.jitter = jitter;
+        w.get();
+        w.run(secs(60));
+        let pauses = w.dials.windows(2).map(|d| d[1].since(d[0]));
+        assert!(pauses.clone().all(|pause| (BACKOFF_FIRST..=secs(1)).contains(&pause)), "{jitter}");
+        assert_eq!(pauses.max(), Some(ms(1_000 - (200.0 * jitter) as u64)), "not all pools in step");
+    }
+}
+
+#[test]
 fn with_nobody_waiting_the_pause_grows_and_the_first_waiter_ends_it() {
     let mut w = World::new(Rules { min_idle: 1, ..rules() });
     w.refuse = Some(false);
@@ -980,6 +997,31 @@ fn close_turns_everybody_out() {
     assert_eq!(w.ledger.close(w.now), None);
     w.run(secs(10));
     assert_eq!(w.ledger.alarm(), Moment::NEVER);
+}
+
+#[test]
+fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
+    w.burst(1);
+    let (a, b) = (w.get(), w.get());
+    w.put_back(b, Back::Discard(CloseReason::Discarded));
+    w.open_time = secs(60);
+    w.close_time = secs(2);
+    w.get();
+    w.ledger.close(w.now);
+    w.settle();
+    w.run(secs(1));
+    assert!(!w.ledger.is_over(), "an open and a close have limits");
+    w.put(a);
+    w.ledger.abandon_opens(w.now);
+    w.settle();
+    assert!(!w.ledger.is_over(), "the close still has one");
+    w.run(secs(2));
+    assert!(w.ledger.is_over());
+    assert_eq!((w.counts().opening, w.counts().total(), w.written_off), (1, 1, 0));
+    w.run(secs(60));
+    assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
+    assert_eq!(w.written_off, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------- a year
