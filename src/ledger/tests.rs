@@ -627,6 +627,19 @@ fn an_order_is_asked_again_before_it_dials() {
     assert_eq!(l.counts().total(), 0);
 }
 
+#[test]
+fn an_order_is_wanted_again_by_one_who_does_not_wait() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(rules());
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, 1) else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    l.prepare(Moment::BIRTH);
+    let [Order::Open(_)] = l.outbox.orders[..] else { panic!("{:?}", l.outbox.orders) };
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
+}
+
 // ---------------------------------------------------------------------------------------------------- P7: the queue
 
 #[test]
