@@ -431,6 +431,7 @@ impl<C, W> Ledger<C, W> {
             let token = Token { index, id: self.rows[index as usize].id };
             let taken = if check {
                 self.start_check(index, now, Check::Own);
+                self.rows[index as usize].holder = Some(holder);
                 Take::Check(token, conn, self.ticket())
             } else {
                 self.lend(index, now, holder);

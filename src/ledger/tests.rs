@@ -345,7 +345,8 @@ impl World {
             }
             assert!(l.alarm <= row.limit);
             assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
-            assert_eq!(row.holder.is_some(), row.state == State::Out);
+            let own_check = row.state == State::Checking && row.check == Check::Own;
+            assert_eq!(row.holder.is_some(), row.state == State::Out || own_check);
         }
         for &(dies, index) in &l.lifetimes {
             let row = &l.rows[index as usize];
@@ -857,6 +858,21 @@ fn one_who_checked_in_vain_keeps_its_place() {
     w.settle();
     w.run(ms(10));
     assert!(w.out.contains_key(&77) && !w.out.contains_key(&later));
+}
+
+#[test]
+fn who_checks_for_itself_is_known() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(Rules { validate: Validate::Always, ..rules() });
+    l.prepare(Moment::BIRTH);
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
+    let checking = |row: &Row| (row.state, row.holder.map(|h| h.thread));
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Checking, Some(1))]);
+    let (token, _) = l.cleared(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
+    l.checkin(Moment::BIRTH, token, conn, Back::Keep);
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Idle, None)]);
 }
 
 #[test]
