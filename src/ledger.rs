@@ -25,9 +25,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Duration;
 
-use crate::builder::Validate;
 use crate::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState as State, Tally};
+
+/// When a connection is checked before it is handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Validate {
+    /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
+    Always,
+    /// When it was neither used nor checked for at least this long, or when another connection has been found dead since
+    /// it was last known to be well. The default, with one second. Zero is the same as `Always`.
+    AfterIdle(Duration),
+    /// Never, not even on suspicion.
+    Never,
+}
 
 /// The limits a ledger keeps. Durations too long to be added to a moment mean "never".
 #[derive(Clone, Debug)]
@@ -655,15 +666,15 @@ impl<C, W> Ledger<C, W> {
         let row = &mut self.rows[index as usize];
         row.unused_since = now;
         self.tally.open.record(now.nanos_since(row.born));
-        if row.dies <= now {
-            let born = row.born;
+        if self.is_expired(&self.rows[index as usize], now) {
+            let born = self.rows[index as usize].born;
             self.tally.failed_opens += 1;
             self.failed(now, born, false, 0.5);
             self.bury(index, conn, CloseReason::Lifetime, now);
             self.provision(now);
             return Ok(());
         }
-        let (dies, born) = (row.dies, row.born);
+        let Row { dies, born, .. } = self.rows[index as usize];
         self.failure = None;
         self.misses = 0;
         self.tally.opens += 1;
@@ -874,10 +885,12 @@ impl<C, W> Ledger<C, W> {
         self.provision(now);
     }
 
-    /// Forgets what was counted while the pool was built.
+    /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
+    /// the books, which would not balance otherwise.
     pub(crate) fn forget_rehearsal(&mut self) {
-        let Tally { opens, failed_opens, open, .. } = std::mem::take(&mut self.tally);
-        self.tally = Tally { opens, failed_opens, open, ..Tally::default() };
+        let tally = std::mem::take(&mut self.tally);
+        let (wait, hold) = Default::default();
+        self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
     }
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.

@@ -425,6 +425,17 @@ fn max_idle_zero_keeps_nothing() {
 }
 
 #[test]
+fn a_rehearsal_is_forgotten_but_not_what_it_opened_and_closed() {
+    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
+    w.use_once(ms(5));
+    w.ledger.forget_rehearsal();
+    let tally = &w.ledger.tally;
+    assert_eq!((tally.checkouts, tally.waits, tally.wait.count(), tally.hold.count()), (0, 0, 0, 0));
+    assert_eq!((tally.opens, tally.open.count(), tally.closes[CloseReason::Idle as usize]), (1, 1, 1));
+    assert_eq!(w.counts().total(), 0);
+}
+
+#[test]
 fn max_idle_none_keeps_all() {
     let mut w = World::new(Rules { max_idle: None, ..rules() });
     w.burst(17);
@@ -481,6 +492,17 @@ fn one_that_arrives_expired_is_a_failed_open() {
     w.run(ms(500));
     assert!(!w.out.contains_key(&a));
     assert_eq!(w.ledger.tally.opens, 0);
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+}
+
+#[test]
+fn one_that_arrives_too_old_to_be_served_is_a_failed_open() {
+    // It dies at 10 ms, and may not be served after 2.
+    let mut w = World::new(Rules { max_lifetime: Some(ms(10)), resolution: ms(8), ..rules() });
+    w.open_time = ms(5);
+    w.get();
+    w.run(ms(500));
+    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 0));
     assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
 }
 
