@@ -870,6 +870,7 @@ impl<C, W> Ledger<C, W> {
 
     /// Forgets what was counted while the pool was built.
     pub(crate) fn forget_rehearsal(&mut self) {
+        self.rows.iter_mut().for_each(|row| row.uses = 0);
         let Tally { opens, failed_opens, open, .. } = std::mem::take(&mut self.tally);
         self.tally = Tally { opens, failed_opens, open, ..Tally::default() };
     }
