@@ -508,24 +508,34 @@ impl CloseReport {
 
 impl fmt::Display for CloseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}' closed in {}", self.pool, Short(self.elapsed))?;
-        if self.waiters > 0 {
-            write!(f, "; {} waiters turned away", self.waiters)?;
+        write!(f, "pool '{}' {}", self.pool, Outcome(self))
+    }
+}
+
+/// A report without the name of the pool, which a log record has already.
+struct Outcome<'a>(&'a CloseReport);
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let report = self.0;
+        write!(f, "closed in {}", Short(report.elapsed))?;
+        if report.waiters > 0 {
+            write!(f, "; {} waiters turned away", report.waiters)?;
         }
-        if self.is_complete() {
+        if report.is_complete() {
             return write!(f, "; nothing is left");
         }
-        if !self.workers_finished {
+        if !report.workers_finished {
             write!(f, "; workers still run")?;
         }
-        if self.lost > 0 {
-            write!(f, "; {} jobs given up before are not back", self.lost)?;
+        if report.lost > 0 {
+            write!(f, "; {} jobs given up before are not back", report.lost)?;
         }
-        if self.threads > 0 {
-            write!(f, "; {} threads have not ended", self.threads)?;
+        if report.threads > 0 {
+            write!(f, "; {} threads have not ended", report.threads)?;
         }
-        for (i, row) in self.left.iter().enumerate() {
-            let cut = if self.cut.contains(&row.id) { " (cut)" } else { "" };
+        for (i, row) in report.left.iter().enumerate() {
+            let cut = if report.cut.contains(&row.id) { " (cut)" } else { "" };
             write!(f, "{}{row}{cut}", if i == 0 { "; left: " } else { ", " })?;
         }
         Ok(())
@@ -619,7 +629,7 @@ fn close<M: Manage>(
     };
     let level = if report.is_complete() { Level::Info } else { Level::Warn };
     if !shared.is_forked() && level <= log::max_level() {
-        shared.notice(level, || report.to_string());
+        shared.notice(level, || Outcome(&report).to_string());
         let until = Instant::now() + LAST_WORDS;
         let mut ledger = shared.lock();
         while shared.crew.threads() > report.threads + my_thread && Instant::now() < until {

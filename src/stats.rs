@@ -248,7 +248,7 @@ impl fmt::Display for Stats {
         let closed = if self.closed { ", closed" } else { "" };
         writeln!(
             f,
-            "pool '{}': {} of {} in use, age {}{closed}",
+            "pool '{}': {} of {} connections, age {}{closed}",
             self.name,
             self.size(),
             self.max_size,
