@@ -96,7 +96,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand.
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Lent ones do
+    /// not count: with a floor of 1 and one connection lent there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
     /// refused.

@@ -193,11 +193,13 @@ impl<M: Manage> DerefMut for PooledConnection<M> {
     }
 }
 
-impl<M: Manage> fmt::Debug for PooledConnection<M>
-where
-    M::Connection: fmt::Debug,
-{
+/// The pool and the number, whatever the connection is.
+impl<M: Manage> fmt::Debug for PooledConnection<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.conn().conn.fmt(f)
+        let link = self.conn().link();
+        f.debug_struct("PooledConnection")
+            .field("pool", &link.shared.name)
+            .field("id", &link.id)
+            .finish_non_exhaustive()
     }
 }

@@ -149,10 +149,10 @@ impl Error {
     }
 
     /// Whether the pool has all it may have and all of it is in use: a server that answers 503 does so for this.
-    /// (`false` when the trouble lies with the other side.)
+    /// (`false` while a connection is being opened, for then it is the other side that takes its time.)
     pub fn is_exhausted(&self) -> bool {
         match &*self.0 {
-            ErrorKind::Timeout(t) => t.cause.is_none() && t.out > 0,
+            ErrorKind::Timeout(t) => t.out > 0 && t.opening == 0 && t.out + t.checking + t.closing >= t.max_size,
             ErrorKind::TooManyWaiting(_) => true,
             _ => false,
         }

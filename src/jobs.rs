@@ -68,10 +68,7 @@ impl<M: Manage> Work for Shared<M> {
     }
 
     fn left(&self) {
-        // Under the lock, so that it does not come between a look and a sleep.
-        let ledger = self.lock();
-        drop(ledger);
-        self.changed.notify_all();
+        self.changed.ring();
     }
 }
 

@@ -85,6 +85,7 @@
 //! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
 #![forbid(unsafe_code)]
 
+mod bell;
 mod builder;
 mod clock;
 mod connection;

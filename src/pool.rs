@@ -82,27 +82,18 @@ impl<M: Manage> Pool<M> {
         drop(self.get_timeout(timeout)?);
         self.lay_floor();
         let deadline = shared.clock.instant(deadline);
-        let mut ledger = shared.lock();
-        ledger.watchers += 1;
-        let verdict = loop {
+        let stands = shared.watch(deadline, |ledger| {
             if ledger.is_closed() || ledger.floor_stands() {
-                break Ok(());
+                return Some(true);
             }
-            if ledger.is_refusing() {
-                break Err(true);
-            }
-            match deadline {
-                None => shared.changed.wait(&mut ledger),
-                Some(at) if Instant::now() >= at => break Err(false),
-                Some(at) => {
-                    shared.changed.wait_until(&mut ledger, at);
-                }
-            }
-        };
-        ledger.watchers -= 1;
-        ledger.forget_rehearsal();
-        drop(ledger);
-        verdict.map_err(|refused| if refused { shared.refused_error() } else { self.timeout_error(timeout) })
+            ledger.is_refusing().then_some(false)
+        });
+        shared.lock().forget_rehearsal();
+        match stands {
+            Some(true) => Ok(()),
+            Some(false) => Err(shared.refused_error()),
+            None => Err(self.timeout_error(timeout)),
+        }
     }
 
     pub(crate) fn lay_floor(&self) {
@@ -583,28 +574,15 @@ fn close<M: Manage>(
     // A forked child has none of the threads it could wait for.
     let deadline = if shared.is_forked() { Some(begun) } else { deadline };
 
-    let mut ledger = shared.lock();
-    ledger.watchers += 1;
-    loop {
+    shared.watch(deadline, |ledger| {
         let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
         let others = ledger.rows().any(|row| !mine(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
         let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
-        if !others && !reaper && shared.crew.threads() <= my_thread {
-            break;
-        }
-        match deadline {
-            None => shared.changed.wait(&mut ledger),
-            Some(at) if Instant::now() >= at => break,
-            Some(at) => {
-                shared.changed.wait_until(&mut ledger, at);
-            }
-        }
-    }
-    ledger.watchers -= 1;
-    let lost = ledger.counts().lost;
-    drop(ledger);
+        (!others && !reaper && shared.crew.threads() <= my_thread).then_some(())
+    });
+    let lost = shared.counts().lost;
     // Before others are started that cut.
     let threads = shared.crew.threads().saturating_sub(my_thread);
 
@@ -635,10 +613,7 @@ fn close<M: Manage>(
     if !shared.is_forked() && level <= log::max_level() {
         shared.notice(level, || report.outcome().to_string());
         let until = Instant::now() + LAST_WORDS;
-        let mut ledger = shared.lock();
-        while shared.crew.threads() > report.threads + my_thread && Instant::now() < until {
-            shared.changed.wait_until(&mut ledger, until);
-        }
+        shared.watch(Some(until), |_| (shared.crew.threads() <= report.threads + my_thread).then_some(()));
     }
     report.elapsed = begun.elapsed();
     report

@@ -34,7 +34,7 @@ pub(crate) fn start<M: Manage>(shared: &Arc<Shared<M>>) -> io::Result<()> {
         REAPER.set(Arc::as_ptr(&reaper) as usize);
         // A panic in here is a defect of the ledger's. It costs what was being done, not the clock.
         while catch_unwind(AssertUnwindSafe(|| keep_time(&reaper))).is_err() {}
-        reaper.changed.notify_all();
+        reaper.changed.ring();
     });
     if started.is_err() {
         shared.reaper_lives.store(false, Ordering::SeqCst);
@@ -46,7 +46,7 @@ pub(crate) fn start<M: Manage>(shared: &Arc<Shared<M>>) -> io::Result<()> {
 /// connection came back late).
 pub(crate) fn wake<M: Manage>(shared: &Arc<Shared<M>>) {
     if shared.reaper_lives.load(Ordering::SeqCst) {
-        shared.alarm.notify_one();
+        shared.alarm.ring();
     } else if !shared.is_forked() && !shared.reaper_lives.swap(true, Ordering::SeqCst) {
         // Without it the close of that connection has no limit; there is nobody left to wait for it.
         let _ = start(shared);
@@ -57,6 +57,8 @@ pub(crate) fn wake<M: Manage>(shared: &Arc<Shared<M>>) {
 fn keep_time<M: Manage>(shared: &Arc<Shared<M>>) {
     let mut stranded = false;
     loop {
+        // Before the look: a ring after it is heard.
+        let heard = shared.alarm.count();
         let mut ledger = shared.lock();
         let now = shared.clock.precise();
         if ledger.is_over() && !stranded {
@@ -73,13 +75,8 @@ fn keep_time<M: Manage>(shared: &Arc<Shared<M>>) {
         // Until the alarm, or, if there are jobs that no thread could be started for, to try that again.
         let until = shared.clock.instant(ledger.alarm());
         let soon = stranded.then(|| std::time::Instant::now() + RETRY);
-        match until.into_iter().chain(soon).min() {
-            Some(at) => {
-                shared.alarm.wait_until(&mut ledger, at);
-            }
-            None => shared.alarm.wait(&mut ledger),
-        }
         drop(ledger);
+        shared.alarm.wait(heard, until.into_iter().chain(soon).min());
         if stranded {
             stranded = !shared.crew.nudge(shared);
         }

@@ -3,6 +3,7 @@
 //! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the outbox is settled by whoever
 //! held the lock: seats are filled before it is released, and after it threads are woken and jobs posted.
 
+use crate::bell::Bell;
 use crate::builder::Hooks;
 use crate::clock::{Clock, Moment};
 use crate::connection::Conn;
@@ -16,12 +17,13 @@ use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::waiter::Seat;
 use crate::{reaper, who};
 use log::Level;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// The ledger of a pool of `M`'s connections.
 pub(crate) type Book<M> = Ledger<Box<Conn<M>>, Arc<WaitingSeat<M>>>;
@@ -43,10 +45,10 @@ pub(crate) struct Shared<M: Manage> {
     /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
     crowd: AtomicU32,
     /// What the reaper sleeps on.
-    pub(crate) alarm: Condvar,
+    pub(crate) alarm: Bell,
     pub(crate) reaper_lives: AtomicBool,
     /// What `build` and `close` sleep on.
-    pub(crate) changed: Condvar,
+    pub(crate) changed: Bell,
     /// Why the last open failed. Not in the ledger: a cause is not to be dropped under its lock.
     cause: Mutex<Option<Cause>>,
     /// Every connection that is open or being opened, by number: what can be done about it from outside.
@@ -80,9 +82,9 @@ impl<M: Manage> Shared<M> {
             keeps_limits: manager.keeps_limits(),
             ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
             crowd: AtomicU32::new(0),
-            alarm: Condvar::new(),
+            alarm: Bell::new(),
             reaper_lives: AtomicBool::new(false),
-            changed: Condvar::new(),
+            changed: Bell::new(),
             cause: Mutex::new(None),
             openings: Mutex::new(HashMap::new()),
             ended: OnceLock::new(),
@@ -108,7 +110,7 @@ impl<M: Manage> Shared<M> {
         answer
     }
 
-    /// The lock itself, for those who sleep under it: its outbox must be empty when it is released.
+    /// The lock itself: the outbox must be empty, or [settled](Shared::settle), when it is released.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Book<M>> {
         self.ledger.lock()
     }
@@ -132,7 +134,7 @@ impl<M: Manage> Shared<M> {
             reaper::wake(self);
         }
         if changed {
-            self.changed.notify_all();
+            self.changed.ring();
         }
         if orders.is_empty() {
             return;
@@ -142,6 +144,22 @@ impl<M: Manage> Shared<M> {
             return orders.into_iter().for_each(std::mem::forget);
         }
         orders.into_iter().for_each(|order| self.dispatch(order));
+    }
+
+    /// Looks at the ledger until `look` finds what it looks for, again after each change. `None`: the deadline came first.
+    pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut(&Book<M>) -> Option<R>) -> Option<R> {
+        self.ledger.lock().watchers += 1;
+        let found = loop {
+            // Before the look: a change after it is heard.
+            let heard = self.changed.count();
+            let found = look(&self.ledger.lock());
+            if found.is_some() || deadline.is_some_and(|at| Instant::now() >= at) {
+                break found;
+            }
+            self.changed.wait(heard, deadline);
+        };
+        self.ledger.lock().watchers -= 1;
+        found
     }
 
     /// Tells those who wait, and the clock, that the queue has changed.

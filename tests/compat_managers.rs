@@ -97,7 +97,7 @@ fn an_error_need_not_be_send() {
     store.down.store(true, Ordering::SeqCst);
     all.iter_mut().for_each(|view| view.alive = false);
     drop(all);
-    let error = pool.get().err().expect("there is no store to connect to");
+    let error = pool.get().expect_err("there is no store to connect to");
     // The whole chain, across threads, as text.
     assert!(error.is_timeout() && error.to_string().contains("no view: the store is down"), "{error}");
     assert!(!error.is_exhausted(), "{error}");

@@ -277,7 +277,7 @@ fn one_that_arrives_too_old_is_not_handed_out() {
     let config = proxy.conninfo("late").parse().unwrap();
     let pool = pool(1).max_lifetime(ms(100)).build_unchecked(Manager::new(config, postgres::NoTls));
     let asked = Instant::now();
-    let error = pool.get_timeout(ms(1000)).err().expect("an error");
+    let error = pool.get_timeout(ms(1000)).expect_err("an error");
     assert!(error.is_timeout(), "{error}");
     assert!((ms(1000)..ms(1000) + EPSILON).contains(&asked.elapsed()), "{:?}", asked.elapsed());
     let stats = pool.stats();
