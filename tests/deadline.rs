@@ -142,14 +142,13 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
     nothing_in_time(&pool);
     assert_eq!((fake.inside(Call::Validate), pool.stats().checking), (1, 1));
 
-    // Two who wait are one more than the check that hangs will serve.
+    // Two who wait are one more than the check that hangs will serve: for the second another is checked, and whoever
+    // has it leaves it to the other.
     thread::scope(|s| {
-        let getters: Vec<_> = (0..2).map(|_| s.spawn(|| timed(|| pool.get_timeout(PATIENT).map(drop)))).collect();
-        for (_, took) in getters.into_iter().map(|g| g.join().unwrap()) {
-            assert!(took < PATIENT + EPSILON, "{took:?}");
+        for _ in 0..2 {
+            s.spawn(|| drop(pool.get_timeout(LONG).unwrap()));
         }
     });
-    assert!(pool.stats().checkouts > 3, "somebody got one of the others: {}", pool.connections());
     evicted_in_time(&pool, Instant::now(), max_idle);
     fake.wait_alive(1);
     assert_eq!((pool.state().connections, pool.stats().closed_for(CloseReason::Idle)), (1, 2), "the one that hangs");
@@ -191,7 +190,8 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     manager: M,
 ) {
     let max_idle = ms(200);
-    let pool = builder.max_size(6).max_idle(max_idle).close_timeout(HOUR).build(manager).unwrap();
+    // Without a connection that could be evicted before there is something to see.
+    let pool = builder.max_size(6).max_idle(max_idle).close_timeout(HOUR).build_unchecked(manager);
     fake.set(call, Act::Block);
     let mut held = take(&pool, 3);
     let ((), took) = timed(|| PooledConnection::discard(held.pop().unwrap()));
@@ -518,7 +518,7 @@ fn a_server_that_accepts_and_says_nothing() {
             .collect();
         while getters.iter().any(|g| !g.is_finished()) {
             most_threads = most_threads.max(threads_named("mute").len());
-            thread::sleep(ms(10));
+            thread::sleep(ms(30));
         }
     });
     // The reaper, those given up, and one that is about to be or lingers.
