@@ -1,1 +1,4 @@
 //! Millpond.
+
+#[cfg(feature = "postgres")]
+mod postgres;
