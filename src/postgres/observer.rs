@@ -95,11 +95,7 @@ struct Terms {
 impl<T: Connector> Observer<T> {
     /// `None` if the configuration names a unix socket, even as one host of several: it cannot be observed.
     pub(crate) fn new(config: &Config, tls: T) -> Option<Observer<T>> {
-        if !config
-            .get_hosts()
-            .iter()
-            .all(|host| matches!(host, Host::Tcp(_)))
-        {
+        if !config.get_hosts().iter().all(|host| matches!(host, Host::Tcp(_))) {
             return None;
         }
         let terms = Terms {
@@ -113,9 +109,7 @@ impl<T: Connector> Observer<T> {
                 config.host(&address.to_string());
             }
         }
-        config
-            .ssl_mode(SslMode::Require)
-            .ssl_negotiation(SslNegotiation::Direct);
+        config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
         Some(Observer { config, tls, terms })
     }
 
@@ -135,20 +129,12 @@ impl<T: Connector> Observer<T> {
     /// # Errors
     ///
     /// As `CancelToken::cancel_query`.
-    pub(crate) fn cancel(
-        &self,
-        token: &CancelToken,
-        watch: &Arc<Watch>,
-    ) -> Result<(), ::postgres::Error> {
+    pub(crate) fn cancel(&self, token: &CancelToken, watch: &Arc<Watch>) -> Result<(), ::postgres::Error> {
         token.cancel_query(self.watched_by(watch))
     }
 
     fn watched_by(&self, watch: &Arc<Watch>) -> Observed<T> {
-        Observed {
-            tls: self.tls.clone(),
-            terms: self.terms,
-            watch: watch.clone(),
-        }
+        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone() }
     }
 }
 
@@ -180,13 +166,7 @@ struct Switch {
 
 impl Watch {
     pub(crate) fn new() -> Arc<Watch> {
-        Arc::new(Watch {
-            scanner: Mutex::new(Scanner::new()),
-            switch: Mutex::new(Switch {
-                cut: false,
-                waker: None,
-            }),
-        })
+        Arc::new(Watch { scanner: Mutex::new(Scanner::new()), switch: Mutex::new(Switch { cut: false, waker: None }) })
     }
 
     /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
@@ -245,10 +225,7 @@ impl Watch {
     /// [`flush`] first.
     pub(crate) fn is_idle(&self) -> bool {
         let scanner = self.scanner.lock();
-        scanner.status() == Status::Idle
-            && !scanner.is_busy()
-            && !scanner.is_lost()
-            && !self.is_cut()
+        scanner.status() == Status::Idle && !scanner.is_busy() && !scanner.is_lost() && !self.is_cut()
     }
 
     /// See [`Scanner::fatal`].
@@ -288,10 +265,7 @@ impl Line {
     fn pass(&self, cx: &Context<'_>) -> io::Result<()> {
         let mut switch = self.0.switch.lock();
         if switch.cut {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "the connection was cut",
-            ));
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was cut"));
         }
         match &switch.waker {
             Some(waker) if waker.will_wake(cx.waker()) => {}
@@ -329,15 +303,9 @@ impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
         let tls = if self.terms.nameless {
             Err(NegotiationError::NoHostName)
         } else {
-            self.tls
-                .make_tls_connect(host)
-                .map_err(|error| NegotiationError::Connector(error.into()))
+            self.tls.make_tls_connect(host).map_err(|error| NegotiationError::Connector(error.into()))
         };
-        Ok(Negotiator {
-            tls,
-            terms: self.terms,
-            watch: self.watch.clone(),
-        })
+        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone() })
     }
 }
 
@@ -393,14 +361,8 @@ where
     }
     if !direct {
         let mut answer = [0];
-        socket
-            .write_all(&SSL_REQUEST)
-            .await
-            .map_err(NegotiationError::Io)?;
-        socket
-            .read_exact(&mut answer)
-            .await
-            .map_err(NegotiationError::Io)?;
+        socket.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
+        socket.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
         if answer != *b"S" {
             return match terms.mode {
                 SslMode::Prefer => Ok(Transport::Raw(socket)),
@@ -450,11 +412,7 @@ impl NegotiationError {
                     match error.downcast_ref::<io::Error>().map(io::Error::kind) {
                         // Connectors wrap their own verdicts in these.
                         None
-                        | Some(
-                            io::ErrorKind::InvalidData
-                            | io::ErrorKind::InvalidInput
-                            | io::ErrorKind::Other,
-                        ) => {}
+                        | Some(io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::Other) => {}
                         Some(_) => return true,
                     }
                     next = error.source();
@@ -489,9 +447,7 @@ impl StdError for NegotiationError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             NegotiationError::Io(error) => error.source(),
-            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => {
-                error.source()
-            }
+            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => error.source(),
             _ => None,
         }
     }
@@ -525,11 +481,7 @@ impl<S: TlsStream + Unpin> Tap<S> {
 }
 
 impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (before, room) = (buf.filled().len(), buf.remaining());
         let result = ready!(self.stream(cx)?.poll_read(cx, buf));
         let read = &buf.filled()[before..];
@@ -543,11 +495,7 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
 }
 
 impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let result = ready!(self.stream(cx)?.poll_write(cx, buf));
         match result {
             Ok(written) => self.line.scanner().sent(&buf[..written]),

@@ -219,12 +219,7 @@ impl Scanner {
     /// Something is under way that may still change the status: a request half sent, unanswered or half answered, or a
     /// COPY. Not so the closing of a dropped statement, which cannot fail.
     pub(crate) fn is_busy(&self) -> bool {
-        self.copy_in
-            || self.frontend.is_inside()
-            || self
-                .pending
-                .iter()
-                .any(|&request| request != Request::Close)
+        self.copy_in || self.frontend.is_inside() || self.pending.iter().any(|&request| request != Request::Close)
     }
 
     /// Nothing more can come of it: poisoned, hung up or told so by the server.
@@ -255,8 +250,7 @@ impl Scanner {
 
 /// The field of an error message that begins with `key`.
 fn field(body: &[u8], key: u8) -> Option<&[u8]> {
-    body.split(|&byte| byte == 0)
-        .find_map(|field| field.strip_prefix(&[key]))
+    body.split(|&byte| byte == 0).find_map(|field| field.strip_prefix(&[key]))
 }
 
 /// Stands for the tag that the first message of a frontend does not have.
@@ -279,29 +273,16 @@ struct Frames {
 
 impl Frames {
     fn new() -> Frames {
-        Frames {
-            header: [0; 5],
-            got: 0,
-            left: 0,
-            kept: Vec::new(),
-        }
+        Frames { header: [0; 5], got: 0, left: 0, kept: Vec::new() }
     }
 
     /// The frontend's direction, whose first message has no tag: as if a [`STARTUP`] had been seen.
     fn untagged_first() -> Frames {
-        Frames {
-            header: [STARTUP; 5],
-            got: 1,
-            ..Frames::new()
-        }
+        Frames { header: [STARTUP; 5], got: 1, ..Frames::new() }
     }
 
     /// Takes bytes up to the end of a message, and returns its tag if the end was among them.
-    fn next(
-        &mut self,
-        bytes: &mut &[u8],
-        worth: impl Fn(u8) -> usize,
-    ) -> Result<Option<u8>, Garbled> {
+    fn next(&mut self, bytes: &mut &[u8], worth: impl Fn(u8) -> usize) -> Result<Option<u8>, Garbled> {
         if self.got < 5 {
             let piece = split_off(bytes, 5 - self.got);
             self.header[self.got..][..piece.len()].copy_from_slice(piece);
@@ -311,9 +292,7 @@ impl Frames {
             }
             let [_, length @ ..] = self.header;
             // Signed, as `postgres` reads it.
-            let body = i32::from_be_bytes(length)
-                .checked_sub(4)
-                .and_then(|body| usize::try_from(body).ok());
+            let body = i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok());
             self.left = body.ok_or(Garbled)?;
             self.kept.clear();
         }

@@ -16,10 +16,7 @@ fn startup() -> Vec<u8> {
 }
 
 fn key(pid: i32) -> Vec<u8> {
-    message(
-        b'K',
-        &[&pid.to_be_bytes()[..], b"secret, of any length"].concat(),
-    )
+    message(b'K', &[&pid.to_be_bytes()[..], b"secret, of any length"].concat())
 }
 
 fn ready(status: u8) -> Vec<u8> {
@@ -31,10 +28,7 @@ fn sync() -> Vec<u8> {
 }
 
 fn error(severity: &str, code: &str) -> Vec<u8> {
-    let text = format!(
-        "S{severity}\0V{severity}\0C{code}\0M{}\0\0",
-        "long ".repeat(100)
-    );
+    let text = format!("S{severity}\0V{severity}\0C{code}\0M{}\0\0", "long ".repeat(100));
     message(b'E', text.as_bytes())
 }
 
@@ -77,8 +71,7 @@ fn exchange() -> impl Strategy<Value = Exchange> {
         Just(Exchange::Close),
         rows().prop_map(Exchange::CopyOut),
         (any::<bool>(), rows()).prop_map(|(simple, rows)| Exchange::CopyIn(simple, rows)),
-        (prop::sample::select(b"ANS".to_vec()), bytes())
-            .prop_map(|(tag, body)| Exchange::Aside(tag, body)),
+        (prop::sample::select(b"ANS".to_vec()), bytes()).prop_map(|(tag, body)| Exchange::Aside(tag, body)),
     ]
 }
 
@@ -90,40 +83,23 @@ enum Turn {
 impl Exchange {
     fn turns(&self, status: u8) -> Vec<Turn> {
         use Turn::{Received, Sent};
-        let all = |tag, rows: &[Vec<u8>]| -> Vec<u8> {
-            rows.iter().flat_map(|row| message(tag, row)).collect()
-        };
+        let all = |tag, rows: &[Vec<u8>]| -> Vec<u8> { rows.iter().flat_map(|row| message(tag, row)).collect() };
         let end = [message(b'C', b"DONE 1\0"), ready(status)].concat();
         let batch = [message(b'B', b"\0\0"), message(b'E', b"\0"), sync()].concat();
         match self {
-            Exchange::Query(rows) => vec![
-                Sent(message(b'Q', b"select\0")),
-                Received([all(b'D', rows), end].concat()),
-            ],
+            Exchange::Query(rows) => vec![Sent(message(b'Q', b"select\0")), Received([all(b'D', rows), end].concat())],
             Exchange::Batch(parts) => vec![
                 Sent([message(b'P', b"\0"), all(b'B', parts), batch].concat()),
                 Received([message(b'1', b""), all(b'D', parts), end].concat()),
             ],
-            Exchange::Error => vec![
-                Sent(batch),
-                Received(error("ERROR", "42P01")),
-                Received(ready(status)),
-            ],
+            Exchange::Error => vec![Sent(batch), Received(error("ERROR", "42P01")), Received(ready(status))],
             Exchange::Close => vec![
                 Sent([message(b'C', b"Ss1\0"), sync()].concat()),
                 Received([message(b'3', b""), ready(status)].concat()),
             ],
             Exchange::CopyOut(rows) => vec![
                 Sent(batch),
-                Received(
-                    [
-                        message(b'H', b"\0\0\0"),
-                        all(b'd', rows),
-                        message(b'c', b""),
-                        end,
-                    ]
-                    .concat(),
-                ),
+                Received([message(b'H', b"\0\0\0"), all(b'd', rows), message(b'c', b""), end].concat()),
             ],
             Exchange::CopyIn(simple, rows) => {
                 let (begin, finish) = match simple {
@@ -143,11 +119,7 @@ impl Exchange {
 }
 
 /// Tells `bytes` in pieces, whose sizes are taken round and round from `cuts`.
-fn in_pieces(
-    mut bytes: &[u8],
-    cuts: &mut impl Iterator<Item = usize>,
-    mut tell: impl FnMut(&[u8]),
-) {
+fn in_pieces(mut bytes: &[u8], cuts: &mut impl Iterator<Item = usize>, mut tell: impl FnMut(&[u8])) {
     while !bytes.is_empty() {
         tell(split_off(&mut bytes, cuts.next().unwrap()));
     }
@@ -277,11 +249,7 @@ fn poison_1_the_end_of_a_copy_that_never_began() {
     for tag in *b"dcf" {
         let mut scanner = logged_in();
         scanner.sent(&message(tag, b"\0"));
-        assert!(
-            scanner.is_poisoned() && scanner.is_lost(),
-            "{}",
-            tag as char
-        );
+        assert!(scanner.is_poisoned() && scanner.is_lost(), "{}", tag as char);
     }
 }
 
@@ -359,22 +327,13 @@ fn a_refused_write_is_told_once() {
 #[test]
 fn hears_what_kind_of_node_it_is() {
     let mut scanner = logged_in();
-    assert_eq!(
-        (scanner.in_hot_standby(), scanner.read_only_by_default()),
-        (None, None)
-    );
+    assert_eq!((scanner.in_hot_standby(), scanner.read_only_by_default()), (None, None));
     scanner.received(&message(b'S', b"in_hot_standby\0on\0"));
     scanner.received(&message(b'S', b"default_transaction_read_only\0on\0"));
-    assert_eq!(
-        (scanner.in_hot_standby(), scanner.read_only_by_default()),
-        (Some(true), Some(true))
-    );
+    assert_eq!((scanner.in_hot_standby(), scanner.read_only_by_default()), (Some(true), Some(true)));
     scanner.received(&message(b'S', b"in_hot_standby\0off\0"));
     scanner.received(&message(b'S', b"default_transaction_read_only\0off\0"));
-    assert_eq!(
-        (scanner.in_hot_standby(), scanner.read_only_by_default()),
-        (Some(false), Some(false))
-    );
+    assert_eq!((scanner.in_hot_standby(), scanner.read_only_by_default()), (Some(false), Some(false)));
 }
 
 #[test]

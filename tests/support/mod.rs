@@ -1,0 +1,22 @@
+//! What every test, bench and example stands on: a private PostgreSQL, a faulty network, and waiting for facts.
+//!
+//! Included with `mod support;` by tests and with `#[path = "../tests/support/mod.rs"] mod support;` by benches and
+//! examples. It knows PostgreSQL and nothing of millpond, so that it cannot share a mistake with what it looks at.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "compiled into each test, bench and example on its own, none of which uses all of it"
+)]
+
+mod database;
+pub mod programs;
+mod proxy;
+mod server;
+mod wait;
+
+pub use database::{Backend, Database};
+pub use proxy::{Proxy, Silent};
+pub use server::Server;
+pub use wait::{EPSILON, ms, threads_named, wait_until};
