@@ -96,6 +96,8 @@ mod jobs;
 mod ledger;
 mod manage;
 mod pool;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 mod reaper;
 mod shared;
 mod stats;
