@@ -54,8 +54,9 @@ mod tests;
 
 type BoxError = Box<dyn StdError + Send + Sync>;
 
-/// What the user's TLS connector must be: the bounds of `r2d2_postgres`.
-pub(crate) trait Connector:
+/// What a TLS connector must be: any [`MakeTlsConnect`] that can be cloned and sent to other threads, which the usual ones
+/// can. The bounds are those of `r2d2_postgres`; there is nothing to implement.
+pub trait Connector:
     MakeTlsConnect<Socket, TlsConnect: TlsConnect<Socket, Future: Send> + Send, Stream: Send>
     + Clone
     + Send
