@@ -15,8 +15,8 @@ use std::time::Duration;
 pub enum Validate {
     /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
     Always,
-    /// When it was idle for at least this long, or when another connection has been found dead since it was last
-    /// known to be well. The default, with one second. Zero is the same as `Always`.
+    /// When it was neither used nor checked for at least this long, or when another connection has been found dead since
+    /// it was last known to be well. The default, with one second. Zero is the same as `Always`.
     AfterIdle(Duration),
     /// Never, not even on suspicion.
     Never,

@@ -45,14 +45,15 @@ pub(crate) struct Slot<M: Manage> {
 }
 
 thread_local! {
-    /// On a thread of a crew: which pool's (the address of its `Shared`), and how many slots its job has.
-    static CREW: Cell<(usize, u32)> = const { Cell::new((0, 0)) };
+    /// On a thread of a crew: which pool's (the address of its `Shared`), and the number of the connection that its job is
+    /// about, or 0.
+    static CREW: Cell<(usize, u64)> = const { Cell::new((0, 0)) };
 }
 
-/// Whether this thread is one of `shared`'s crew at work, and how many slots its job has: `close` does not wait for it.
-pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u32> {
-    let (pool, slots) = CREW.get();
-    (pool == Arc::as_ptr(shared) as usize).then_some(slots)
+/// Whether this thread is one of `shared`'s crew at work, and on which connection, or 0: `close` does not wait for it.
+pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u64> {
+    let (pool, id) = CREW.get();
+    (pool == Arc::as_ptr(shared) as usize).then_some(id)
 }
 
 impl<M: Manage> Work for Shared<M> {
@@ -77,8 +78,11 @@ impl<M: Manage> Work for Shared<M> {
 impl<M: Manage> Job<M> {
     /// `true`: the job was written off meanwhile.
     pub(crate) fn run(self, shared: &Arc<Shared<M>>) -> bool {
-        let slots = u32::from(!matches!(self, Job::Cut(..) | Job::Notice(..)));
-        let before = CREW.replace((Arc::as_ptr(shared) as usize, slots));
+        let id = match &self {
+            Job::Open(slot) | Job::Check(slot, _) | Job::Reset(slot, ..) | Job::Close(slot, ..) => slot.id(),
+            Job::Cut(..) | Job::Notice(..) => 0,
+        };
+        let before = CREW.replace((Arc::as_ptr(shared) as usize, id));
         let _restore = Restore(before);
         match self {
             Job::Open(slot) => open(shared, slot),
@@ -100,7 +104,7 @@ impl<M: Manage> Job<M> {
     }
 }
 
-struct Restore((usize, u32));
+struct Restore((usize, u64));
 
 impl Drop for Restore {
     fn drop(&mut self) {

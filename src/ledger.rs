@@ -386,6 +386,12 @@ impl<C, W> Ledger<C, W> {
         self.idle.len() as u32 >= self.rules.min_idle.min(self.rules.max_size)
     }
 
+    /// Whether the pool is closed and nothing will be due, so that nobody need keep time. A limit that begins later sets
+    /// an alarm of its own.
+    pub(crate) fn is_over(&self) -> bool {
+        self.closed && self.checking + self.closing == 0 && self.limits.is_empty()
+    }
+
     /// When the reaper is to call [`reap`](Ledger::reap) next.
     pub(crate) fn alarm(&self) -> Moment {
         self.alarm
@@ -643,15 +649,15 @@ impl<C, W> Ledger<C, W> {
         let row = &mut self.rows[index as usize];
         row.unused_since = now;
         self.tally.open.record(now.nanos_since(row.born));
-        if row.dies <= now {
-            let born = row.born;
+        if self.is_expired(&self.rows[index as usize], now) {
+            let born = self.rows[index as usize].born;
             self.tally.failed_opens += 1;
             self.failed(now, born, false, 0.5);
             self.bury(index, conn, CloseReason::Lifetime, now);
             self.provision(now);
             return Ok(());
         }
-        let (dies, born) = (row.dies, row.born);
+        let Row { dies, born, .. } = self.rows[index as usize];
         self.failure = None;
         self.misses = 0;
         self.tally.opens += 1;
@@ -862,10 +868,12 @@ impl<C, W> Ledger<C, W> {
         self.provision(now);
     }
 
-    /// Forgets what was counted while the pool was built.
+    /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
+    /// the books, which would not balance otherwise.
     pub(crate) fn forget_rehearsal(&mut self) {
-        let Tally { opens, failed_opens, open, .. } = std::mem::take(&mut self.tally);
-        self.tally = Tally { opens, failed_opens, open, ..Tally::default() };
+        let tally = std::mem::take(&mut self.tally);
+        let (wait, hold) = Default::default();
+        self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
     }
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.
@@ -885,6 +893,24 @@ impl<C, W> Ledger<C, W> {
         Some(waiting)
     }
 
+    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
+    /// was not done by now, and no other open takes their place.
+    pub(crate) fn abandon_opens(&mut self, now: Moment) {
+        self.tick(now);
+        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state == State::Opening);
+        for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
+            self.end_limit(index);
+        }
+        self.note_if_over();
+    }
+
+    /// The reaper is to see that it is no longer needed.
+    fn note_if_over(&mut self) {
+        if self.is_over() {
+            self.arm(self.now);
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------- the rules
 
     /// Whether a connection may not be handed out for its age. The resolution of the clock counts against it.
@@ -899,7 +925,10 @@ impl<C, W> Ledger<C, W> {
         match self.rules.validate {
             Validate::Never => false,
             Validate::Always => true,
-            Validate::AfterIdle(limit) => row.proven < self.suspect || now.since(row.unused_since) >= limit,
+            // A check that was made for somebody who did not wait for it, or to keep it alive, serves the next as well.
+            Validate::AfterIdle(limit) => {
+                row.proven < self.suspect || now.since(row.unused_since.max(row.proven)) >= limit
+            }
         }
     }
 
@@ -1067,8 +1096,8 @@ impl<C, W> Ledger<C, W> {
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
         let longest = if permanent || self.queue.is_empty() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
-        // Up to a fifth is added, so that many pools do not come back in step.
-        let retry = now.plus(whole.mul_f64(1.0 + 0.2 * jitter.clamp(0.0, 1.0)));
+        // Up to a fifth is taken off, so that many pools do not come back in step.
+        let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
         self.failure = Some(Failure { count, last: now, permanent, retry });
         self.outbox.changed |= self.watchers > 0;
     }
@@ -1278,10 +1307,7 @@ impl<C, W> Ledger<C, W> {
         row.holder = None;
         self.free.push(index);
         self.outbox.changed |= self.watchers > 0;
-        if self.closed && self.opening + self.checking + self.closing == 0 {
-            // The reaper is no longer needed: it is to see that.
-            self.arm(self.now);
-        }
+        self.note_if_over();
     }
 
     fn start_limit(&mut self, index: u32, at: Moment) {

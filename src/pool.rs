@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
 use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
-use crate::ledger::{Grant, Holder, Join, Take, Ticket, Token};
+use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::shared::{Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
@@ -563,17 +563,19 @@ fn close<M: Manage>(
 ) -> CloseReport {
     let waiters = end(shared, by, Some(at));
     let me = who::tag();
-    let (my_thread, my_slots) = crew_here(shared).map_or((0, 0), |slots| (1, slots));
+    // A job of this very thread's that was written off has no slot any longer.
+    let (my_thread, my_job) = crew_here(shared).map_or((0, 0), |id| (1, id));
     // A forked child has none of the threads it could wait for.
     let deadline = if shared.is_forked() { Some(begun) } else { deadline };
 
     let mut ledger = shared.lock();
     ledger.watchers += 1;
     loop {
-        let mine = ledger.rows().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
-        let slots = ledger.counts().total() - mine - my_slots;
-        let reaper = shared.reaper_lives.load(Ordering::SeqCst) && my_slots == 0;
-        if slots == 0 && !reaper && shared.crew.threads() == my_thread {
+        let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
+        let others = ledger.rows().any(|row| !mine(row));
+        let at_work = ledger.rows().any(|row| row.id == my_job);
+        let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
+        if !others && !reaper && shared.crew.threads() <= my_thread {
             break;
         }
         match deadline {
@@ -587,6 +589,8 @@ fn close<M: Manage>(
     ledger.watchers -= 1;
     let lost = ledger.counts().lost;
     drop(ledger);
+    // Before others are started that cut.
+    let threads = shared.crew.threads().saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.rows(|_| true)));
     let over = deadline.is_some_and(|at| Instant::now() >= at) && !shared.is_forked();
@@ -598,6 +602,8 @@ fn close<M: Manage>(
                 cut.push(row.id);
             }
         }
+        let now = shared.clock.precise();
+        shared.with(|l| l.abandon_opens(now));
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),
@@ -606,7 +612,7 @@ fn close<M: Manage>(
         left,
         cut,
         lost,
-        threads: shared.crew.threads().saturating_sub(my_thread),
+        threads,
         workers_finished,
     };
     let level = if report.is_complete() { Level::Info } else { Level::Warn };

@@ -53,14 +53,13 @@ pub(crate) fn wake<M: Manage>(shared: &Arc<Shared<M>>) {
     }
 }
 
-/// Until the pool is closed and nothing runs any longer.
+/// Until the pool is closed and nothing that runs has a limit any longer.
 fn keep_time<M: Manage>(shared: &Arc<Shared<M>>) {
     let mut stranded = false;
     loop {
         let mut ledger = shared.lock();
         let now = shared.clock.precise();
-        let counts = ledger.counts();
-        if ledger.is_closed() && counts.checking + counts.opening + counts.closing == 0 && !stranded {
+        if ledger.is_over() && !stranded {
             // Under the lock: whoever needs it from now on sees that it is gone.
             shared.reaper_lives.store(false, Ordering::SeqCst);
             return;

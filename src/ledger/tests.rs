@@ -79,6 +79,8 @@ struct World {
     check_time: Duration,
     /// `Some(permanent)`: opens fail.
     refuse: Option<bool>,
+    /// What is drawn for the pause after that.
+    jitter: f64,
     /// Connections that fail their next check.
     dead: Vec<Conn>,
     /// When each connection was last seen to be well, and when one was last found dead.
@@ -108,6 +110,7 @@ impl World {
             close_time: Duration::ZERO,
             check_time: Duration::ZERO,
             refuse: None,
+            jitter: 0.0,
             dead: Vec::new(),
             proven: HashMap::new(),
             suspect: Moment::BIRTH,
@@ -180,7 +183,7 @@ impl World {
         match event {
             Event::Opened if self.refuse.is_some() => {
                 self.server.remove(&conn);
-                self.ledger.open_failed(now, &token, self.refuse == Some(true), 0.0);
+                self.ledger.open_failed(now, &token, self.refuse == Some(true), self.jitter);
                 self.ledger.free(now, token);
             }
             Event::Opened => {
@@ -421,6 +424,17 @@ fn max_idle_zero_keeps_nothing() {
 }
 
 #[test]
+fn a_rehearsal_is_forgotten_but_not_what_it_opened_and_closed() {
+    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
+    w.use_once(ms(5));
+    w.ledger.forget_rehearsal();
+    let tally = &w.ledger.tally;
+    assert_eq!((tally.checkouts, tally.waits, tally.wait.count(), tally.hold.count()), (0, 0, 0, 0));
+    assert_eq!((tally.opens, tally.open.count(), tally.closes[CloseReason::Idle as usize]), (1, 1, 1));
+    assert_eq!(w.counts().total(), 0);
+}
+
+#[test]
 fn max_idle_none_keeps_all() {
     let mut w = World::new(Rules { max_idle: None, ..rules() });
     w.burst(17);
@@ -477,6 +491,17 @@ fn one_that_arrives_expired_is_a_failed_open() {
     w.run(ms(500));
     assert!(!w.out.contains_key(&a));
     assert_eq!(w.ledger.tally.opens, 0);
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+}
+
+#[test]
+fn one_that_arrives_too_old_to_be_served_is_a_failed_open() {
+    // It dies at 10 ms, and may not be served after 2.
+    let mut w = World::new(Rules { max_lifetime: Some(ms(10)), resolution: ms(8), ..rules() });
+    w.open_time = ms(5);
+    w.get();
+    w.run(ms(500));
+    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 0));
     assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
 }
 
@@ -677,6 +702,20 @@ fn transient_failures_back_off_and_recover() {
     w.refuse = None;
     w.run(secs(1));
     assert!(w.out.contains_key(&a), "within a second of the server's return");
+}
+
+#[test]
+fn whatever_is_drawn_no_pause_is_longer_than_a_second_while_somebody_waits() {
+    for jitter in [0.0, 0.5, 1.0] {
+        let mut w = World::new(rules());
+        w.refuse = Some(false);
+        w.jitter = jitter;
+        w.get();
+        w.run(secs(60));
+        let pauses = w.dials.windows(2).map(|d| d[1].since(d[0]));
+        assert!(pauses.clone().all(|pause| (BACKOFF_FIRST..=secs(1)).contains(&pause)), "{jitter}");
+        assert_eq!(pauses.max(), Some(ms(1_000 - (200.0 * jitter) as u64)), "not all pools in step");
+    }
 }
 
 #[test]
@@ -927,6 +966,35 @@ fn try_get_prepares_one_at_a_time() {
     assert!(matches!(w.ledger.take(w.now, here(), false), Take::Ready(..)));
 }
 
+#[test]
+fn what_was_checked_for_one_serves_the_next() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), ..rules() });
+    w.check_time = ms(100);
+    w.burst(1);
+    w.run(secs(5));
+    // By `try_get`, which does not wait for it.
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing));
+    w.ledger.prepare(w.now);
+    w.settle();
+    w.run(ms(100));
+    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("checked in vain") };
+    w.lent(1, token, conn);
+    w.put(1);
+    // By somebody who gave up.
+    w.run(secs(5));
+    let impatient = w.get();
+    assert!(w.leave(impatient));
+    w.run(ms(1_100));
+    let next = w.get();
+    assert!(!w.out.contains_key(&next), "a second after that check began, there is another");
+    w.run(ms(100));
+    assert!(w.out.contains_key(&next));
+    w.put(next);
+    // Of those that are unused for as long, it stays where it was: a check is no use of it.
+    w.run(secs(600));
+    assert_eq!(w.counts().idle, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------- P4: close
 
 #[test]
@@ -951,6 +1019,31 @@ fn close_turns_everybody_out() {
     assert_eq!(w.ledger.close(w.now), None);
     w.run(secs(10));
     assert_eq!(w.ledger.alarm(), Moment::NEVER);
+}
+
+#[test]
+fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
+    w.burst(1);
+    let (a, b) = (w.get(), w.get());
+    w.put_back(b, Back::Discard(CloseReason::Discarded));
+    w.open_time = secs(60);
+    w.close_time = secs(2);
+    w.get();
+    w.ledger.close(w.now);
+    w.settle();
+    w.run(secs(1));
+    assert!(!w.ledger.is_over(), "an open and a close have limits");
+    w.put(a);
+    w.ledger.abandon_opens(w.now);
+    w.settle();
+    assert!(!w.ledger.is_over(), "the close still has one");
+    w.run(secs(2));
+    assert!(w.ledger.is_over());
+    assert_eq!((w.counts().opening, w.counts().total(), w.written_off), (1, 1, 0));
+    w.run(secs(60));
+    assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
+    assert_eq!(w.written_off, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------- a year

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use postgres::types::Type;
 use postgres::{Client, NoTls};
 
-use super::{Server, wait};
+use super::{Server, Watch, wait};
 
 /// How long a question to the server is repeated: it may be starting again just now.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -71,26 +71,12 @@ impl Database {
 
     /// The connections that the server has under this name, the oldest first.
     pub fn backends(&self, app: &str) -> Vec<Backend> {
-        let rows = self.ask(|client| {
-            client.query_typed(
-                "SELECT pid, coalesce(state, ''), coalesce(query, ''), \
-                        extract(epoch FROM clock_timestamp() - backend_start)::float8, \
-                        extract(epoch FROM clock_timestamp() - coalesce(state_change, backend_start))::float8 \
-                 FROM pg_stat_activity WHERE application_name = $1 AND backend_type = 'client backend' \
-                 ORDER BY backend_start",
-                &[(&app, Type::TEXT)],
-            )
-        });
-        rows.iter()
-            .map(|row| Backend {
-                pid: row.get(0),
-                state: row.get(1),
-                query: row.get(2),
-                // The server's clock may step back.
-                age: Duration::from_secs_f64(row.get::<_, f64>(3).max(0.0)),
-                since: Duration::from_secs_f64(row.get::<_, f64>(4).max(0.0)),
-            })
-            .collect()
+        self.ask(|client| look(client, app))
+    }
+
+    /// Watches the connections under this name, on a connection of its own, until [`Watch::end`].
+    pub fn watch(&self, app: &str) -> Watch {
+        Watch::begin(self.config("watch"), app)
     }
 
     /// How many connections the server has under this name.
@@ -152,6 +138,27 @@ impl Database {
             }
         }
     }
+}
+
+/// The connections that the server has under this name, the oldest first.
+pub(super) fn look(client: &mut Client, app: &str) -> Result<Vec<Backend>, postgres::Error> {
+    let rows = client.query_typed(
+        "SELECT pid, coalesce(state, ''), coalesce(query, ''), \
+                extract(epoch FROM clock_timestamp() - backend_start)::float8, \
+                extract(epoch FROM clock_timestamp() - coalesce(state_change, backend_start))::float8 \
+         FROM pg_stat_activity WHERE application_name = $1 AND backend_type = 'client backend' \
+         ORDER BY backend_start",
+        &[(&app, Type::TEXT)],
+    )?;
+    let backend = |row: &postgres::Row| Backend {
+        pid: row.get(0),
+        state: row.get(1),
+        query: row.get(2),
+        // The server's clock may step back.
+        age: Duration::from_secs_f64(row.get::<_, f64>(3).max(0.0)),
+        since: Duration::from_secs_f64(row.get::<_, f64>(4).max(0.0)),
+    };
+    Ok(rows.iter().map(backend).collect())
 }
 
 /// Adds an application name to an address, be it a URL or a list of `key=value`.

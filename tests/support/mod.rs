@@ -15,8 +15,10 @@ pub mod programs;
 mod proxy;
 mod server;
 mod wait;
+mod watch;
 
 pub use database::{Backend, Database};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, ms, threads_named, wait_until};
+pub use wait::{EPSILON, alone, beside_others, ms, sleep_until, threads_named, wait_until};
+pub use watch::{History, Sample, Watch};

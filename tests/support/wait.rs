@@ -3,11 +3,13 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
 /// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost.
 pub const EPSILON: Duration = Duration::from_millis(50);
 
 /// Short enough to see what happened within [`EPSILON`], long enough to leave the machine to what is being watched.
-const STEP: Duration = Duration::from_millis(5);
+pub(super) const STEP: Duration = Duration::from_millis(5);
 
 /// `ms(200)` reads better in a test than its long form.
 pub const fn ms(ms: u64) -> Duration {
@@ -30,6 +32,26 @@ pub fn wait_until(deadline: Instant, mut fact: impl FnMut() -> bool) -> bool {
         }
         thread::sleep(STEP.min(deadline - now));
     }
+}
+
+/// For a load that keeps its own time, and for looking at what lies ahead.
+pub fn sleep_until(at: Instant) {
+    thread::sleep(at.saturating_duration_since(Instant::now()));
+}
+
+/// The tests of one process run side by side and share the machine.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+/// While this is held no other test that asks has the machine: for one that loads it, or that a load would disturb.
+#[must_use = "a lock that is not bound to a name is released at once"]
+pub fn alone() -> RwLockWriteGuard<'static, ()> {
+    MACHINE.write()
+}
+
+/// While this is held no test is [`alone`]: for one that asserts on time, and mostly sleeps.
+#[must_use = "a lock that is not bound to a name is released at once"]
+pub fn beside_others() -> RwLockReadGuard<'static, ()> {
+    MACHINE.read()
 }
 
 /// The names of this process's live threads that begin with `prefix`. The system keeps 15 bytes of a name.
