@@ -25,9 +25,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Duration;
 
-use crate::builder::Validate;
 use crate::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState as State, Tally};
+
+/// When a connection is checked before it is handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Validate {
+    /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
+    Always,
+    /// When it was neither used nor checked for at least this long, or when another connection has been found dead since
+    /// it was last known to be well. The default, with one second. Zero is the same as `Always`.
+    AfterIdle(Duration),
+    /// Never, not even on suspicion.
+    Never,
+}
 
 /// The limits a ledger keeps. Durations too long to be added to a moment mean "never".
 #[derive(Clone, Debug)]

@@ -99,17 +99,20 @@ mod pool;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 mod reaper;
+mod settings;
 mod shared;
 mod stats;
 mod waiter;
 mod who;
 
-pub use crate::builder::{Builder, Settings, Validate};
+pub use crate::builder::Builder;
 pub use crate::connection::PooledConnection;
 pub use crate::error::{Cause, Closed, Config, Connect, Error, ErrorKind, Timeout, TooManyWaiting};
 pub use crate::guard::{PoolGuard, Workers};
+pub use crate::ledger::Validate;
 pub use crate::manage::{Manage, Opening, Returned};
 pub use crate::pool::{CloseReport, Pool};
+pub use crate::settings::Settings;
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, Distribution, State, Stats};
 pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
 

@@ -1,7 +1,7 @@
 //! [`Manage`]: the seam between the pool and what it pools.
 
-use crate::builder::Settings;
 use crate::error::Cause;
+use crate::settings::Settings;
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! [`Pool`]: what its users hold.
 
-use crate::builder::{Builder, Hooks, Settings, check_floor};
+use crate::builder::{Builder, Hooks};
 use crate::clock::Moment;
 use crate::connection::{Conn, PooledConnection};
 use crate::crew::Kind;
@@ -10,6 +10,7 @@ use crate::guard::PoolGuard;
 use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
 use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
+use crate::settings::{Settings, check_floor};
 use crate::shared::{Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
 use crate::{reaper, who};

@@ -3,7 +3,7 @@
 //! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the outbox is settled by whoever
 //! held the lock: seats are filled before it is released, and after it threads are woken and jobs posted.
 
-use crate::builder::{Hooks, Settings};
+use crate::builder::Hooks;
 use crate::clock::{Clock, Moment};
 use crate::connection::Conn;
 use crate::crew::{Crew, Kind};
@@ -11,6 +11,7 @@ use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot};
 use crate::ledger::{Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
+use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::waiter::Seat;
 use crate::{reaper, who};

@@ -1,0 +1,102 @@
+//! [`Settings`]: the limits of a pool, and which of them cannot be.
+
+use crate::error::Error;
+use crate::ledger::{Rules, Validate};
+use std::time::Duration;
+
+/// The limits of a pool: what the [`Builder`](crate::Builder) was told, checked and complete.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Settings {
+    /// See [`Builder::name`](crate::Builder::name).
+    pub name: String,
+    /// See [`Builder::max_size`](crate::Builder::max_size). As it was built: [`Pool::max_size`](crate::Pool::max_size) follows `resize`.
+    pub max_size: u32,
+    /// See [`Builder::min_idle`](crate::Builder::min_idle).
+    pub min_idle: u32,
+    /// See [`Builder::max_idle`](crate::Builder::max_idle).
+    pub max_idle: Option<Duration>,
+    /// See [`Builder::max_lifetime`](crate::Builder::max_lifetime).
+    pub max_lifetime: Option<Duration>,
+    /// See [`Builder::lifetime_jitter`](crate::Builder::lifetime_jitter).
+    pub lifetime_jitter: f64,
+    /// See [`Builder::connection_timeout`](crate::Builder::connection_timeout).
+    pub connection_timeout: Duration,
+    /// See [`Builder::validate`](crate::Builder::validate).
+    pub validate: Validate,
+    /// See [`Builder::validation_timeout`](crate::Builder::validation_timeout).
+    pub validation_timeout: Duration,
+    /// See [`Builder::open_timeout`](crate::Builder::open_timeout).
+    pub open_timeout: Duration,
+    /// See [`Builder::close_timeout`](crate::Builder::close_timeout).
+    pub close_timeout: Duration,
+    /// See [`Builder::parallel_opens`](crate::Builder::parallel_opens).
+    pub parallel_opens: u32,
+    /// See [`Builder::max_waiting`](crate::Builder::max_waiting).
+    pub max_waiting: Option<u32>,
+    /// See [`Builder::keepalive`](crate::Builder::keepalive).
+    pub keepalive: Option<Duration>,
+    /// See [`Builder::leak_threshold`](crate::Builder::leak_threshold).
+    pub leak_threshold: Option<Duration>,
+}
+
+impl Settings {
+    pub(crate) fn rules(&self, resolution: Duration) -> Rules {
+        Rules {
+            max_size: self.max_size,
+            // The floor is laid once the first connection is known to work.
+            min_idle: 0,
+            max_idle: self.max_idle,
+            max_lifetime: self.max_lifetime,
+            lifetime_jitter: self.lifetime_jitter,
+            validate: self.validate,
+            validation_timeout: self.validation_timeout,
+            open_timeout: self.open_timeout,
+            close_timeout: self.close_timeout,
+            parallel_opens: self.parallel_opens,
+            max_waiting: self.max_waiting,
+            keepalive: self.keepalive,
+            leak_threshold: self.leak_threshold,
+            resolution,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let zero = |setting, d: Option<Duration>| match d {
+            Some(Duration::ZERO) => Err(Error::config(setting, "is zero, and must be longer")),
+            _ => Ok(()),
+        };
+        if self.max_size == 0 {
+            return Err(Error::config("max_size", "is 0, and must be at least 1"));
+        }
+        check_floor(self.min_idle, self.max_size)?;
+        if self.min_idle > 0 && self.max_idle == Some(Duration::ZERO) {
+            return Err(Error::config(
+                "max_idle",
+                format!("is zero, which keeps nothing idle, and min_idle is {}", self.min_idle),
+            ));
+        }
+        if self.parallel_opens == 0 {
+            return Err(Error::config("parallel_opens", "is 0, and must be at least 1"));
+        }
+        if !(0.0..=1.0).contains(&self.lifetime_jitter) {
+            let problem = format!("is {}, and must be between 0 and 1", self.lifetime_jitter);
+            return Err(Error::config("lifetime_jitter", problem));
+        }
+        zero("max_lifetime", self.max_lifetime)?;
+        zero("connection_timeout", Some(self.connection_timeout))?;
+        zero("validation_timeout", Some(self.validation_timeout))?;
+        zero("open_timeout", Some(self.open_timeout))?;
+        zero("close_timeout", Some(self.close_timeout))?;
+        zero("keepalive", self.keepalive)?;
+        zero("leak_threshold", self.leak_threshold)
+    }
+}
+
+/// The one place for this rule, which `resize` keeps as well.
+pub(crate) fn check_floor(min_idle: u32, max_size: u32) -> Result<(), Error> {
+    if min_idle > max_size {
+        return Err(Error::config("min_idle", format!("is {min_idle}, and max_size is {max_size}")));
+    }
+    Ok(())
+}
