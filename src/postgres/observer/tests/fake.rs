@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 pub(super) struct Fake<R> {
     port: u16,
@@ -10,12 +11,16 @@ pub(super) struct Fake<R> {
 }
 
 impl<R: Send + 'static> Fake<R> {
-    /// Serves one connection.
+    /// Serves one connection. A client that should have spoken or gone long ago is hung up on.
     pub(super) fn new(script: impl FnOnce(TcpStream) -> R + Send + 'static) -> Fake<R> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         Fake {
             port: listener.local_addr().unwrap().port(),
-            thread: thread::spawn(move || script(listener.accept().unwrap().0)),
+            thread: thread::spawn(move || {
+                let (stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                script(stream)
+            }),
         }
     }
 

@@ -337,6 +337,10 @@ const USES: &[(&str, After, Use)] = &[
     ("too many rows", Healthy, |client| {
         client.query_opt("SELECT repeat('x', 1000) FROM generate_series(1, 300)", &[]).unwrap_err();
     }),
+    // More than the socket takes at once.
+    ("a very long query", Healthy, |client| {
+        client.batch_execute(&format!("SELECT '{}'", "x".repeat(8 << 20))).unwrap();
+    }),
     ("a portal", Healthy, |client| {
         let mut transaction = client.transaction().unwrap();
         let portal = transaction.bind("SELECT generate_series(1, 100)", &[]).unwrap();
@@ -360,11 +364,11 @@ const FOLLOW_UPS: &[(&str, Use)] = &[
 ];
 
 /// What a pool does with a connection that comes back: whether it may be lent again.
-fn is_fit(client: &mut Client, watch: &Watch) -> bool {
+fn is_fit(client: &mut Client, watch: &Watch, limit: Duration) -> bool {
     if flush(client).is_err() {
         return false;
     }
-    if watch.is_busy() && !watch.is_lost() && client.is_valid(ms(300)).is_err() {
+    if watch.is_busy() && !watch.is_lost() && client.is_valid(limit).is_err() {
         return false;
     }
     watch.is_idle()
@@ -399,7 +403,8 @@ fn a_desynchronised_connection_is_never_fit_and_a_healthy_one_always() {
                 let (mut client, watch) = connected(&to(server), NoTls);
                 use_it(&mut client);
                 use_it_again(&mut client);
-                let fit = is_fit(&mut client, &watch);
+                let limit = if after == Stuck { ms(100) } else { PATIENCE };
+                let fit = is_fit(&mut client, &watch, limit);
                 assert_eq!(fit, after == Healthy, "{one}, then {other}: {watch:?}");
                 match fit {
                     true => assert!(!is_shifted(&mut client), "{one}, then {other}: another's answers"),

@@ -171,11 +171,23 @@ fn cuts_a_drop_that_waits_for_an_answer() {
 }
 
 #[test]
+fn an_idle_connection_that_is_cut_is_not_idle() {
+    let (fake, _reached) = silent_after(|stream| let_in(stream, 1, b'I'));
+    let (client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
+    assert!(watch.is_idle() && !watch.is_lost());
+    watch.cut();
+    assert!(!watch.is_idle() && watch.is_lost());
+    drop(client);
+    fake.result();
+}
+
+#[test]
 fn a_watch_does_not_keep_a_finished_connection_alive() {
     let (fake, _reached) = silent_after(|stream| let_in(stream, 1, b'I'));
     let (client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
     assert!(watch.switch.lock().waker.is_some());
     drop(client);
+    assert!(!watch.is_cut());
     assert_lets_go(&watch);
     fake.result();
 }
