@@ -51,7 +51,7 @@ impl Connection {
     // ---------------------------------------------------------------------------------------------- for the manager
 
     /// How it comes back. Does not block.
-    pub(super) fn state(&self, reset: Reset, writes: bool) -> crate::Returned {
+    pub(super) fn state(&mut self, reset: Reset, writes: bool) -> crate::Returned {
         use crate::Returned;
         if self.client.is_closed() {
             return Returned::Broken;
@@ -62,7 +62,8 @@ impl Connection {
         let Some(watch) = &self.watch else {
             return if reset == Reset::None { Returned::Keep } else { Returned::Reset };
         };
-        if watch.fatal().is_some() {
+        // What is queued and not yet written (the end of a statement, or of a COPY that the server refused) is not seen.
+        if observer::flush(&mut self.client).is_err() || watch.fatal().is_some() {
             return Returned::Broken;
         }
         if writes && watch.take_refused_write() {
