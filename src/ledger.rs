@@ -442,6 +442,7 @@ impl<C, W> Ledger<C, W> {
             let token = Token { index, id: self.rows[index as usize].id };
             let taken = if check {
                 self.start_check(index, now, Check::Own);
+                self.rows[index as usize].holder = Some(holder);
                 Take::Check(token, conn, self.ticket())
             } else {
                 self.lend(index, now, holder);
@@ -507,8 +508,13 @@ impl<C, W> Ledger<C, W> {
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
     pub(crate) fn prepare(&mut self, now: Moment) {
         let now = self.tick(now);
-        // One at a time: what is under way and not spoken for is the one.
-        if self.closed || self.opening + self.crew_checking > self.queue.len() as u32 {
+        if self.closed {
+            return;
+        }
+        // One at a time: what is under way and not spoken for is the one. It may have been ordered for somebody who
+        // gave up, and not have dialled: it is wanted again.
+        if self.opening + self.crew_checking > self.queue.len() as u32 {
+            self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Opening).for_each(|r| r.unawaited = true);
             return;
         }
         self.kick(now);

@@ -574,7 +574,8 @@ fn close<M: Manage>(
     loop {
         let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
         let others = ledger.rows().any(|row| !mine(row));
-        let at_work = ledger.rows().any(|row| row.id == my_job);
+        // The reaper stays as long as a job has a limit, or this thread validates what it wants.
+        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         if !others && !reaper && shared.crew.threads() <= my_thread {
             break;

@@ -59,9 +59,10 @@ pub struct ConnectionInfo {
     pub age: Duration,
     /// How often it was checked out.
     pub uses: u64,
-    /// Where it was checked out, while it is: the line that called `get`.
+    /// Where it was checked out, while it is, or is being validated by the thread that wants it: the line that called
+    /// `get`.
     pub location: Option<&'static Location<'static>>,
-    /// Which thread checked it out, while it is.
+    /// Which thread that is.
     pub thread: Option<String>,
 }
 

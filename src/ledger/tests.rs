@@ -345,7 +345,8 @@ impl World {
             }
             assert!(l.alarm <= row.limit);
             assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
-            assert_eq!(row.holder.is_some(), row.state == State::Out);
+            let own_check = row.state == State::Checking && row.check == Check::Own;
+            assert_eq!(row.holder.is_some(), row.state == State::Out || own_check);
         }
         for &(dies, index) in &l.lifetimes {
             let row = &l.rows[index as usize];
@@ -649,6 +650,19 @@ fn an_order_is_asked_again_before_it_dials() {
     assert_eq!(l.counts().total(), 0);
 }
 
+#[test]
+fn an_order_is_wanted_again_by_one_who_does_not_wait() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(rules());
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, 1) else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    l.prepare(Moment::BIRTH);
+    let [Order::Open(_)] = l.outbox.orders[..] else { panic!("{:?}", l.outbox.orders) };
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
+}
+
 // ---------------------------------------------------------------------------------------------------- P7: the queue
 
 #[test]
@@ -866,6 +880,21 @@ fn one_who_checked_in_vain_keeps_its_place() {
     w.settle();
     w.run(ms(10));
     assert!(w.out.contains_key(&77) && !w.out.contains_key(&later));
+}
+
+#[test]
+fn who_checks_for_itself_is_known() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(Rules { validate: Validate::Always, ..rules() });
+    l.prepare(Moment::BIRTH);
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
+    let checking = |row: &Row| (row.state, row.holder.map(|h| h.thread));
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Checking, Some(1))]);
+    let (token, _) = l.cleared(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
+    l.checkin(Moment::BIRTH, token, conn, Back::Keep);
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Idle, None)]);
 }
 
 #[test]
