@@ -888,6 +888,7 @@ impl<C, W> Ledger<C, W> {
     /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
     /// the books, which would not balance otherwise.
     pub(crate) fn forget_rehearsal(&mut self) {
+        self.rows.iter_mut().for_each(|row| row.uses = 0);
         let tally = std::mem::take(&mut self.tally);
         let (wait, hold) = Default::default();
         self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };

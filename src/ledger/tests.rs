@@ -1075,6 +1075,15 @@ fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
     assert_eq!(w.written_off, 0);
 }
 
+#[test]
+fn what_build_did_is_nobodys_use() {
+    let mut w = World::new(rules());
+    w.use_once(ms(1));
+    w.ledger.forget_rehearsal();
+    assert!(w.ledger.rows().all(|row| row.uses == 0));
+    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 1), "but what it opened is there");
+}
+
 // ---------------------------------------------------------------------------------------------------- a year
 
 #[test]
