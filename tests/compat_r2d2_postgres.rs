@@ -153,7 +153,7 @@ fn errors_are_handed_on_as_they_are() {
     let mut nowhere = Database::get().config(APP);
     nowhere.dbname("no_such_database");
     let error = Pool::builder()
-        .connection_timeout(ms(300))
+        .connection_timeout(ms(1000))
         .error_handler(Box::new(codes.clone()))
         .build(PostgresConnectionManager::new(nowhere, NoTls))
         .unwrap_err();
