@@ -2,8 +2,10 @@
 #![cfg(feature = "postgres")]
 
 mod support;
+#[path = "support/tls.rs"]
+mod tls;
 
-use millpond::postgres::{Pool, PostgresManager, Reset};
+use millpond::postgres::{Connector, Pool, PostgresManager, Reset};
 use millpond::{CloseReason, PooledConnection};
 use parking_lot::Mutex;
 use postgres::fallible_iterator::FallibleIterator;
@@ -88,8 +90,8 @@ const MESSES: [Mess; 14] = [
     }),
 ];
 
-fn cleans_up(app: &str, way: Way, messes: &[Mess]) {
-    let pool = pool(app, way);
+fn cleans_up<T: Connector>(manager: PostgresManager<T>, messes: &[Mess]) {
+    let pool = manager.builder().max_size(1).connection_timeout(Duration::from_secs(20)).open().unwrap();
     for (what, mess) in messes {
         // What is seen of a refusal when the connection comes back is a matter of chance: whether all of it has arrived.
         for _ in 0..if what.contains("refused") { 100 } else { 3 } {
@@ -102,15 +104,25 @@ fn cleans_up(app: &str, way: Way, messes: &[Mess]) {
 
 #[test]
 fn over_tcp_nothing_reaches_the_next() {
-    cleans_up("mess-tcp", Way::Tcp, &MESSES);
+    cleans_up(manager("mess-tcp", Way::Tcp), &MESSES);
+}
+
+#[test]
+fn over_tls_nothing_reaches_the_next() {
+    let server = tls::with_tls();
+    let params = format!("host=db.test hostaddr=127.0.0.1 port={} user=scrammed password=secret", server.port());
+    let params = params + " dbname=postgres sslmode=require channel_binding=require";
+    server.connect().batch_execute("GRANT ALL ON SCHEMA public TO scrammed").unwrap();
+    let connector = tls::Identity::get().trusting();
+    cleans_up(PostgresManager::parse(&params, connector).unwrap(), &MESSES);
 }
 
 /// What nobody observes cannot be told from a healthy connection after a COPY FROM that went wrong: see the manual.
 #[test]
 fn unobserved_no_transaction_reaches_the_next() {
     let known: Vec<Mess> = MESSES.into_iter().filter(|(what, _)| !what.contains("COPY FROM")).collect();
-    cleans_up("mess-unobserved", Way::TcpUnobserved, &known);
-    cleans_up("mess-unix", Way::Unix, &known);
+    cleans_up(manager("mess-unobserved", Way::TcpUnobserved), &known);
+    cleans_up(manager("mess-unix", Way::Unix), &known);
 }
 
 #[test]
