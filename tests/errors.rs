@@ -4,8 +4,6 @@ mod direct;
 mod fake;
 mod support;
 
-use std::fs;
-use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +12,7 @@ use direct::Direct;
 use fake::{Act, Call, DirectFake, Fake};
 use millpond::{Builder, Error, ErrorKind, HandleError, Manage, Pool, PooledConnection, Timeout, Validate};
 use postgres::{Config, NoTls};
+use support::picky::{picky, refused_logins, set_password, with_password};
 use support::{EPSILON, Proxy, Server, Silent, alone, ms, wait_until};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
@@ -76,42 +75,6 @@ fn masked(text: &impl ToString) -> String {
         };
     }
     (out + rest).replace("FILE:N:N", "FILE:L")
-}
-
-/// A server where `picky` needs a password.
-fn picky() -> &'static Server {
-    static PICKY: OnceLock<Server> = OnceLock::new();
-    PICKY.get_or_init(|| {
-        let server = Server::with(&[("log_connections", "on")]);
-        let hba = server.socket_dir().join("data/pg_hba.conf");
-        let trusting = fs::read_to_string(&hba).unwrap();
-        fs::write(&hba, format!("host all picky 127.0.0.1/32 password\n{trusting}")).unwrap();
-        set_password(&server, "right");
-        server.connect().batch_execute("SELECT pg_reload_conf()").unwrap();
-        let wrong = with_password(&server, "picky-start", "wrong");
-        assert!(wait_until(within(SOON), || wrong.connect(NoTls).is_err()), "the server does not ask for passwords");
-        server
-    })
-}
-
-fn set_password(server: &Server, password: &str) {
-    let role = "SELECT FROM pg_roles WHERE rolname = 'picky'";
-    let mut client = server.connect();
-    if client.query_opt(role, &[]).unwrap().is_none() {
-        client.batch_execute("CREATE ROLE picky LOGIN").unwrap();
-    }
-    client.batch_execute(&format!("ALTER ROLE picky PASSWORD '{password}'")).unwrap();
-}
-
-fn with_password(server: &Server, app: &str, password: &str) -> Config {
-    let mut config = server.config(app);
-    config.user("picky").password(password);
-    config
-}
-
-/// How often the server has sent somebody away for a wrong password.
-fn refused_logins(server: &Server) -> usize {
-    server.log().matches("FATAL:  password authentication failed").count()
 }
 
 const WORDS: &str = r#"password authentication failed for user "picky""#;

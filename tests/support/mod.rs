@@ -11,6 +11,7 @@
 )]
 
 mod database;
+pub mod picky;
 pub mod programs;
 mod proxy;
 mod server;

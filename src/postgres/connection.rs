@@ -1,0 +1,198 @@
+//! [`Connection`]: a `postgres::Client` with what the pool knows of it.
+
+use super::observer::{self, Status, Watch};
+use super::{Error, Reset};
+use ::postgres::{CancelToken, Client, SimpleQueryMessage};
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A PostgreSQL connection: it derefs to [`postgres::Client`](::postgres::Client).
+pub struct Connection {
+    client: Client,
+    /// `None` if it is not observed: over a unix socket, or by choice.
+    watch: Option<Arc<Watch>>,
+    pid: Option<i32>,
+    /// Set when anybody has asked the server to cancel what this connection does: that may hit a later query.
+    cancelled: Arc<AtomicBool>,
+    /// What the last reset found.
+    remark: Option<&'static str>,
+}
+
+impl Connection {
+    pub(super) fn new(mut client: Client, watch: Option<Arc<Watch>>) -> Connection {
+        let pid = match &watch {
+            Some(watch) => watch.pid(),
+            None => ask_for_pid(&mut client),
+        };
+        Connection { client, watch, pid, cancelled: Arc::default(), remark: None }
+    }
+
+    /// Whether the pool watches the bytes of this connection. See [the module](super#the-observer).
+    pub fn is_observed(&self) -> bool {
+        self.watch.is_some()
+    }
+
+    /// What [`PostgresManager::cancel`](super::PostgresManager::cancel) needs, to be given to another thread.
+    ///
+    /// A connection for which this was called is closed when it is returned: a cancel request may arrive late, and must
+    /// not hit the next user's query.
+    pub fn canceller(&self) -> Canceller {
+        Canceller { token: self.client.cancel_token(), cancelled: Arc::clone(&self.cancelled) }
+    }
+
+    /// The process id of its backend. Behind a pooler it is the pooler's own, if anything.
+    pub fn backend_pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    // ---------------------------------------------------------------------------------------------- for the manager
+
+    /// How it comes back. Does not block.
+    pub(super) fn state(&mut self, reset: Reset, writes: bool) -> crate::Returned {
+        use crate::Returned;
+        if self.client.is_closed() {
+            return Returned::Broken;
+        }
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Returned::Discard;
+        }
+        let Some(watch) = &self.watch else {
+            return if reset == Reset::None { Returned::Keep } else { Returned::Reset };
+        };
+        // What is queued and not yet written (the end of a statement, or of a COPY that the server refused) is not seen.
+        if observer::flush(&mut self.client).is_err() || watch.fatal().is_some() {
+            return Returned::Broken;
+        }
+        if writes && watch.take_refused_write() {
+            return Returned::Outdated;
+        }
+        match reset {
+            _ if watch.is_lost() || watch.in_copy() => Returned::Discard,
+            Reset::DiscardAll => Returned::Reset,
+            Reset::None => Returned::Keep,
+            Reset::Rollback if watch.is_idle() => Returned::Keep,
+            Reset::Rollback => Returned::Reset,
+        }
+    }
+
+    /// Asks the server whether it is there, and makes sure that its answer is the one to that question.
+    pub(super) fn ping(&mut self, limit: Duration) -> Result<(), Error> {
+        let answer = self.client.is_valid(limit);
+        if answer.is_err() {
+            // What is left unanswered would hold up whoever drops it.
+            self.cut();
+        }
+        answer?;
+        match &self.watch {
+            Some(watch) if watch.is_lost() || watch.is_busy() => {
+                self.cut();
+                Err(Error::own("its answers no longer match its questions", false))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes it fit for the next user, by `reset`.
+    pub(super) fn clean(&mut self, reset: Reset, limit: Duration) -> Result<(), Error> {
+        self.remark = None;
+        let in_transaction = match self.watch.clone() {
+            Some(watch) => {
+                // What is queued and not yet written is not seen; what is not yet answered is not known.
+                observer::flush(&mut self.client)?;
+                if !watch.is_idle() {
+                    self.ping(limit)?;
+                }
+                watch.status() != Status::Idle
+            }
+            None => self.ask_for_transaction()?,
+        };
+        if in_transaction {
+            self.remark = Some("came back inside a transaction, which was rolled back");
+            self.client.batch_execute("ROLLBACK")?;
+        }
+        if reset == Reset::DiscardAll {
+            self.client.batch_execute("DISCARD ALL")?;
+        }
+        match &self.watch {
+            Some(watch) if !watch.is_idle() => {
+                self.cut();
+                Err(Error::own("it could not be brought to rest", false))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// In one round trip, and without a word in the server's log: in a transaction time stands still.
+    fn ask_for_transaction(&mut self) -> Result<bool, Error> {
+        match self.client.simple_query("SELECT now() = statement_timestamp()") {
+            Ok(messages) => Ok(!messages.iter().any(|m| match m {
+                SimpleQueryMessage::Row(row) => row.get(0) == Some("t"),
+                _ => false,
+            })),
+            Err(e) if e.code() == Some(&::postgres::error::SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    pub(super) fn take_remark(&mut self) -> Option<String> {
+        self.remark.take().map(String::from)
+    }
+
+    /// Closes it. One that is in the middle of something is cut first: to end in good order it would wait for an answer.
+    pub(super) fn close(self) {
+        if self.watch.as_ref().is_some_and(|watch| !watch.is_idle()) {
+            self.cut();
+        }
+        drop(self.client);
+    }
+
+    fn cut(&self) {
+        if let Some(watch) = &self.watch {
+            watch.cut();
+        }
+    }
+}
+
+fn ask_for_pid(client: &mut Client) -> Option<i32> {
+    client.simple_query("SELECT pg_backend_pid()").ok()?.iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+        _ => None,
+    })
+}
+
+/// Asks the server to cancel what one connection is doing. Made by [`Connection::canceller`], used by
+/// [`PostgresManager::cancel`](super::PostgresManager::cancel).
+#[derive(Clone)]
+pub struct Canceller {
+    pub(super) token: CancelToken,
+    pub(super) cancelled: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Canceller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Canceller").finish_non_exhaustive()
+    }
+}
+
+impl Deref for Connection {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl DerefMut for Connection {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("observed", &self.is_observed()).finish_non_exhaustive()
+    }
+}

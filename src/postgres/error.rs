@@ -1,0 +1,269 @@
+//! [`Error`]: what went wrong, to be cloned, with the one table of what is permanent.
+
+use super::observer::NegotiationError;
+use ::postgres::error::{DbError, SqlState};
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// What went wrong with a PostgreSQL connection.
+///
+/// It can be cloned, so every thread that waited for the same attempt to connect can look at it:
+///
+/// ```
+/// # fn f(e: millpond::Error) {
+/// use millpond::postgres::Error;
+///
+/// if let Some(e) = e.cause().and_then(|cause| cause.downcast_ref::<Error>()) {
+///     println!("SQLSTATE {:?}: {e}", e.code());
+/// }
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Error(Arc<Kind>);
+
+enum Kind {
+    Postgres(::postgres::Error),
+    /// In this crate's own words.
+    Own {
+        text: String,
+        permanent: bool,
+    },
+}
+
+impl Error {
+    pub(super) fn own(text: impl Into<String>, permanent: bool) -> Error {
+        Error(Arc::new(Kind::Own { text: text.into(), permanent }))
+    }
+
+    /// The error of the `postgres` crate, if it is one.
+    pub fn as_postgres(&self) -> Option<&::postgres::Error> {
+        match &*self.0 {
+            Kind::Postgres(e) => Some(e),
+            Kind::Own { .. } => None,
+        }
+    }
+
+    /// The SQLSTATE, if the server gave one.
+    pub fn code(&self) -> Option<&SqlState> {
+        self.as_postgres()?.code()
+    }
+
+    /// What the server said, if it did.
+    pub fn as_db_error(&self) -> Option<&DbError> {
+        self.as_postgres()?.as_db_error()
+    }
+
+    /// Whether to try the same again soon is useless: the server or the configuration refuses, and somebody must mend
+    /// that. The pool then tells everybody at once and tries again slowly, for passwords are mended and databases created.
+    pub fn is_permanent(&self) -> bool {
+        match &*self.0 {
+            Kind::Own { permanent, .. } => *permanent,
+            Kind::Postgres(e) => is_permanent(e),
+        }
+    }
+}
+
+impl From<::postgres::Error> for Error {
+    fn from(e: ::postgres::Error) -> Self {
+        Error(Arc::new(Kind::Postgres(e)))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Kind::Own { text, .. } => f.write_str(text),
+            // Its own text leaves out all that matters ("db error").
+            Kind::Postgres(e) => match e.as_db_error() {
+                Some(db) => {
+                    write!(f, "{}: {} (SQLSTATE {})", db.severity(), db.message(), db.code().code())?;
+                    if let Some(detail) = db.detail() {
+                        write!(f, "; {detail}")?;
+                    }
+                    Ok(())
+                }
+                None => fmt::Display::fmt(&crate::Cause::text(e), f),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            Kind::Own { text, .. } => f.debug_tuple("Error").field(text).finish(),
+            Kind::Postgres(e) => e.fmt(f),
+        }
+    }
+}
+
+/// The text has the whole chain in it, so there is no `source` to say it twice; see [`Error::as_postgres`].
+impl StdError for Error {}
+
+/// The table. Everything that is not in it is transient: starting up (57P03), shutting down (57P01), too many connections
+/// (53300), a database that does not accept connections at the moment (55000), refused, reset, timed out, unknown. 08P01 is
+/// never permanent by its code: behind PgBouncer it means almost anything.
+fn is_permanent_state(code: &SqlState) -> bool {
+    [
+        SqlState::INVALID_PASSWORD, // 28P01: or an unknown role, or an expired password
+        SqlState::INVALID_AUTHORIZATION_SPECIFICATION, // 28000: pg_hba.conf, NOLOGIN, an unknown role
+        SqlState::INVALID_CATALOG_NAME, // 3D000: no such database
+        SqlState::UNDEFINED_OBJECT, // 42704: no such parameter in `options`
+        SqlState::INVALID_PARAMETER_VALUE, // 22023: a bad value for one
+        SqlState::INSUFFICIENT_PRIVILEGE, // 42501: no CONNECT, or a superuser's parameter
+        SqlState::CANT_CHANGE_RUNTIME_PARAM, // 55P02: a parameter that is set at server start only
+        SqlState::FEATURE_NOT_SUPPORTED, // 0A000: a protocol version the server does not speak
+    ]
+    .contains(code)
+}
+
+fn is_permanent(e: &::postgres::Error) -> bool {
+    if let Some(code) = e.code() {
+        return is_permanent_state(code);
+    }
+    if let Some(negotiation) = NegotiationError::of(e) {
+        return !negotiation.is_transient();
+    }
+    let io = e.source().and_then(|s| s.downcast_ref::<io::Error>());
+    // `postgres::Error` has no public kind; these are its words for what can only be mended by hand.
+    let text = e.to_string();
+    let by_hand = ["invalid connection string", "invalid configuration", "authentication error"];
+    let disagreement = |io: &io::Error| matches!(io.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput);
+    match io {
+        None => by_hand.iter().chain(&["error performing TLS handshake"]).any(|t| text.starts_with(t)),
+        Some(io) if text.starts_with("error performing TLS handshake") => disagreement(io),
+        // A NUL in a user's name, say.
+        Some(io) if text.starts_with("error encoding message") => disagreement(io),
+        Some(_) => by_hand.iter().any(|t| text.starts_with(t)),
+    }
+}
+
+/// Says which part of a connection string is wrong, without a word of it: it may be the password.
+pub(super) fn parse_error(params: &str, e: &::postgres::Error) -> Error {
+    let reason = e.source().map(ToString::to_string).unwrap_or_default();
+    // Its own constant texts: `invalid value for option `port``.
+    let text = if let Some(option) = reason.strip_prefix("invalid value for option ") {
+        format!("invalid connection string: invalid value for {}", option.trim_matches('`'))
+    } else if let Some(option) = reason.strip_prefix("unknown option ") {
+        unknown_option(params, option.trim_matches('`'))
+    } else {
+        let kind = if params.contains("://") { "URL" } else { "list of key=value pairs" };
+        format!("invalid connection string: not a well-formed {kind} (values with spaces need quotes, in a URL %20)")
+    };
+    Error::own(text, true)
+}
+
+/// The options of the `postgres` crate.
+const OPTIONS: [&str; 20] = [
+    "user",
+    "password",
+    "dbname",
+    "options",
+    "application_name",
+    "sslmode",
+    "sslnegotiation",
+    "host",
+    "hostaddr",
+    "port",
+    "connect_timeout",
+    "tcp_user_timeout",
+    "keepalives",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_retries",
+    "target_session_attrs",
+    "channel_binding",
+    "load_balance_hosts",
+    "replication",
+];
+
+/// An option nobody knows may be the second half of a password with a space in it: it is named only by what it resembles.
+fn unknown_option(params: &str, option: &str) -> String {
+    let nearest = OPTIONS.iter().map(|known| (distance(option, known), known)).min();
+    let near = nearest.filter(|&(d, known)| d <= 2 && d < known.len());
+    let place = params.split_whitespace().position(|word| word.split('=').next() == Some(option));
+    let place = place.map(|n| format!(" (part {} of the string)", n + 1)).unwrap_or_default();
+    match near {
+        Some((_, known)) => format!("invalid connection string: unknown option{place}, did you mean `{known}`?"),
+        None => format!("invalid connection string: unknown option{place}"),
+    }
+}
+
+/// How many letters must be changed, added or left out to make `b` of `a`.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(params: &str) -> String {
+        let e = params.parse::<::postgres::Config>().expect_err(params);
+        let e = parse_error(params, &e);
+        assert!(e.is_permanent());
+        e.to_string()
+    }
+
+    #[test]
+    fn a_connection_string_is_never_repeated() {
+        for (params, says) in [
+            ("host=a prot=5432 password=hunter2", "part 2 of the string), did you mean `port`?"),
+            ("host=a port=hunter2", "invalid value for port"),
+            ("host=a sslmode=hunter2", "invalid value for sslmode"),
+            ("host=a password=my hunter2=1", "unknown option (part 3 of the string)"),
+            ("host=a password=my hunter2", "not a well-formed list"),
+            ("host=a password='hunter2", "not a well-formed list"),
+            ("postgres://u:hunter2@h:port/db", "invalid value for port"),
+            ("postgres://u:hunter2@h/db?sslmod=require", "did you mean `sslmode`?"),
+        ] {
+            let text = parse(params);
+            assert!(text.contains(says), "{params}: {text}");
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_option_is_known_to_postgres() {
+        for option in OPTIONS.iter().filter(|o| **o != "replication") {
+            let reason = match format!("{option}=x").parse::<::postgres::Config>() {
+                Ok(_) => continue,
+                Err(e) => e.source().unwrap().to_string(),
+            };
+            assert!(!reason.contains("unknown option"), "{option}");
+        }
+    }
+
+    #[test]
+    fn the_table() {
+        for (code, permanent) in [
+            ("28P01", true),
+            ("28000", true),
+            ("3D000", true),
+            ("42704", true),
+            ("22023", true),
+            ("42501", true),
+            ("55P02", true),
+            ("55000", false),
+            ("53300", false),
+            ("57P03", false),
+            ("57P01", false),
+            ("08P01", false),
+            ("XX000", false),
+        ] {
+            assert_eq!(is_permanent_state(&SqlState::from_code(code)), permanent, "{code}");
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
+
+use super::connection::{Canceller, Connection};
+use super::error::{Error, parse_error};
+use super::observer::{Connector, Observer, Watch};
+use crate::{Cause, Manage, Opening, Returned};
+use ::postgres::config::TargetSessionAttrs;
+use ::postgres::{CancelToken, Client, Config};
+use crossbeam_channel::bounded;
+use r2d2_postgres::PostgresConnectionManager;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+/// What is done to a connection that comes back, before anyone else gets it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reset {
+    /// An open or failed transaction is rolled back. The default. A connection that comes back clean costs nothing, if it
+    /// is [observed](super#the-observer); one that is not is asked, in one round trip on a thread of the pool's.
+    #[default]
+    Rollback,
+    /// `ROLLBACK` where needed, and `DISCARD ALL` at every return: session settings, temporary tables, advisory locks,
+    /// `LISTEN`s and prepared statements do not survive. One more round trip each time, on a thread of the pool's.
+    DiscardAll,
+    /// Nothing: for those who know that their users clean up.
+    None,
+}
+
+/// How long the pool waits for a cancel request of its own to be sent.
+const CANCEL_LIMIT: Duration = Duration::from_secs(1);
+/// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
+/// How long sent data may stay unacknowledged: what the keepalives above come to.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(90);
+/// The default of `keepalives_idle` in the `postgres` crate, which does not say whether it was set.
+const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
+/// PostgreSQL cuts a longer `application_name`.
+const MAX_APPLICATION_NAME: usize = 63;
+
+/// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
+/// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
+///
+/// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
+/// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3 times)
+/// and `tcp_user_timeout` (90 s).
+///
+/// It is not itself an [`r2d2::ManageConnection`] (a type cannot be both); [`into_r2d2`](PostgresManager::into_r2d2) makes
+/// one of it.
+#[derive(Clone)]
+pub struct PostgresManager<T> {
+    config: Config,
+    tls: T,
+    observe: bool,
+    reset: Reset,
+}
+
+impl<T: Connector> PostgresManager<T> {
+    /// Manages connections with this configuration and TLS connector. (Build the connector once and clone it: some load
+    /// the system's certificates each time.)
+    pub fn new(config: Config, tls: T) -> Self {
+        PostgresManager { config, tls, observe: true, reset: Reset::default() }
+    }
+
+    /// [`new`](PostgresManager::new) with a connection string.
+    ///
+    /// # Errors
+    ///
+    /// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
+    pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
+        let config = params.parse().map_err(|e| parse_error(params, &e))?;
+        Ok(Self::new(config, tls))
+    }
+
+    /// Whether to [observe](super#the-observer) the connections. Default `true`. Unix sockets never are.
+    #[must_use]
+    pub fn observe(mut self, observe: bool) -> Self {
+        self.observe = observe;
+        self
+    }
+
+    /// What is done to a connection that comes back. Default [`Reset::Rollback`].
+    #[must_use]
+    pub fn reset(mut self, reset: Reset) -> Self {
+        self.reset = reset;
+        self
+    }
+
+    /// A builder of a pool with this manager, to be [`open`](crate::Builder::open)ed.
+    pub fn builder(self) -> crate::Builder<Self> {
+        crate::Builder::new().manager(self)
+    }
+
+    /// The same configuration as a manager for r2d2, with none of what this one does more.
+    pub fn into_r2d2(self) -> PostgresConnectionManager<T> {
+        PostgresConnectionManager::new(self.config, self.tls)
+    }
+
+    /// Asks the server to cancel what a connection is doing, from any thread. The query fails with SQLSTATE 57014, or ends
+    /// before the request arrives. The connection is closed when it is returned. May block as long as a connect may.
+    ///
+    /// # Errors
+    ///
+    /// If the request could not be sent. That it had an effect is not said by success.
+    pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
+        canceller.cancelled.store(true, Ordering::Relaxed);
+        match self.observer(&self.config) {
+            Some(observer) => observer.cancel(&canceller.token, &Watch::new())?,
+            None => canceller.token.cancel_query(self.tls.clone())?,
+        }
+        Ok(())
+    }
+
+    fn observer(&self, config: &Config) -> Option<Observer<T>> {
+        if self.observe { Observer::new(config, self.tls.clone()) } else { None }
+    }
+
+    /// The user's configuration, with what it leaves open.
+    fn complete(&self, pool: &str, limit: Duration) -> Config {
+        let mut config = self.config.clone();
+        if config.get_application_name().is_none() {
+            config.application_name(&application_name(pool, std::process::id()));
+        }
+        if config.get_connect_timeout().is_none() {
+            // Each address has this long: the last of several should have its turn within the limit.
+            let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
+            config.connect_timeout(limit / u32::try_from(hosts).unwrap_or(u32::MAX));
+        }
+        let (idle, interval, retries) = KEEPALIVE;
+        if config.get_keepalives() {
+            if config.get_keepalives_idle() == KEEPALIVE_IDLE_UNSET {
+                config.keepalives_idle(idle);
+            }
+            if config.get_keepalives_interval().is_none() {
+                config.keepalives_interval(interval);
+            }
+            if config.get_keepalives_retries().is_none() {
+                config.keepalives_retries(retries);
+            }
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(TCP_USER_TIMEOUT);
+        }
+        config
+    }
+
+    fn connect(&self, opening: &Opening) -> Result<(Client, Option<Arc<Watch>>), Error> {
+        let config = self.complete(opening.pool(), opening.limit());
+        let Some(observer) = self.observer(&config) else {
+            let client = config.connect(self.tls.clone())?;
+            let (token, tls) = (client.cancel_token(), self.tls.clone());
+            opening.on_cancel(move || {
+                let _ = token.cancel_query(tls.clone());
+            });
+            return Ok((client, None));
+        };
+        let watch = Watch::new();
+        let switch = Arc::clone(&watch);
+        opening.on_abort(move || switch.cut());
+        let client = observer.connect(&watch)?;
+        let token = client.cancel_token();
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token));
+        Ok((client, Some(watch)))
+    }
+}
+
+/// Sends a cancel request, and gives up on it at the limit. It is the first half of cutting a connection: the second must
+/// not wait for a server that is silent.
+fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) {
+    let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+    let (done, wait) = bounded::<()>(0);
+    let switch = Arc::clone(&watch);
+    let sender = thread::Builder::new().name("millpond-cancel".into()).spawn(move || {
+        let _ = observer.cancel(&token, &watch);
+        drop(done);
+    });
+    if sender.is_ok() && wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout) {
+        switch.cut();
+    }
+}
+
+/// The pool's name and the process id, the former cut where both would be too long for PostgreSQL.
+fn application_name(pool: &str, pid: u32) -> String {
+    let suffix = format!(" [{pid}]");
+    let mut end = pool.len().min(MAX_APPLICATION_NAME - suffix.len());
+    while !pool.is_char_boundary(end) {
+        end -= 1;
+    }
+    // A NUL would end the string on the wire.
+    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+}
+
+impl<T: Connector> Manage for PostgresManager<T> {
+    type Connection = Connection;
+    type Error = Error;
+
+    fn open(&self, opening: &Opening) -> Result<Connection, Error> {
+        let (client, watch) = self.connect(opening)?;
+        Ok(Connection::new(client, watch))
+    }
+
+    fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
+        connection.ping(limit)
+    }
+
+    /// `Client::is_valid` ends on time, observed or not.
+    fn keeps_limits(&self) -> bool {
+        true
+    }
+
+    fn returned(&self, connection: &mut Connection) -> Returned {
+        // A write that was refused says something of the node only where a node that takes writes was asked for.
+        let writes = self.config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
+        connection.state(self.reset, writes)
+    }
+
+    fn reset(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
+        connection.clean(self.reset, limit)
+    }
+
+    fn remark(&self, connection: &mut Connection) -> Option<String> {
+        connection.take_remark()
+    }
+
+    fn close(&self, connection: Connection, _limit: Duration) {
+        connection.close();
+    }
+
+    fn server_id(&self, connection: &Connection) -> Option<u64> {
+        // PgBouncer's may be negative.
+        u64::try_from(connection.backend_pid()?).ok()
+    }
+
+    fn explain(&self, error: &Error) -> Cause {
+        let cause = Cause::of(error.clone());
+        if error.is_permanent() { cause.permanent() } else { cause }
+    }
+}
+
+/// Never the password, nor the configuration as a whole.
+impl<T> fmt::Debug for PostgresManager<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresManager")
+            .field("hosts", &self.config.get_hosts())
+            .field("user", &self.config.get_user())
+            .field("dbname", &self.config.get_dbname())
+            .field("observe", &self.observe)
+            .field("reset", &self.reset)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::postgres::NoTls;
+
+    fn manager(params: &str) -> PostgresManager<NoTls> {
+        PostgresManager::parse(params, NoTls).unwrap()
+    }
+
+    #[test]
+    fn what_is_left_open_is_set_and_nothing_else() {
+        let set = manager("host=h").complete("orders", Duration::from_secs(10));
+        assert_eq!(set.get_application_name(), Some(&*format!("orders [{}]", std::process::id())));
+        assert_eq!(set.get_connect_timeout(), Some(&Duration::from_secs(10)));
+        assert_eq!(set.get_keepalives_idle(), Duration::from_secs(60));
+        assert_eq!(set.get_tcp_user_timeout(), Some(&Duration::from_secs(90)));
+        let kept = manager("host=a,b application_name=mine connect_timeout=3 keepalives_idle=7 tcp_user_timeout=8")
+            .complete("orders", Duration::from_secs(10));
+        assert_eq!(kept.get_application_name(), Some("mine"));
+        assert_eq!(kept.get_connect_timeout(), Some(&Duration::from_secs(3)));
+        assert_eq!(kept.get_keepalives_idle(), Duration::from_secs(7));
+        assert_eq!(kept.get_tcp_user_timeout(), Some(&Duration::from_secs(8)));
+        let two = manager("host=a,b").complete("orders", Duration::from_secs(10));
+        assert_eq!(two.get_connect_timeout(), Some(&Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn names_fit() {
+        assert_eq!(application_name("orders", 42), "orders [42]");
+        let long = application_name(&"ä".repeat(100), 4_294_967_295);
+        assert!(long.len() <= MAX_APPLICATION_NAME && long.ends_with("ä [4294967295]"), "{long}");
+    }
+
+    #[test]
+    fn debug_keeps_the_password() {
+        let text = format!("{:?}", manager("host=h user=u password=hunter2"));
+        assert!(!text.contains("hunter2") && text.contains("\"u\""), "{text}");
+    }
+}

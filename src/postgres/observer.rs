@@ -1,0 +1,524 @@
+//! Watches a connection from outside the `postgres` crate, and can cut it.
+//!
+//! What `postgres::Client` does not tell, its bytes do: the transaction status, the backend's pid, whether a request is
+//! unanswered, whether requests and answers still match. And whoever holds the stream can end it: a [`Watch`] can
+//! [`cut`](Watch::cut) a handshake, a login, a query or a drop that would otherwise wait for a silent server.
+//!
+//! # How
+//!
+//! The only door to the stream is the TLS connector. [`Observer`] wraps the user's, and on a private copy of the user's
+//! configuration always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest` of its own
+//! and hands the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
+//! ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a [`Scanner`] beside it. A test fails
+//! should `postgres` ever stop working this way.
+//!
+//! # What it must never do
+//!
+//! `postgres` believes that the stream is encrypted, so nothing behind this file would notice a mistake in it.
+//!
+//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it; never
+//!   after an error, never after the server said yes.
+//! * One byte is read before the TLS handshake, not more: what a man in the middle slips in behind it must fail the
+//!   handshake, not be believed.
+//! * Channel binding is the TLS stream's own; plaintext has none.
+//! * The rewritten configuration stays in here.
+//!
+//! # Limits
+//!
+//! A unix socket does not pass through the connector. TCP's own connect and the name lookup happen before it: the former
+//! is bounded by `connect_timeout` for each address, and only then is a cut seen; the latter by the system's resolver.
+//! `cancel_token().cancel_query(NoTls)` fails on an observed client; [`Observer::cancel`] does it.
+
+use std::any::TypeId;
+use std::error::Error as StdError;
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+
+use ::postgres::config::{Host, SslMode, SslNegotiation};
+use ::postgres::error::SqlState;
+use ::postgres::fallible_iterator::FallibleIterator;
+use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
+use ::postgres::{CancelToken, Client, Config, NoTls, Socket};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use super::scanner::Scanner;
+pub(crate) use super::scanner::Status;
+
+#[cfg(test)]
+mod tests;
+
+type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// What a TLS connector must be: any [`MakeTlsConnect`] that can be cloned and sent to other threads, which the usual ones
+/// can. The bounds are those of `r2d2_postgres`; there is nothing to implement.
+pub trait Connector:
+    MakeTlsConnect<Socket, TlsConnect: TlsConnect<Socket, Future: Send> + Send, Stream: Send>
+    + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<T> Connector for T
+where
+    T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+    T::TlsConnect: Send,
+    T::Stream: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
+}
+
+/// Opens connections that are watched.
+#[derive(Clone)]
+pub(crate) struct Observer<T> {
+    /// Rewritten, and therefore private: no one may take its `sslmode` for the user's.
+    config: Config,
+    tls: T,
+    terms: Terms,
+}
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    mode: SslMode,
+    negotiation: SslNegotiation,
+    /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
+    /// connector; no certificate may be compared with it.
+    nameless: bool,
+}
+
+impl<T: Connector> Observer<T> {
+    /// `None` if the configuration names a unix socket, even as one host of several: it cannot be observed.
+    pub(crate) fn new(config: &Config, tls: T) -> Option<Observer<T>> {
+        if !config.get_hosts().iter().all(|host| matches!(host, Host::Tcp(_))) {
+            return None;
+        }
+        let terms = Terms {
+            mode: config.get_ssl_mode(),
+            negotiation: config.get_ssl_negotiation(),
+            nameless: config.get_hosts().is_empty(),
+        };
+        let mut config = config.clone();
+        if terms.nameless {
+            for address in config.get_hostaddrs().to_vec() {
+                config.host(&address.to_string());
+            }
+        }
+        config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+        Some(Observer { config, tls, terms })
+    }
+
+    /// Opens a connection that `watch` sees and can cut, already while this call is under way. One watch serves one
+    /// connection.
+    ///
+    /// # Errors
+    ///
+    /// As `Config::connect`; failures of the negotiation carry a [`NegotiationError`].
+    pub(crate) fn connect(&self, watch: &Arc<Watch>) -> Result<Client, ::postgres::Error> {
+        self.config.connect(self.watched_by(watch))
+    }
+
+    /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a new
+    /// one, and can cut this call.
+    ///
+    /// # Errors
+    ///
+    /// As `CancelToken::cancel_query`.
+    pub(crate) fn cancel(&self, token: &CancelToken, watch: &Arc<Watch>) -> Result<(), ::postgres::Error> {
+        token.cancel_query(self.watched_by(watch))
+    }
+
+    fn watched_by(&self, watch: &Arc<Watch>) -> Observed<T> {
+        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone() }
+    }
+}
+
+/// Sends what `client` has queued but not yet written, without waiting for anything. A dropped statement or COPY leaves
+/// such a message, and before it is written its [`Watch`] cannot know of it. Notifications that have already arrived are
+/// dropped: they were for whoever used the client until now.
+///
+/// # Errors
+///
+/// If the connection is found dead; that it is alive is not said.
+pub(crate) fn flush(client: &mut Client) -> Result<(), ::postgres::Error> {
+    while client.notifications().iter().next()?.is_some() {}
+    Ok(())
+}
+
+/// What is known of one connection, and the switch that cuts it. Shared between the stream and whoever cares.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    scanner: Mutex<Scanner>,
+    switch: Mutex<Switch>,
+}
+
+#[derive(Debug)]
+struct Switch {
+    cut: bool,
+    /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream goes.
+    waker: Option<Waker>,
+}
+
+impl Watch {
+    pub(crate) fn new() -> Arc<Watch> {
+        Arc::new(Watch { scanner: Mutex::new(Scanner::new()), switch: Mutex::new(Switch { cut: false, waker: None }) })
+    }
+
+    /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
+    pub(crate) fn cut(&self) {
+        let waker = {
+            let mut switch = self.switch.lock();
+            switch.cut = true;
+            switch.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.switch.lock().cut
+    }
+
+    /// See [`Status`].
+    pub(crate) fn status(&self) -> Status {
+        self.scanner.lock().status()
+    }
+
+    /// See [`Scanner::pid`].
+    pub(crate) fn pid(&self) -> Option<i32> {
+        self.scanner.lock().pid()
+    }
+
+    /// See [`Scanner::outstanding`].
+    pub(crate) fn outstanding(&self) -> usize {
+        self.scanner.lock().outstanding()
+    }
+
+    /// See [`Scanner::in_copy`].
+    pub(crate) fn in_copy(&self) -> bool {
+        self.scanner.lock().in_copy()
+    }
+
+    /// See [`Scanner::is_poisoned`].
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.scanner.lock().is_poisoned()
+    }
+
+    /// See [`Scanner::is_busy`]. Not a fault: after an error the answer's end is often still under way. A ping that is
+    /// answered in time settles it.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.scanner.lock().is_busy()
+    }
+
+    /// The connection can only be thrown away.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.is_cut() || self.scanner.lock().is_lost()
+    }
+
+    /// Ready for anybody: nothing under way, no transaction, not lost. Of what is queued and not yet written it cannot know:
+    /// [`flush`] first.
+    pub(crate) fn is_idle(&self) -> bool {
+        let scanner = self.scanner.lock();
+        scanner.status() == Status::Idle && !scanner.is_busy() && !scanner.is_lost() && !self.is_cut()
+    }
+
+    /// See [`Scanner::fatal`].
+    pub(crate) fn fatal(&self) -> Option<SqlState> {
+        let code = self.scanner.lock().fatal()?;
+        std::str::from_utf8(&code).ok().map(SqlState::from_code)
+    }
+
+    /// See [`Scanner::take_refused_write`].
+    pub(crate) fn take_refused_write(&self) -> bool {
+        self.scanner.lock().take_refused_write()
+    }
+
+    /// See [`Scanner::in_hot_standby`].
+    pub(crate) fn in_hot_standby(&self) -> Option<bool> {
+        self.scanner.lock().in_hot_standby()
+    }
+
+    /// See [`Scanner::read_only_by_default`].
+    pub(crate) fn read_only_by_default(&self) -> Option<bool> {
+        self.scanner.lock().read_only_by_default()
+    }
+}
+
+/// A stream's hold on its watch: holding one means that this stream is the one being watched.
+struct Line(Arc<Watch>);
+
+impl Line {
+    /// Begins a new stream. One `connect` may try several addresses, and what was known of the last one is void.
+    fn begin(watch: Arc<Watch>) -> Line {
+        *watch.scanner.lock() = Scanner::new();
+        Line(watch)
+    }
+
+    /// Stands before every poll. The waker is left first and the switch looked at under the same lock, so a cut is seen
+    /// either here or by being woken.
+    fn pass(&self, cx: &Context<'_>) -> io::Result<()> {
+        let mut switch = self.0.switch.lock();
+        if switch.cut {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was cut"));
+        }
+        match &switch.waker {
+            Some(waker) if waker.will_wake(cx.waker()) => {}
+            _ => switch.waker = Some(cx.waker().clone()),
+        }
+        Ok(())
+    }
+
+    fn scanner(&self) -> parking_lot::MutexGuard<'_, Scanner> {
+        self.0.scanner.lock()
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let waker = self.0.switch.lock().waker.take();
+        drop(waker);
+    }
+}
+
+/// The user's connector, wrapped for one connection.
+struct Observed<T> {
+    tls: T,
+    terms: Terms,
+    watch: Arc<Watch>,
+}
+
+impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
+    type Stream = Tap<T::Stream>;
+    type TlsConnect = Negotiator<T::TlsConnect>;
+    type Error = NegotiationError;
+
+    fn make_tls_connect(&mut self, host: &str) -> Result<Self::TlsConnect, NegotiationError> {
+        // An error here is kept until TLS is really wanted.
+        let tls = if self.terms.nameless {
+            Err(NegotiationError::NoHostName)
+        } else {
+            self.tls.make_tls_connect(host).map_err(|error| NegotiationError::Connector(error.into()))
+        };
+        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone() })
+    }
+}
+
+/// Turns one socket into a [`Tap`].
+struct Negotiator<C> {
+    tls: Result<C, NegotiationError>,
+    terms: Terms,
+    watch: Arc<Watch>,
+}
+
+impl<C> TlsConnect<Socket> for Negotiator<C>
+where
+    C: TlsConnect<Socket, Future: Send, Stream: Send> + Send + 'static,
+{
+    type Stream = Tap<C::Stream>;
+    type Error = NegotiationError;
+    type Future = Pin<Box<dyn Future<Output = Result<Tap<C::Stream>, NegotiationError>> + Send>>;
+
+    fn connect(self, socket: Socket) -> Self::Future {
+        Box::pin(async move {
+            let line = Line::begin(self.watch);
+            let mut negotiation = pin!(negotiate(socket, self.tls, self.terms));
+            let transport = poll_fn(|cx| match line.pass(cx) {
+                Ok(()) => negotiation.as_mut().poll(cx),
+                Err(_) => Poll::Ready(Err(NegotiationError::Cut)),
+            })
+            .await?;
+            Ok(Tap { transport, line })
+        })
+    }
+}
+
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
+/// Does what `postgres` does between the TCP connect and the startup packet, by the user's terms. A mode that is not
+/// known here is taken as the strictest.
+async fn negotiate<C>(
+    mut socket: Socket,
+    tls: Result<C, NegotiationError>,
+    terms: Terms,
+) -> Result<Transport<C::Stream>, NegotiationError>
+where
+    C: TlsConnect<Socket> + 'static,
+{
+    let direct = terms.negotiation == SslNegotiation::Direct;
+    match terms.mode {
+        SslMode::Disable => return Ok(Transport::Raw(socket)),
+        SslMode::Prefer if TypeId::of::<C>() == TypeId::of::<NoTls>() => {
+            return Ok(Transport::Raw(socket));
+        }
+        SslMode::Prefer if direct => return Err(NegotiationError::Weak),
+        _ => {}
+    }
+    if !direct {
+        let mut answer = [0];
+        socket.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
+        socket.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
+        if answer != *b"S" {
+            return match terms.mode {
+                SslMode::Prefer => Ok(Transport::Raw(socket)),
+                _ => Err(NegotiationError::Declined),
+            };
+        }
+    }
+    match tls?.connect(socket).await {
+        Ok(stream) => Ok(Transport::Tls(stream)),
+        Err(error) => Err(NegotiationError::Handshake(error.into())),
+    }
+}
+
+/// Why there was no stream to log in over. The words are those of `postgres` where it has the case.
+#[derive(Debug)]
+pub(crate) enum NegotiationError {
+    /// By [`Watch::cut`].
+    Cut,
+    /// The socket failed before the server had answered the request for TLS.
+    Io(io::Error),
+    /// `require`, and the server does not do TLS.
+    Declined,
+    /// `prefer` with `direct`.
+    Weak,
+    /// TLS by address only.
+    NoHostName,
+    /// The connector would not begin, as with an invalid host name.
+    Connector(BoxError),
+    /// The handshake failed: the certificate is not trusted or not this host's, or the server broke off.
+    Handshake(BoxError),
+}
+
+impl NegotiationError {
+    /// The one that made `error`, if one did.
+    pub(crate) fn of(error: &::postgres::Error) -> Option<&NegotiationError> {
+        error.source()?.downcast_ref()
+    }
+
+    /// The same attempt may succeed in a moment: the connection failed, rather than an agreement. A failed handshake is
+    /// taken for a disagreement unless an I/O error in it says that the stream ended.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            NegotiationError::Cut | NegotiationError::Io(_) => true,
+            NegotiationError::Handshake(error) => {
+                let mut next: Option<&(dyn StdError + 'static)> = Some(&**error);
+                while let Some(error) = next {
+                    match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+                        // Connectors wrap their own verdicts in these.
+                        None
+                        | Some(io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::Other) => {}
+                        Some(_) => return true,
+                    }
+                    next = error.source();
+                }
+                false
+            }
+            NegotiationError::Declined
+            | NegotiationError::Weak
+            | NegotiationError::NoHostName
+            | NegotiationError::Connector(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for NegotiationError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NegotiationError::Cut => "the connection was cut",
+            NegotiationError::Declined => "server does not support TLS",
+            NegotiationError::Weak => {
+                "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")"
+            }
+            NegotiationError::NoHostName => "no hostname provided for TLS handshake",
+            NegotiationError::Io(error) => return error.fmt(f),
+            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => return error.fmt(f),
+        })
+    }
+}
+
+// Transparent: it shows what it holds, so its source is what lies behind that.
+impl StdError for NegotiationError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            NegotiationError::Io(error) => error.source(),
+            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => error.source(),
+            _ => None,
+        }
+    }
+}
+
+/// What the bytes really travel over.
+enum Transport<S> {
+    Raw(Socket),
+    Tls(S),
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
+
+/// A stream that is watched.
+struct Tap<S> {
+    transport: Transport<S>,
+    line: Line,
+}
+
+impl<S: TlsStream + Unpin> Tap<S> {
+    /// The stream, unless it was cut.
+    fn stream(&mut self, cx: &Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
+        self.line.pass(cx)?;
+        Ok(match &mut self.transport {
+            Transport::Raw(socket) => Pin::new(socket),
+            Transport::Tls(stream) => Pin::new(stream),
+        })
+    }
+}
+
+impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let (before, room) = (buf.filled().len(), buf.remaining());
+        let result = ready!(self.stream(cx)?.poll_read(cx, buf));
+        let read = &buf.filled()[before..];
+        let mut scanner = self.line.scanner();
+        scanner.received(read);
+        if result.is_err() || (read.is_empty() && room > 0) {
+            scanner.ended();
+        }
+        Poll::Ready(result)
+    }
+}
+
+impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = ready!(self.stream(cx)?.poll_write(cx, buf));
+        match result {
+            Ok(written) => self.line.scanner().sent(&buf[..written]),
+            Err(_) => self.line.scanner().ended(),
+        }
+        Poll::Ready(result)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_shutdown(cx)
+    }
+}
+
+impl<S: TlsStream + Unpin> TlsStream for Tap<S> {
+    fn channel_binding(&self) -> ChannelBinding {
+        match &self.transport {
+            Transport::Raw(_) => ChannelBinding::none(),
+            Transport::Tls(stream) => stream.channel_binding(),
+        }
+    }
+}
