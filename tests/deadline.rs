@@ -11,7 +11,7 @@ use fake::{Act, Call, Fake, FakeConn, FakeError};
 use millpond::{Builder, CloseReason, Error, ErrorKind, Manage, Pool, PooledConnection, Returned, Validate};
 use postgres::NoTls;
 use r2d2_postgres::PostgresConnectionManager;
-use support::{EPSILON, Proxy, Server, Silent, alone, ms, threads_named, wait_until};
+use support::{EPSILON, Proxy, Server, Silent, ms, threads_named, wait_until, watched};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -113,23 +113,26 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
 
 #[test]
 fn a_connect_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    opens_hang(&fake, Call::Open, Pool::builder(), fake.r2d2());
+    watched(|| {
+        let fake = Fake::new();
+        opens_hang(&fake, Call::Open, Pool::builder(), fake.r2d2());
+    });
 }
 
 #[test]
 fn an_open_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    opens_hang(&fake, Call::Open, Pool::builder(), fake.direct());
+    watched(|| {
+        let fake = Fake::new();
+        opens_hang(&fake, Call::Open, Pool::builder(), fake.direct());
+    });
 }
 
 #[test]
 fn an_on_acquire_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    opens_hang(&fake, Call::OnAcquire, Pool::builder().connection_customizer(fake.customizer()), fake.r2d2());
+    watched(|| {
+        let fake = Fake::new();
+        opens_hang(&fake, Call::OnAcquire, Pool::builder().connection_customizer(fake.customizer()), fake.r2d2());
+    });
 }
 
 /// One of three idle connections hangs when it is validated, and the pool may not call that off.
@@ -161,25 +164,28 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
 
 #[test]
 fn an_is_valid_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    a_check_hangs(&fake, fake.r2d2());
+    watched(|| {
+        let fake = Fake::new();
+        a_check_hangs(&fake, fake.r2d2());
+    });
 }
 
 #[test]
 fn a_validate_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    a_check_hangs(&fake, fake.direct());
+    watched(|| {
+        let fake = Fake::new();
+        a_check_hangs(&fake, fake.direct());
+    });
 }
 
 #[test]
 fn a_validate_that_promised_not_to_hang_and_does() {
-    let _alone = alone();
-    let fake = Fake::new();
-    fake.keeps_limits(true);
-    // The promised limit is longer than what the caller of `get` has: it is not relied upon.
-    a_check_hangs(&fake, fake.direct());
+    watched(|| {
+        let fake = Fake::new();
+        fake.keeps_limits(true);
+        // The promised limit is longer than what the caller of `get` has: it is not relied upon.
+        a_check_hangs(&fake, fake.direct());
+    });
 }
 
 /// Whatever is closed hangs in it, from now on.
@@ -219,23 +225,26 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
 
 #[test]
 fn a_drop_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    closes_hang(&fake, Call::Drop, Pool::builder(), fake.r2d2());
+    watched(|| {
+        let fake = Fake::new();
+        closes_hang(&fake, Call::Drop, Pool::builder(), fake.r2d2());
+    });
 }
 
 #[test]
 fn a_close_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    closes_hang(&fake, Call::Close, Pool::builder(), fake.direct());
+    watched(|| {
+        let fake = Fake::new();
+        closes_hang(&fake, Call::Close, Pool::builder(), fake.direct());
+    });
 }
 
 #[test]
 fn an_on_release_that_hangs() {
-    let _alone = alone();
-    let fake = Fake::new();
-    closes_hang(&fake, Call::OnRelease, Pool::builder().connection_customizer(fake.customizer()), fake.r2d2());
+    watched(|| {
+        let fake = Fake::new();
+        closes_hang(&fake, Call::OnRelease, Pool::builder().connection_customizer(fake.customizer()), fake.r2d2());
+    });
 }
 
 // -------------------------------------------------------------------------------------------------- the limits
@@ -259,173 +268,185 @@ fn found_again<M: Manage>(pool: &Pool<M>, fake: &Fake) {
 
 #[test]
 fn an_open_past_its_limit() {
-    let _alone = alone();
-    let fake = Fake::new();
-    fake.set(Call::Open, Act::Block);
-    let pool = Pool::builder().name("op-limit").max_size(2).open_timeout(LIMIT).build_unchecked(fake.r2d2());
-    let error = thread::scope(|s| {
-        let getter = s.spawn(|| nothing_in_time(&pool));
-        fake.wait_inside(Call::Open, 1);
-        written_off(&pool, 1, Instant::now());
-        getter.join().unwrap()
+    watched(|| {
+        let fake = Fake::new();
+        fake.set(Call::Open, Act::Block);
+        let pool = Pool::builder().name("op-limit").max_size(2).open_timeout(LIMIT).build_unchecked(fake.r2d2());
+        let error = thread::scope(|s| {
+            let getter = s.spawn(|| nothing_in_time(&pool));
+            fake.wait_inside(Call::Open, 1);
+            written_off(&pool, 1, Instant::now());
+            getter.join().unwrap()
+        });
+        let cause = error.cause().expect("the reason").to_string();
+        assert_eq!(cause, "no answer to an attempt to connect within 100 ms", "{error}");
+        assert!(!error.is_exhausted());
+
+        // A second one is tried, and then no more: what was given up may be alive on the server.
+        assert!(pool.get_timeout(ms(1000)).unwrap_err().is_timeout());
+        nothing_in_time(&pool);
+        assert_eq!((fake.calls(Call::Open), pool.stats().lost, pool.stats().written_off), (2, 2, 2));
+        assert_eq!((pool.stats().failed_opens, pool.stats().size()), (2, 0));
+
+        // Too late to be taken: closed on arrival. The next get opens anew.
+        fake.release(Call::Open);
+        found_again(&pool, &fake);
+        assert_eq!((fake.opened(), fake.alive()), (2, 0));
+        drop(pool.get_timeout(LONG).unwrap());
+        assert_eq!((pool.stats().opens, fake.alive()), (1, 1));
+        ends_well(pool, &fake);
+        assert!(
+            wait_until(within(EPSILON), || threads_named("op-limit").is_empty()),
+            "{:?}",
+            threads_named("op-limit")
+        );
     });
-    let cause = error.cause().expect("the reason").to_string();
-    assert_eq!(cause, "no answer to an attempt to connect within 100 ms", "{error}");
-    assert!(!error.is_exhausted());
-
-    // A second one is tried, and then no more: what was given up may be alive on the server.
-    assert!(pool.get_timeout(ms(1000)).unwrap_err().is_timeout());
-    nothing_in_time(&pool);
-    assert_eq!((fake.calls(Call::Open), pool.stats().lost, pool.stats().written_off), (2, 2, 2));
-    assert_eq!((pool.stats().failed_opens, pool.stats().size()), (2, 0));
-
-    // Too late to be taken: closed on arrival. The next get opens anew.
-    fake.release(Call::Open);
-    found_again(&pool, &fake);
-    assert_eq!((fake.opened(), fake.alive()), (2, 0));
-    drop(pool.get_timeout(LONG).unwrap());
-    assert_eq!((pool.stats().opens, fake.alive()), (1, 1));
-    ends_well(pool, &fake);
-    assert!(wait_until(within(EPSILON), || threads_named("op-limit").is_empty()), "{:?}", threads_named("op-limit"));
 }
 
 #[test]
 fn an_open_that_can_be_aborted_is_back_at_once() {
-    let _alone = alone();
-    let fake = Fake::new();
-    fake.abortable(true);
-    fake.set(Call::Open, Act::Block);
-    let pool = Pool::builder().max_size(2).open_timeout(LIMIT).build_unchecked(fake.direct());
-    nothing_in_time(&pool);
-    assert!(fake.calls(Call::Abort) >= 1);
-    fake.set(Call::Open, Act::Succeed);
-    drop(pool.get_timeout(LONG).unwrap());
-    found_again(&pool, &fake);
-    assert_eq!(fake.opened(), 1);
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        fake.abortable(true);
+        fake.set(Call::Open, Act::Block);
+        let pool = Pool::builder().max_size(2).open_timeout(LIMIT).build_unchecked(fake.direct());
+        nothing_in_time(&pool);
+        assert!(fake.calls(Call::Abort) >= 1);
+        fake.set(Call::Open, Act::Succeed);
+        drop(pool.get_timeout(LONG).unwrap());
+        found_again(&pool, &fake);
+        assert_eq!(fake.opened(), 1);
+        ends_well(pool, &fake);
+    });
 }
 
 #[test]
 fn a_check_past_its_limit() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let builder = Pool::builder().max_size(4).validate(Validate::Always).validation_timeout(LIMIT);
-    let pool = builder.build(fake.r2d2()).unwrap();
-    drop(take(&pool, 3));
-    fake.next(Call::Validate, [Act::Block]);
-    // Who waits for it has to wait for no more than that.
-    let (got, took) = timed(|| pool.get_timeout(LONG).unwrap());
-    assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
-    let stats = pool.stats();
-    assert_eq!((stats.written_off, stats.lost, stats.closed_for(CloseReason::WrittenOff)), (1, 1, 1));
-    drop(got);
-    fake.release(Call::Validate);
-    found_again(&pool, &fake);
-    assert!(fake.most_alive() <= 4 + 1, "the bound, and one that was lost");
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        let builder = Pool::builder().max_size(4).validate(Validate::Always).validation_timeout(LIMIT);
+        let pool = builder.build(fake.r2d2()).unwrap();
+        drop(take(&pool, 3));
+        fake.next(Call::Validate, [Act::Block]);
+        // Who waits for it has to wait for no more than that.
+        let (got, took) = timed(|| pool.get_timeout(LONG).unwrap());
+        assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
+        let stats = pool.stats();
+        assert_eq!((stats.written_off, stats.lost, stats.closed_for(CloseReason::WrittenOff)), (1, 1, 1));
+        drop(got);
+        fake.release(Call::Validate);
+        found_again(&pool, &fake);
+        assert!(fake.most_alive() <= 4 + 1, "the bound, and one that was lost");
+        ends_well(pool, &fake);
+    });
 }
 
 #[test]
 fn a_reset_past_its_limit() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let pool = Pool::builder().max_size(2).close_timeout(LIMIT).build(fake.direct()).unwrap();
-    fake.verdict(Returned::Reset);
-    fake.set(Call::Reset, Act::Block);
-    let held = pool.get().unwrap();
-    let begun = Instant::now();
-    let ((), took) = timed(|| drop(held));
-    assert!(took < EPSILON, "to return it took {took:?}");
-    // Whoever waits for it waits for no more than that.
-    let held = pool.get_timeout(LONG).unwrap();
-    assert!(begun.elapsed() < LIMIT + EPSILON, "{:?}", begun.elapsed());
-    written_off(&pool, 1, begun);
-    assert_eq!((held.id, pool.stats().closed_for(CloseReason::WrittenOff), pool.stats().lost), (2, 1, 1));
-    fake.release(Call::Reset);
-    found_again(&pool, &fake);
-    drop(held);
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(2).close_timeout(LIMIT).build(fake.direct()).unwrap();
+        fake.verdict(Returned::Reset);
+        fake.set(Call::Reset, Act::Block);
+        let held = pool.get().unwrap();
+        let begun = Instant::now();
+        let ((), took) = timed(|| drop(held));
+        assert!(took < EPSILON, "to return it took {took:?}");
+        // Whoever waits for it waits for no more than that.
+        let held = pool.get_timeout(LONG).unwrap();
+        assert!(begun.elapsed() < LIMIT + EPSILON, "{:?}", begun.elapsed());
+        written_off(&pool, 1, begun);
+        assert_eq!((held.id, pool.stats().closed_for(CloseReason::WrittenOff), pool.stats().lost), (2, 1, 1));
+        fake.release(Call::Reset);
+        found_again(&pool, &fake);
+        drop(held);
+        ends_well(pool, &fake);
+    });
 }
 
 #[test]
 fn a_close_past_its_limit() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let pool = Pool::builder().max_size(3).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
-    fake.set(Call::Drop, Act::Block);
-    let mut held = take(&pool, 3);
-    let begun = Instant::now();
-    held.drain(..2).for_each(PooledConnection::discard);
-    // There is no slot, until two are written off.
-    let got = pool.get_timeout(LONG).unwrap();
-    let took = begun.elapsed();
-    assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
-    written_off(&pool, 2, begun);
-    assert_eq!((pool.stats().lost, fake.alive()), (2, 4), "the bound, and two that are lost");
-    drop((got, held));
-    fake.release(Call::Drop);
-    found_again(&pool, &fake);
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(3).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
+        fake.set(Call::Drop, Act::Block);
+        let mut held = take(&pool, 3);
+        let begun = Instant::now();
+        held.drain(..2).for_each(PooledConnection::discard);
+        // There is no slot, until two are written off.
+        let got = pool.get_timeout(LONG).unwrap();
+        let took = begun.elapsed();
+        assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
+        written_off(&pool, 2, begun);
+        assert_eq!((pool.stats().lost, fake.alive()), (2, 4), "the bound, and two that are lost");
+        drop((got, held));
+        fake.release(Call::Drop);
+        found_again(&pool, &fake);
+        ends_well(pool, &fake);
+    });
 }
 
 #[test]
 fn more_closes_than_closers_are_all_written_off() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let pool = Pool::builder().max_size(12).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
-    let held = take(&pool, 9);
-    fake.set(Call::Drop, Act::Block);
-    held.into_iter().for_each(PooledConnection::discard);
-    // Four at a time, each for as long as it may: the ninth begins when eight were given up.
-    fake.wait_calls(Call::Drop, 9);
-    assert!(wait_until(within(LIMIT + EPSILON), || pool.stats().written_off == 9), "{}", pool.stats());
-    assert_eq!((pool.stats().lost, pool.stats().size()), (9, 0));
-    drop(pool.get_timeout(LONG).unwrap());
-    fake.release(Call::Drop);
-    found_again(&pool, &fake);
-    assert_eq!(fake.alive(), 1);
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(12).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
+        let held = take(&pool, 9);
+        fake.set(Call::Drop, Act::Block);
+        held.into_iter().for_each(PooledConnection::discard);
+        // Four at a time, each for as long as it may: the ninth begins when eight were given up.
+        fake.wait_calls(Call::Drop, 9);
+        assert!(wait_until(within(LIMIT + EPSILON), || pool.stats().written_off == 9), "{}", pool.stats());
+        assert_eq!((pool.stats().lost, pool.stats().size()), (9, 0));
+        drop(pool.get_timeout(LONG).unwrap());
+        fake.release(Call::Drop);
+        found_again(&pool, &fake);
+        assert_eq!(fake.alive(), 1);
+        ends_well(pool, &fake);
+    });
 }
 
 // -------------------------------------------------------------------------------------------------- whose thread
 
 #[test]
 fn only_a_validation_that_fits_into_the_deadline_runs_on_the_caller() {
-    let _alone = alone();
-    let fake = Fake::new();
-    fake.keeps_limits(true);
-    let builder = Pool::builder().name("whose").validate(Validate::Always).validation_timeout(ms(300));
-    let pool = builder.build(fake.direct()).unwrap();
-    let (tell, told) = crossbeam_channel::unbounded();
-    fake.set(Call::Validate, fake::run(move || tell.send(thread::current().name().map(str::to_owned)).unwrap()));
-    let me = thread::current().name().map(str::to_owned);
-    drop(pool.get_timeout(ms(300)).unwrap());
-    assert_eq!(told.recv().unwrap(), me);
-    drop(pool.get_timeout(ms(299)).unwrap());
-    assert_eq!(told.recv().unwrap().as_deref(), Some("whose-crew"));
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        fake.keeps_limits(true);
+        let builder = Pool::builder().name("whose").validate(Validate::Always).validation_timeout(ms(300));
+        let pool = builder.build(fake.direct()).unwrap();
+        let (tell, told) = crossbeam_channel::unbounded();
+        fake.set(Call::Validate, fake::run(move || tell.send(thread::current().name().map(str::to_owned)).unwrap()));
+        let me = thread::current().name().map(str::to_owned);
+        drop(pool.get_timeout(ms(300)).unwrap());
+        assert_eq!(told.recv().unwrap(), me);
+        drop(pool.get_timeout(ms(299)).unwrap());
+        assert_eq!(told.recv().unwrap().as_deref(), Some("whose-crew"));
+        ends_well(pool, &fake);
+    });
 }
 
 #[test]
 fn a_validation_that_fails_late_leaves_the_caller_its_deadline() {
-    let _alone = alone();
-    let fake = Fake::new();
-    fake.keeps_limits(true);
-    let builder = Pool::builder().max_size(3).validate(Validate::Always).validation_timeout(ms(150));
-    let pool = builder.build(fake.direct()).unwrap();
-    drop(take(&pool, 3));
-    fake.set(Call::Validate, Act::FailAfter(ms(140)));
-    fake.set(Call::Open, Act::Block);
-    nothing_in_time(&pool);
-    fake.release(Call::Open);
-    fake.release(Call::Validate);
-    drop(pool.get_timeout(LONG).unwrap());
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        fake.keeps_limits(true);
+        let builder = Pool::builder().max_size(3).validate(Validate::Always).validation_timeout(ms(150));
+        let pool = builder.build(fake.direct()).unwrap();
+        drop(take(&pool, 3));
+        fake.set(Call::Validate, Act::FailAfter(ms(140)));
+        fake.set(Call::Open, Act::Block);
+        nothing_in_time(&pool);
+        fake.release(Call::Open);
+        fake.release(Call::Validate);
+        drop(pool.get_timeout(LONG).unwrap());
+        ends_well(pool, &fake);
+    });
 }
 
 // -------------------------------------------------------------------------------------------------- short deadlines
 
-/// Asks again and again for at most 1 ms, until there is a connection.
+/// Asks again and again for at most 1 ms, until there is a connection, and does something else in between.
 #[track_caller]
 fn in_small_steps<M: Manage>(pool: &Pool<M>) -> PooledConnection<M> {
     let deadline = within(LONG);
@@ -434,62 +455,66 @@ fn in_small_steps<M: Manage>(pool: &Pool<M>) -> PooledConnection<M> {
             Ok(got) => return got,
             Err(e) => assert!(e.is_timeout() && Instant::now() < deadline, "{e}"),
         }
+        thread::sleep(ms(5));
     }
 }
 
 #[test]
 fn a_millisecond_at_a_time_repeats_no_open() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let pool = Pool::builder().max_size(5).build_unchecked(fake.r2d2());
-    fake.set(Call::Open, Act::Last(ms(150)));
-    let first = in_small_steps(&pool);
-    assert_eq!((fake.calls(Call::Open), fake.opened(), fake.dropped()), (1, 1, 0));
-    // Eight at the same time want one each, and there are four to be opened.
-    thread::scope(|s| {
-        for _ in 0..8 {
-            s.spawn(|| drop(in_small_steps(&pool)));
-        }
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(5).build_unchecked(fake.r2d2());
+        fake.set(Call::Open, Act::Last(ms(150)));
+        let first = in_small_steps(&pool);
+        assert_eq!((fake.calls(Call::Open), fake.opened(), fake.dropped()), (1, 1, 0));
+        // Eight at the same time want one each, and there are four to be opened.
+        thread::scope(|s| {
+            for _ in 0..8 {
+                s.spawn(|| drop(in_small_steps(&pool)));
+            }
+        });
+        assert!(fake.calls(Call::Open) <= 5, "{} attempts", fake.calls(Call::Open));
+        drop(first);
+        assert_eq!((fake.dropped(), pool.stats().closes, pool.stats().failed_opens), (0, 0, 0));
+        assert!(pool.stats().timeouts > 20);
+        ends_well(pool, &fake);
     });
-    assert!(fake.calls(Call::Open) <= 5, "{} attempts", fake.calls(Call::Open));
-    drop(first);
-    assert_eq!((fake.dropped(), pool.stats().closes, pool.stats().failed_opens), (0, 0, 0));
-    assert!(pool.stats().timeouts > 20);
-    ends_well(pool, &fake);
 }
 
 #[test]
 fn a_millisecond_at_a_time_condemns_nothing_that_is_checked() {
-    let _alone = alone();
-    for keeps_limits in [false, true] {
-        let fake = Fake::new();
-        fake.keeps_limits(keeps_limits);
-        let builder = Pool::builder().max_size(3).validate(Validate::AfterIdle(ms(300)));
-        let pool = builder.build(fake.direct()).unwrap();
-        drop(take(&pool, 3));
-        thread::sleep(ms(310));
-        fake.set(Call::Validate, Act::Last(ms(50)));
-        // The check outlives the one it was begun for, and serves the next.
-        drop(in_small_steps(&pool));
-        assert!(pool.stats().timeouts > 5);
-        assert_eq!((fake.dropped(), fake.opened(), pool.stats().closes), (0, 3, 0));
-        assert!(fake.calls(Call::Validate) <= 3, "{} checks", fake.calls(Call::Validate));
-        ends_well(pool, &fake);
-    }
+    watched(|| {
+        for keeps_limits in [false, true] {
+            let fake = Fake::new();
+            fake.keeps_limits(keeps_limits);
+            let builder = Pool::builder().max_size(3).validate(Validate::AfterIdle(ms(300)));
+            let pool = builder.build(fake.direct()).unwrap();
+            drop(take(&pool, 3));
+            thread::sleep(ms(310));
+            fake.set(Call::Validate, Act::Last(ms(50)));
+            // The check outlives the one it was begun for, and serves the next.
+            drop(in_small_steps(&pool));
+            assert!(pool.stats().timeouts > 5);
+            assert_eq!((fake.dropped(), fake.opened(), pool.stats().closes), (0, 3, 0));
+            assert!(fake.calls(Call::Validate) <= 3, "{} checks", fake.calls(Call::Validate));
+            ends_well(pool, &fake);
+        }
+    });
 }
 
 #[test]
 fn what_try_get_had_checked_it_gets() {
-    let _alone = alone();
-    let fake = Fake::new();
-    let pool = Pool::builder().max_size(3).validate(Validate::AfterIdle(ms(300))).build(fake.r2d2()).unwrap();
-    drop(pool.get().unwrap());
-    thread::sleep(ms(310));
-    assert!(pool.try_get().is_none(), "idle for too long to be trusted");
-    fake.wait_calls(Call::Validate, 1);
-    assert!(wait_until(within(EPSILON), || pool.try_get().is_some()), "{}", pool.connections());
-    assert_eq!((fake.calls(Call::Validate), fake.opened()), (1, 1));
-    ends_well(pool, &fake);
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(3).validate(Validate::AfterIdle(ms(300))).build(fake.r2d2()).unwrap();
+        drop(pool.get().unwrap());
+        thread::sleep(ms(310));
+        assert!(pool.try_get().is_none(), "idle for too long to be trusted");
+        fake.wait_calls(Call::Validate, 1);
+        assert!(wait_until(within(EPSILON), || pool.try_get().is_some()), "{}", pool.connections());
+        assert_eq!((fake.calls(Call::Validate), fake.opened()), (1, 1));
+        ends_well(pool, &fake);
+    });
 }
 
 // -------------------------------------------------------------------------------------------------- a silent server
@@ -500,68 +525,70 @@ fn postgres_manager(conninfo: &str) -> PostgresConnectionManager<NoTls> {
 
 #[test]
 fn a_server_that_accepts_and_says_nothing() {
-    let _alone = alone();
-    let silent = Silent::listen();
-    let manager = postgres_manager(&silent.conninfo("mute"));
-    let pool = Pool::builder().name("mute").max_size(3).open_timeout(LIMIT).build_unchecked(manager);
-    let mut most_threads = 0;
-    let over = within(Duration::from_secs(2));
-    thread::scope(|s| {
-        let getters: Vec<_> = (0..4)
-            .map(|_| {
-                s.spawn(|| {
-                    while Instant::now() < over {
-                        nothing_in_time(&pool);
-                    }
+    watched(|| {
+        let silent = Silent::listen();
+        let manager = postgres_manager(&silent.conninfo("mute"));
+        let pool = Pool::builder().name("mute").max_size(3).open_timeout(LIMIT).build_unchecked(manager);
+        let mut most_threads = 0;
+        let over = within(Duration::from_secs(2));
+        thread::scope(|s| {
+            let getters: Vec<_> = (0..4)
+                .map(|_| {
+                    s.spawn(|| {
+                        while Instant::now() < over {
+                            nothing_in_time(&pool);
+                        }
+                    })
                 })
-            })
-            .collect();
-        while getters.iter().any(|g| !g.is_finished()) {
-            most_threads = most_threads.max(threads_named("mute").len());
-            thread::sleep(ms(30));
-        }
-    });
-    // The reaper, those given up, and one that is about to be or lingers.
-    assert!(most_threads <= 1 + 3 + 1, "{most_threads} threads");
-    assert_eq!((silent.accepted(), pool.stats().lost), (3, 3));
-    let error = nothing_in_time(&pool);
-    assert!(error.to_string().contains("no answer to an attempt to connect within 100 ms"), "{error}");
+                .collect();
+            while getters.iter().any(|g| !g.is_finished()) {
+                most_threads = most_threads.max(threads_named("mute").len());
+                thread::sleep(ms(30));
+            }
+        });
+        // The reaper, those given up, and one that is about to be or lingers.
+        assert!(most_threads <= 1 + 3 + 1, "{most_threads} threads");
+        assert_eq!((silent.accepted(), pool.stats().lost), (3, 3));
+        let error = nothing_in_time(&pool);
+        assert!(error.to_string().contains("no answer to an attempt to connect within 100 ms"), "{error}");
 
-    // Nothing can be done about them but to say so; when the server lets go of them they end.
-    let report = pool.close(ms(100));
-    assert_eq!((report.lost, report.threads, report.left.len()), (3, 3, 0), "{report}");
-    drop(silent);
-    assert!(wait_until(within(LONG), || threads_named("mute").is_empty()), "{:?}", threads_named("mute"));
+        // Nothing can be done about them but to say so; when the server lets go of them they end.
+        let report = pool.close(ms(100));
+        assert_eq!((report.lost, report.threads, report.left.len()), (3, 3, 0), "{report}");
+        drop(silent);
+        assert!(wait_until(within(LONG), || threads_named("mute").is_empty()), "{:?}", threads_named("mute"));
+    });
 }
 
 #[test]
 fn a_server_that_finds_its_voice_again() {
-    let _alone = alone();
-    let proxy = Proxy::to(Server::shared().addr());
-    let builder = Pool::builder().name("hoarse").max_size(3).open_timeout(LIMIT).close_timeout(LIMIT);
-    let builder = builder.validate(Validate::Always).validation_timeout(LIMIT);
-    let pool = builder.build(postgres_manager(&proxy.conninfo("hoarse"))).unwrap();
-    drop(take(&pool, 3));
+    watched(|| {
+        let proxy = Proxy::to(Server::shared().addr());
+        let builder = Pool::builder().name("hoarse").max_size(3).open_timeout(LIMIT).close_timeout(LIMIT);
+        let builder = builder.validate(Validate::Always).validation_timeout(LIMIT);
+        let pool = builder.build(postgres_manager(&proxy.conninfo("hoarse"))).unwrap();
+        drop(take(&pool, 3));
 
-    // Nothing passes any more: pings, connects and drops hang.
-    proxy.pause();
-    let over = within(Duration::from_secs(2));
-    let mut most_threads = 0;
-    while Instant::now() < over {
-        nothing_in_time(&pool);
-        most_threads = most_threads.max(threads_named("hoarse").len());
-    }
-    assert!(most_threads <= 1 + 3 + 3 + 1, "{most_threads} threads");
-    assert!(pool.stats().lost <= 3, "{}", pool.stats());
+        // Nothing passes any more: pings, connects and drops hang.
+        proxy.pause();
+        let over = within(Duration::from_secs(2));
+        let mut most_threads = 0;
+        while Instant::now() < over {
+            nothing_in_time(&pool);
+            most_threads = most_threads.max(threads_named("hoarse").len());
+        }
+        assert!(most_threads <= 1 + 3 + 3 + 1, "{most_threads} threads");
+        assert!(pool.stats().lost <= 3, "{}", pool.stats());
 
-    proxy.cut();
-    proxy.resume();
-    let mut client = pool.get_timeout(LONG).unwrap();
-    assert_eq!(client.query_one("SELECT 1", &[]).unwrap().get::<_, i32>(0), 1);
-    drop(client);
-    assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
-    let report = pool.close(LONG);
-    assert!(report.is_complete(), "{report}");
-    assert_eq!(Server::shared().wait_for("hoarse", 0, within(LONG)), 0);
-    assert!(wait_until(within(EPSILON), || threads_named("hoarse").is_empty()), "{:?}", threads_named("hoarse"));
+        proxy.cut();
+        proxy.resume();
+        let mut client = pool.get_timeout(LONG).unwrap();
+        assert_eq!(client.query_one("SELECT 1", &[]).unwrap().get::<_, i32>(0), 1);
+        drop(client);
+        assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
+        let report = pool.close(LONG);
+        assert!(report.is_complete(), "{report}");
+        assert_eq!(Server::shared().wait_for("hoarse", 0, within(LONG)), 0);
+        assert!(wait_until(within(EPSILON), || threads_named("hoarse").is_empty()), "{:?}", threads_named("hoarse"));
+    });
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
+use crossbeam_channel::bounded;
 use fake::Call::{
     self, Abort, Cancel, Close, Explain, HandleAcquire, HandleCheckin, HandleCheckout, HandleRelease, HandleTimeout,
     OnAcquire, OnRelease, Open, Reset, ServerId, Validate,
@@ -19,7 +19,7 @@ use fake::Call::{
 use fake::{Act, Fake, FakeConn, FakeError, R2d2Fake, run};
 use millpond::{Builder, CloseReport, Manage, Pool, PooledConnection, Returned};
 use parking_lot::{Condvar, Mutex};
-use support::{EPSILON, alone, ms, threads_named, wait_until};
+use support::{EPSILON, ms, threads_named, wait_until};
 
 /// Far longer than what it is given to takes anywhere.
 const LONG: Duration = Duration::from_secs(20);
@@ -30,24 +30,13 @@ fn within(limit: Duration) -> Instant {
     Instant::now() + limit
 }
 
-/// Runs a test, alone, and fails if it does not end.
+/// Runs a test, watched, with the logger installed.
 #[track_caller]
 fn watched(body: impl FnOnce() + Send + 'static) {
-    let _alone = alone();
-    LOG.install();
-    let (done, ended) = bounded::<()>(0);
-    let body = thread::spawn(move || {
-        let _done = done;
+    support::watched(|| {
+        LOG.install();
         body();
     });
-    // Longer than anything in it waits for.
-    match ended.recv_timeout(3 * LONG) {
-        Err(RecvTimeoutError::Disconnected) => {}
-        _ => panic!("it hangs"),
-    }
-    if let Err(panic) = body.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 fn builder<M: Manage>(name: &str) -> Builder<M> {

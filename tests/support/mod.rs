@@ -21,5 +21,5 @@ mod watch;
 pub use database::{Backend, Database};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, alone, beside_others, ms, sleep_until, threads_named, wait_until};
+pub use wait::{EPSILON, alone, beside_others, ms, sleep_until, threads_named, wait_until, watched};
 pub use watch::{History, Sample, Watch};

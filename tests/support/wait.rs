@@ -70,3 +70,26 @@ pub fn threads_named(prefix: &str) -> Vec<String> {
     names.sort();
     names
 }
+
+/// Runs a test [`alone`], on a thread of its own, and fails if it does not end: for what could deadlock.
+///
+/// A thread that hangs stays behind, with all that it holds.
+#[track_caller]
+pub fn watched(test: impl FnOnce() + Send + 'static) {
+    /// Longer than all that a test waits for.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    let _alone = alone();
+    let (done, ended) = std::sync::mpsc::channel::<()>();
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    let test = thread::Builder::new().name(name).spawn(move || {
+        let _done = done;
+        test();
+    });
+    if ended.recv_timeout(PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        panic!("it hangs");
+    }
+    if let Err(panic) = test.expect("a thread for the test").join() {
+        std::panic::resume_unwind(panic);
+    }
+}
