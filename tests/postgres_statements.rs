@@ -165,6 +165,24 @@ fn a_changed_table_does_not_show() {
     }
 }
 
+/// The server then mentions the parameters in each error, wherever it came from. Only the order of the messages tells.
+#[test]
+fn it_is_careful_where_an_error_does_not_tell() {
+    for way in WAYS {
+        let table = format!("careful_{way:?}");
+        meanwhile(&format!("DROP TABLE IF EXISTS {table}; CREATE TABLE {table} (id int)"));
+        let pool = way.pool("careful");
+        let mut client = pool.get().unwrap();
+        client.batch_execute("SET log_parameter_max_length_on_error = -1").unwrap();
+        let sql = format!("SELECT * FROM {table} WHERE id = $1");
+        client.query_cached(&sql, &[&1]).unwrap();
+        meanwhile(&format!("ALTER TABLE {table} ADD COLUMN name text"));
+        let shows = client.query_cached(&sql, &[&1]).is_err();
+        assert_eq!(shows, way != Way::Observed, "{way:?}");
+        client.query_cached(&sql, &[&1]).unwrap();
+    }
+}
+
 #[test]
 fn a_changed_table_costs_what_it_must() {
     for (way, expected) in [(Way::Observed, 3), (Way::Unobserved, 4)] {
@@ -234,6 +252,7 @@ fn within_a_transaction_it_shows_and_is_over() {
         let mut client = pool.get().unwrap();
         let sql = format!("SELECT * FROM {table}");
         client.query_cached(&sql, &[]).unwrap();
+        client.query_cached("SELECT 1", &[]).unwrap();
 
         meanwhile(&format!("ALTER TABLE {table} ADD COLUMN a int"));
         let mut tx = client.begin().unwrap();
@@ -242,6 +261,8 @@ fn within_a_transaction_it_shows_and_is_over() {
         let mut tx = client.begin().unwrap();
         tx.query_cached(&sql, &[]).unwrap();
         tx.commit().unwrap();
+
+        assert_eq!(client.statement_cache_stats().statements, 2, "{way:?}: it alone was forgotten");
 
         // Back to a savepoint is enough.
         meanwhile(&format!("ALTER TABLE {table} ADD COLUMN b int"));
@@ -304,7 +325,7 @@ fn what_may_have_run_is_not_run_again() {
         let mut client = pool.get().unwrap();
         client.batch_execute(&format!("PREPARE by_id(bigint) AS SELECT * FROM {s}_table WHERE id = $1")).unwrap();
         let call = format!("SELECT {s}($1)");
-        let execute = format!("EXECUTE by_id(nextval('{s}_seq'))");
+        let execute = format!("EXPLAIN EXECUTE by_id(nextval('{s}_seq'))");
         client.query_cached(&call, &[&"nothing"]).unwrap();
         client.query_cached(&execute, &[]).unwrap();
         meanwhile(&format!("ALTER TABLE {s}_table ADD COLUMN name text"));
@@ -387,6 +408,16 @@ fn a_discarding_reset_empties_it() {
 }
 
 #[test]
+fn off_a_discarding_reset_takes_nothing_from_it() {
+    let pool = pool(Way::Observed.manager("reset-off").reset(Reset::DiscardAll).statement_cache(0));
+    for i in 0..3 {
+        let mut client = pool.get().unwrap();
+        client.query_cached("SELECT $1::int", &[&1]).unwrap();
+        assert_eq!(client.statement_cache_stats().hits, i, "the types are what they were");
+    }
+}
+
+#[test]
 fn types_make_another_statement() {
     for way in WAYS {
         let pool = way.pool("typed");
@@ -416,6 +447,21 @@ fn an_observed_connection_notices_what_fails_elsewhere() {
     assert_eq!(code(&client.query(&statement, &[]).unwrap_err()), "0A000");
     let statement = client.prepare_cached("SELECT * FROM elsewhere").unwrap();
     client.query(&statement, &[]).unwrap();
+}
+
+#[test]
+fn what_cannot_be_prepared_costs_no_other() {
+    for way in WAYS {
+        let pool = way.pool("unprepared");
+        let mut client = pool.get().unwrap();
+        client.query_cached("SELECT 1", &[]).unwrap();
+        for (sql, expected) in [("SELECT count(*) FROM pg_class FOR UPDATE", "0A000"), ("SELECT nonsense", "42703")] {
+            assert_eq!(code(&client.query_cached(sql, &[]).unwrap_err()), expected);
+            client.query_cached("SELECT 1", &[]).unwrap();
+        }
+        let stats = client.statement_cache_stats();
+        assert_eq!((stats.hits, stats.misses, stats.statements), (2, 3, 1), "{way:?}");
+    }
 }
 
 /// `postgres` keeps statements of its own, to look up types, and does not notice that they are gone.

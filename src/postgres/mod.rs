@@ -27,7 +27,6 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//!
 //! * **The same SQL takes one round trip, not two.** See below.
 //!
 //! # Statements
@@ -71,9 +70,9 @@
 //!
 //! # The observer
 //!
-//! All but the first rests on watching the bytes of the connection, in a TLS connector of this crate's own around yours,
-//! which negotiates by your `sslmode` exactly as `postgres` does. It costs no measurable time. It cannot see **unix
-//! sockets**: there a connection is asked with one query when it comes back, and nothing can be cut.
+//! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
+//! crate's own around yours, which negotiates by your `sslmode` exactly as `postgres` does. It costs no measurable time. It
+//! cannot see **unix sockets**: there a connection is asked with one query when it comes back, and nothing can be cut.
 //! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
 //! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
 

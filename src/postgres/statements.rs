@@ -57,9 +57,9 @@ impl Statements {
         }
     }
 
+    /// Nothing is left on the server.
     pub(super) fn clear(&mut self) {
         self.prepared.clear();
-        self.types.clear();
     }
 
     pub(super) fn is_spoilt(&self) -> bool {
@@ -146,10 +146,7 @@ impl Statements {
             // It can only fail, and says so in the words of `postgres`.
             O::run(client, sql, params)
         };
-        result.inspect_err(|e| {
-            self.forget_what(e, sql);
-            self.take_refusal(e, sql);
-        })
+        result.inspect_err(|e| self.forget_what(e, sql))
     }
 
     /// Forgets what may be the reason for this error. To forget one too many costs a round trip.
@@ -187,7 +184,7 @@ fn is_about_statements(code: &SqlState) -> bool {
 }
 
 /// As far as an error tells. The same two errors may come from inside something that already runs: a function, which leaves
-/// its trace in the context, or SQL's own `EXECUTE`, which has computed its arguments by then.
+/// its trace in the context, or SQL's own `EXECUTE`, which has computed its arguments by then and leaves none.
 fn is_refusal(e: &Error, sql: &str) -> bool {
     let Some(db) = e.as_db_error() else { return false };
     let by_us = match db.routine() {
@@ -368,6 +365,7 @@ impl Connection {
     /// [`Client::clear_type_cache`] first.
     pub fn clear_statement_cache(&mut self) {
         self.statements.clear();
+        self.statements.types.clear();
     }
 
     fn run_cached<O: Operation>(&mut self, sql: &str, params: Params<'_>) -> Result<O::Output, Error> {
