@@ -1,6 +1,7 @@
 //! [`Connection`]: a `postgres::Client` with what the pool knows of it.
 
 use super::observer::{self, Status, Watch};
+use super::statements::Statements;
 use super::{Error, Reset};
 use ::postgres::{CancelToken, Client, SimpleQueryMessage};
 use std::fmt;
@@ -11,7 +12,9 @@ use std::time::Duration;
 
 /// A PostgreSQL connection: it derefs to [`postgres::Client`](::postgres::Client).
 pub struct Connection {
-    client: Client,
+    /// Goes before the statements, which therefore have nobody left to tell.
+    pub(super) client: Client,
+    pub(super) statements: Statements,
     /// `None` if it is not observed: over a unix socket, or by choice.
     watch: Option<Arc<Watch>>,
     pid: Option<i32>,
@@ -22,12 +25,13 @@ pub struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(mut client: Client, watch: Option<Arc<Watch>>) -> Connection {
+    pub(super) fn new(mut client: Client, watch: Option<Arc<Watch>>, statement_cache: usize) -> Connection {
         let pid = match &watch {
             Some(watch) => watch.pid(),
             None => ask_for_pid(&mut client),
         };
-        Connection { client, watch, pid, cancelled: Arc::default(), remark: None }
+        let statements = Statements::new(statement_cache, watch.clone());
+        Connection { client, statements, watch, pid, cancelled: Arc::default(), remark: None }
     }
 
     /// Whether the pool watches the bytes of this connection. See [the module](super#the-observer).
@@ -56,7 +60,7 @@ impl Connection {
         if self.client.is_closed() {
             return Returned::Broken;
         }
-        if self.cancelled.load(Ordering::Relaxed) {
+        if self.cancelled.load(Ordering::Relaxed) || self.statements.is_spoilt() {
             return Returned::Discard;
         }
         let Some(watch) = &self.watch else {
@@ -107,13 +111,15 @@ impl Connection {
                 }
                 watch.status() != Status::Idle
             }
-            None => self.ask_for_transaction()?,
+            None => ask_for_transaction(&mut self.client)?,
         };
         if in_transaction {
             self.remark = Some("came back inside a transaction, which was rolled back");
             self.client.batch_execute("ROLLBACK")?;
         }
         if reset == Reset::DiscardAll {
+            // First, so that what this says to the server goes along.
+            self.statements.clear();
             self.client.batch_execute("DISCARD ALL")?;
         }
         match &self.watch {
@@ -122,18 +128,6 @@ impl Connection {
                 Err(Error::own("it could not be brought to rest", false))
             }
             _ => Ok(()),
-        }
-    }
-
-    /// In one round trip, and without a word in the server's log: in a transaction time stands still.
-    fn ask_for_transaction(&mut self) -> Result<bool, Error> {
-        match self.client.simple_query("SELECT now() = statement_timestamp()") {
-            Ok(messages) => Ok(!messages.iter().any(|m| match m {
-                SimpleQueryMessage::Row(row) => row.get(0) == Some("t"),
-                _ => false,
-            })),
-            Err(e) if e.code() == Some(&::postgres::error::SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
-            Err(e) => Err(e.into()),
         }
     }
 
@@ -153,6 +147,19 @@ impl Connection {
         if let Some(watch) = &self.watch {
             watch.cut();
         }
+    }
+}
+
+/// Whether a transaction is open or has failed. In one round trip, and without a word in the server's log: in a
+/// transaction time stands still.
+pub(super) fn ask_for_transaction(client: &mut Client) -> Result<bool, ::postgres::Error> {
+    match client.simple_query("SELECT now() = statement_timestamp()") {
+        Ok(messages) => Ok(!messages.iter().any(|m| match m {
+            SimpleQueryMessage::Row(row) => row.get(0) == Some("t"),
+            _ => false,
+        })),
+        Err(e) if e.code() == Some(&::postgres::error::SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
+        Err(e) => Err(e),
     }
 }
 

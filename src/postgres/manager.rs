@@ -3,6 +3,7 @@
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
 use super::observer::{Connector, Observer, Watch};
+use super::statements;
 use crate::{Cause, Manage, Opening, Returned};
 use ::postgres::config::TargetSessionAttrs;
 use ::postgres::{CancelToken, Client, Config};
@@ -23,7 +24,7 @@ pub enum Reset {
     #[default]
     Rollback,
     /// `ROLLBACK` where needed, and `DISCARD ALL` at every return: session settings, temporary tables, advisory locks,
-    /// `LISTEN`s and prepared statements do not survive. One more round trip each time, on a thread of the pool's.
+    /// `LISTEN`s and prepared statements, the cached ones too, do not survive. One more round trip each time, on a thread of the pool's.
     DiscardAll,
     /// Nothing: for those who know that their users clean up.
     None,
@@ -55,13 +56,20 @@ pub struct PostgresManager<T> {
     tls: T,
     observe: bool,
     reset: Reset,
+    statement_cache: usize,
 }
 
 impl<T: Connector> PostgresManager<T> {
     /// Manages connections with this configuration and TLS connector. (Build the connector once and clone it: some load
     /// the system's certificates each time.)
     pub fn new(config: Config, tls: T) -> Self {
-        PostgresManager { config, tls, observe: true, reset: Reset::default() }
+        PostgresManager {
+            config,
+            tls,
+            observe: true,
+            reset: Reset::default(),
+            statement_cache: statements::DEFAULT_CAPACITY,
+        }
     }
 
     /// [`new`](PostgresManager::new) with a connection string.
@@ -85,6 +93,16 @@ impl<T: Connector> PostgresManager<T> {
     #[must_use]
     pub fn reset(mut self, reset: Reset) -> Self {
         self.reset = reset;
+        self
+    }
+
+    /// How many [prepared statements](super#statements) each connection remembers. Default 256. The one unused longest is
+    /// closed for a new one. The server keeps each of them in memory, on every connection.
+    ///
+    /// 0 switches it off. That is the setting for a transaction pooler: see [the module](super#transaction-poolers).
+    #[must_use]
+    pub fn statement_cache(mut self, statements: usize) -> Self {
+        self.statement_cache = statements;
         self
     }
 
@@ -198,7 +216,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let (client, watch) = self.connect(opening)?;
-        Ok(Connection::new(client, watch))
+        Ok(Connection::new(client, watch, self.statement_cache))
     }
 
     fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
@@ -248,6 +266,7 @@ impl<T> fmt::Debug for PostgresManager<T> {
             .field("dbname", &self.config.get_dbname())
             .field("observe", &self.observe)
             .field("reset", &self.reset)
+            .field("statement_cache", &self.statement_cache)
             .finish_non_exhaustive()
     }
 }

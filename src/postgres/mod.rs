@@ -27,12 +27,52 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
+//! * **The same SQL takes one round trip, not two.** See below.
+//!
+//! # Statements
+//!
+//! `client.query("SELECT ...", ..)` asks the server twice: to prepare the statement, and to run it. `query_cached`,
+//! `query_one_cached`, `query_opt_cached` and `execute_cached` do the same and remember the statement, on this connection
+//! and beyond this checkout: from the second call on they ask once, and the server need not parse and plan again.
+//!
+//! ```no_run
+//! # fn f(pool: &millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut client = pool.get()?;
+//! let row = client.query_opt_cached("SELECT total FROM orders WHERE id = $1", &[&42_i64])?;
+//!
+//! let mut tx = client.begin()?; // `transaction()`, with the cache at hand
+//! tx.execute_cached("UPDATE orders SET paid = true WHERE id = $1", &[&42_i64])?;
+//! tx.commit()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Write values as parameters, not into the SQL: each text is a statement of its own. A connection remembers
+//! [256](PostgresManager::statement_cache), least recently used first out.
+//!
+//! A statement that an `ALTER TABLE` has outdated (SQLSTATE 0A000) or a `DISCARD ALL` removed (26000) is forgotten, and
+//! outside a transaction prepared again and run: the call works as if nothing had been. Only if the server refused it
+//! before anything of it ran: what may have run is never run twice. (On a connection that is not observed the error itself
+//! must prove that; it cannot where `log_parameter_max_length_on_error` is set, and then the next call works.) Inside a
+//! transaction the error is yours: the transaction has failed with it, and works when you repeat it.
+//!
+//! # Transaction poolers
+//!
+//! PgBouncer in transaction mode may send each transaction to another server, where a statement that was prepared before
+//! does not exist (26000), or another program's has its name (42P05). Set
+//! [`statement_cache(0)`](PostgresManager::statement_cache), unless the pooler tracks prepared statements itself (PgBouncer
+//! since 1.21, `max_prepared_statements`). Then the `_cached` functions use no statement that outlives a transaction: the
+//! first time a connection meets an SQL text they learn the types of its parameters, in a short transaction (three round
+//! trips; four if not observed), and from then on send text and parameters in one message, in one round trip. What does
+//! *not* work there, whatever this crate does: `query` with a text instead of a statement, outside a transaction (use
+//! `query_cached` or `query_typed`); and types that are not built in may not, since `postgres` looks each up, once, with a
+//! statement of its own: where that is gone the call fails with 26000, and the pool replaces the connection.
 //!
 //! # The observer
 //!
-//! All but the first rests on watching the bytes of the connection, in a TLS connector of this crate's own around yours,
-//! which negotiates by your `sslmode` exactly as `postgres` does. It costs no measurable time. It cannot see **unix
-//! sockets**: there a connection is asked with one query when it comes back, and nothing can be cut.
+//! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
+//! crate's own around yours, which negotiates by your `sslmode` exactly as `postgres` does. It costs no measurable time. It
+//! cannot see **unix sockets**: there a connection is asked with one query when it comes back, and nothing can be cut.
 //! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
 //! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
 
@@ -43,11 +83,13 @@ mod manager;
 #[allow(dead_code)]
 mod observer;
 mod scanner;
+mod statements;
 
 pub use connection::{Canceller, Connection};
 pub use error::Error;
 pub use manager::{PostgresManager, Reset};
 pub use observer::Connector;
+pub use statements::{StatementCacheStats, Transaction};
 
 use crate::Builder;
 use ::postgres::NoTls;

@@ -240,6 +240,11 @@ impl Watch {
         self.scanner.lock().take_refused_write()
     }
 
+    /// See [`Scanner::take_refused_statement`].
+    pub(crate) fn take_refused_statement(&self) -> bool {
+        self.scanner.lock().take_refused_statement()
+    }
+
     /// See [`Scanner::in_hot_standby`].
     pub(crate) fn in_hot_standby(&self) -> Option<bool> {
         self.scanner.lock().in_hot_standby()

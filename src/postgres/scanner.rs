@@ -58,6 +58,9 @@ pub(crate) struct Scanner {
     ended: bool,
     fatal: Option<[u8; 5]>,
     refused_write: bool,
+    /// Of the request that is being answered: what it runs has parameters and a plan, and is about to run.
+    bound: bool,
+    refused_statement: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
 }
@@ -89,6 +92,8 @@ impl Scanner {
             ended: false,
             fatal: None,
             refused_write: false,
+            bound: false,
+            refused_statement: false,
             in_hot_standby: None,
             read_only_by_default: None,
         }
@@ -152,9 +157,11 @@ impl Scanner {
                     _ => Status::Unknown,
                 };
                 self.copy_in = false;
+                self.bound = false;
                 // Poison, rule 2: an answer that nobody asked for.
                 self.poisoned |= self.pending.pop_front().is_none();
             }
+            b'2' => self.bound = true,
             b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
             b'G' => {
                 self.copy_in = true;
@@ -168,6 +175,9 @@ impl Scanner {
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
                 self.refused_write |= code == Some(*b"25006");
+                if !self.bound && self.pending.front() == Some(&Request::Sync) {
+                    self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
+                }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
                     self.fatal = code;
@@ -235,6 +245,12 @@ impl Scanner {
     /// A statement failed with 25006 since the last call: the node is read-only, or the transaction was.
     pub(crate) fn take_refused_write(&mut self) -> bool {
         std::mem::take(&mut self.refused_write)
+    }
+
+    /// A prepared statement was refused before it ran, since the last call: it is missing (26000), or its result has
+    /// changed (0A000).
+    pub(crate) fn take_refused_statement(&mut self) -> bool {
+        std::mem::take(&mut self.refused_statement)
     }
 
     /// Whether the server is a standby; reported since PostgreSQL 14.

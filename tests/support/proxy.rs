@@ -30,6 +30,9 @@ struct Line {
     deaf: AtomicBool,
     accepted: AtomicUsize,
     open: AtomicUsize,
+    /// The last bytes that passed came from a client.
+    asked: AtomicBool,
+    turns: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -37,6 +40,7 @@ struct Mode {
     paused: bool,
     silent: bool,
     delay: Duration,
+    latency: Duration,
     links: Vec<(Weak<Link>, JoinHandle<()>)>,
 }
 
@@ -59,6 +63,8 @@ impl Proxy {
                 deaf: AtomicBool::new(false),
                 accepted: AtomicUsize::new(0),
                 open: AtomicUsize::new(0),
+                asked: AtomicBool::new(false),
+                turns: AtomicUsize::new(0),
             }),
             addr: listener.local_addr().expect("a listener's address"),
             acceptor: Mutex::new(None),
@@ -102,6 +108,11 @@ impl Proxy {
         self.line.change(|mode| mode.delay = delay);
     }
 
+    /// Whatever the server says passes this much later.
+    pub fn latency(&self, latency: Duration) {
+        self.line.change(|mode| mode.latency = latency);
+    }
+
     /// Resets every connection, at both ends; new ones are served. Returns when they are closed.
     pub fn cut(&self) {
         let links = std::mem::take(&mut self.line.mode.lock().links);
@@ -141,6 +152,13 @@ impl Proxy {
     /// How many connections are open.
     pub fn open(&self) -> usize {
         self.line.open.load(SeqCst)
+    }
+
+    /// How many round trips there were: how often bytes from a client followed bytes from the server. For one connection
+    /// at a time. Where a client does not wait for an answer before it goes on, give it time by a
+    /// [`latency`](Proxy::latency).
+    pub fn turns(&self) -> usize {
+        self.line.turns.load(SeqCst)
     }
 
     fn serve(&self, listener: TcpListener) {
@@ -228,8 +246,13 @@ impl Line {
                 Ok(n) => &buffer[..n],
                 Err(_) => return self.cut(link),
             };
-            if !self.pass(link, Instant::now()) {
+            let asks = std::ptr::eq(from, &link.client);
+            let latency = if asks { Duration::ZERO } else { self.mode.lock().latency };
+            if !self.pass(link, Instant::now() + latency) {
                 return;
+            }
+            if !rest.is_empty() && asks != self.asked.swap(asks, SeqCst) && asks {
+                self.turns.fetch_add(1, SeqCst);
             }
             if rest.is_empty() {
                 let _ = to.shutdown(Shutdown::Write);

@@ -331,6 +331,28 @@ fn a_refused_write_is_told_once() {
 }
 
 #[test]
+fn a_refused_statement_is_told_from_one_that_failed() {
+    let bind_and_run = [message(b'B', b"..."), message(b'E', b"..."), sync()].concat();
+    let bound = message(b'2', b"");
+    for (code, refused) in [("26000", true), ("0A000", true), ("23505", false)] {
+        let mut scanner = logged_in();
+        scanner.sent(&bind_and_run);
+        scanner.received(&bound);
+        scanner.received(&error("ERROR", code));
+        scanner.received(&ready(b'I'));
+        assert!(!scanner.take_refused_statement(), "{code}: it ran");
+        scanner.sent(&bind_and_run);
+        scanner.received(&error("ERROR", code));
+        assert_eq!(scanner.take_refused_statement(), refused, "{code}");
+        assert!(!scanner.take_refused_statement());
+    }
+    let mut scanner = logged_in();
+    scanner.sent(&message(b'Q', b"EXECUTE nosuch\0"));
+    scanner.received(&error("ERROR", "26000"));
+    assert!(!scanner.take_refused_statement(), "none of ours");
+}
+
+#[test]
 fn hears_what_kind_of_node_it_is() {
     let mut scanner = logged_in();
     assert_eq!((scanner.in_hot_standby(), scanner.read_only_by_default()), (None, None));
