@@ -152,6 +152,34 @@ fn resets() {
     }
 }
 
+/// The `postgres` crate looks up a type it has not met with statements of its own, which a reset must leave alone.
+#[test]
+fn after_a_reset_types_are_still_found() {
+    for way in WAYS {
+        let pool = manager("types", way).reset(Reset::DiscardAll).builder().max_size(1).open().unwrap();
+        for name in ["mood", "weather", "tide"] {
+            let mut client = pool.get().unwrap();
+            let suffix = format!("{way:?}_{name}").to_lowercase();
+            client.batch_execute(&format!("CREATE TYPE {suffix} AS ENUM ('good', 'bad')")).unwrap();
+            client.query_one(&format!("SELECT 'good'::{suffix}"), &[]).unwrap_or_else(|e| panic!("{suffix}: {e:?}"));
+        }
+        assert_eq!(pool.stats().opens, 1);
+    }
+}
+
+#[test]
+fn what_a_session_had_is_discarded() {
+    let pool = manager("session", Way::Tcp).reset(Reset::DiscardAll).builder().max_size(1).open().unwrap();
+    let sql = "SET work_mem = '123kB'; CREATE TEMP TABLE mine (n int4); LISTEN me; SELECT pg_advisory_lock(4711)";
+    pool.get().unwrap().batch_execute(sql).unwrap();
+    let mut client = pool.get().unwrap();
+    let left = "SELECT current_setting('work_mem') = '123kB', to_regclass('mine') IS NOT NULL,
+        EXISTS (SELECT pg_listening_channels()), EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711)";
+    let row = client.query_one(left, &[]).unwrap();
+    assert_eq!((0..4).map(|i| row.get(i)).collect::<Vec<bool>>(), [false; 4]);
+    assert_eq!(pool.stats().opens, 1);
+}
+
 #[test]
 fn a_cancelled_connection_is_never_lent_again() {
     for way in WAYS {

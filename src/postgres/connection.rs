@@ -24,6 +24,12 @@ pub struct Connection {
     remark: Option<&'static str>,
 }
 
+/// What `DISCARD ALL` does, as PostgreSQL documents it, but for `DEALLOCATE ALL`: the `postgres` crate keeps statements of
+/// its own, by which it looks up types, and does not notice when they are gone. A type that it has not met before would
+/// fail from then on.
+const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
+    SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
+
 impl Connection {
     pub(super) fn new(mut client: Client, watch: Option<Arc<Watch>>, statement_cache: usize) -> Connection {
         let pid = match &watch {
@@ -120,7 +126,7 @@ impl Connection {
         if reset == Reset::DiscardAll {
             // First, so that what this says to the server goes along.
             self.statements.clear();
-            self.client.batch_execute("DISCARD ALL")?;
+            self.client.batch_execute(DISCARD)?;
         }
         match &self.watch {
             Some(watch) if !watch.is_idle() => {

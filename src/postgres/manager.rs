@@ -23,8 +23,9 @@ pub enum Reset {
     /// is [observed](super#the-observer); one that is not is asked, in one round trip on a thread of the pool's.
     #[default]
     Rollback,
-    /// `ROLLBACK` where needed, and `DISCARD ALL` at every return: session settings, temporary tables, advisory locks,
-    /// `LISTEN`s and prepared statements, the cached ones too, do not survive. One more round trip each time, on a thread of the pool's.
+    /// `ROLLBACK` where needed, and what `DISCARD ALL` does at every return: session settings, temporary tables, advisory
+    /// locks, `LISTEN`s and cached statements do not survive. (Statements made with SQL's `PREPARE` do: the `postgres`
+    /// crate breaks when its own are deallocated.) One more round trip each time, on a thread of the pool's.
     DiscardAll,
     /// Nothing: for those who know that their users clean up.
     None,
