@@ -640,15 +640,15 @@ impl<C, W> Ledger<C, W> {
         let row = &mut self.rows[index as usize];
         row.unused_since = now;
         self.tally.open.record(now.since(row.born));
-        if row.dies <= now {
-            let born = row.born;
+        if self.is_expired(&self.rows[index as usize], now) {
+            let born = self.rows[index as usize].born;
             self.tally.failed_opens += 1;
             self.failed(now, born, false, 0.5);
             self.bury(index, conn, CloseReason::Lifetime, now);
             self.provision(now);
             return Ok(());
         }
-        let (dies, born) = (row.dies, row.born);
+        let Row { dies, born, .. } = self.rows[index as usize];
         self.failure = None;
         self.misses = 0;
         self.tally.opens += 1;

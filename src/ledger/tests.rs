@@ -492,6 +492,17 @@ fn one_that_arrives_expired_is_a_failed_open() {
 }
 
 #[test]
+fn one_that_arrives_too_old_to_be_served_is_a_failed_open() {
+    // It dies at 10 ms, and may not be served after 2.
+    let mut w = World::new(Rules { max_lifetime: Some(ms(10)), resolution: ms(8), ..rules() });
+    w.open_time = ms(5);
+    w.get();
+    w.run(ms(500));
+    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 0));
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+}
+
+#[test]
 fn the_resolution_of_the_clock_serves_nothing_late() {
     let mut w = World::new(Rules { max_lifetime: Some(secs(3)), resolution: ms(4), ..rules() });
     w.use_once(ms(1));
