@@ -1,6 +1,13 @@
 //! Pools of stock `r2d2_postgres` connections on the test's server, and how a test ends with one.
 
-#![allow(dead_code, unreachable_pub, reason = "compiled into each test on its own, none of which uses all of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "compiled into each test on its own, none of which uses all of it"
+)]
+
+mod counted;
 
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -10,6 +17,8 @@ use postgres::{Client, NoTls};
 use r2d2_postgres::PostgresConnectionManager;
 
 use crate::support::{Database, EPSILON};
+
+pub use counted::{Account, Counting};
 
 pub type Manager = PostgresConnectionManager<NoTls>;
 
