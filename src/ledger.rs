@@ -644,7 +644,8 @@ impl<C, W> Ledger<C, W> {
             let born = self.rows[index as usize].born;
             self.tally.failed_opens += 1;
             self.failed(now, born, false, 0.5);
-            self.bury(index, conn, CloseReason::Lifetime, now);
+            // Not counted among the closed, for it is not among the opened.
+            self.send_off(index, conn, CloseReason::Lifetime, now);
             self.provision(now);
             return Ok(());
         }
@@ -1318,13 +1319,13 @@ impl<C, W> Ledger<C, W> {
     /// Sends a connection off to be closed.
     fn doom(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
         self.forget_lifetime(index);
-        self.bury(index, conn, reason, now);
+        self.tally.closed(reason);
+        self.send_off(index, conn, reason, now);
     }
 
-    /// `doom` for one that has no place among the lifetimes.
-    fn bury(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
+    /// Has the crew close it.
+    fn send_off(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
         self.close_row(index, now);
-        self.tally.closed(reason);
         let token = Token { index, id: self.rows[index as usize].id };
         self.outbox.orders.push(Order::Close(token, conn, reason));
     }

@@ -489,6 +489,9 @@ fn one_that_arrives_expired_is_a_failed_open() {
     assert!(!w.out.contains_key(&a));
     assert_eq!(w.ledger.tally.opens, 0);
     assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+    // The books balance: what was not opened is not closed.
+    assert_eq!(w.ledger.tally.closes.iter().sum::<u64>(), 0);
+    assert_eq!(w.closed_for(CloseReason::Lifetime), w.ledger.tally.failed_opens as usize);
 }
 
 #[test]
