@@ -12,8 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use millpond::{CloseReason, Pool, PooledConnection};
-use stock::{Account, Counting, SOON, finish, manager, pid, take};
-use support::{Database, EPSILON, History, alone, ms, sleep_until, wait_until};
+use stock::{Account, Counting, SEEN, SOON, finish, manager, pid, take};
+use support::{Database, EPSILON, History, Sample, alone, ms, sleep_until, wait_until};
 
 /// What happens to be decided: good enough to stir, and the same in every run.
 struct Dice(u64);
@@ -26,20 +26,26 @@ impl Dice {
     }
 }
 
-/// Never more than `bound` on the server, except those that are closed on this side and that it has not yet noticed: it
-/// may take ε to do that. Returns the most that were there.
+/// Never more than `bound` on the server, except those that were closed on this side before it answered: how soon it
+/// notices (a millisecond or two after the socket is gone, when it is given a processor) is its own affair. Returns the
+/// most that were there.
 fn assert_bound_on_server(seen: &History, account: &Account, bound: usize) -> usize {
-    let count = |sample: &support::Sample| {
-        let lives = |pid: i32| account.closed(pid).is_none_or(|closed| closed > sample.answered);
-        let (alive, dying): (Vec<i32>, Vec<i32>) = sample.pids().into_iter().partition(|&pid| lives(pid));
+    let count = |sample: &Sample| {
+        let lives = |&pid: &i32| account.closed(pid).is_none_or(|closed| closed > sample.answered);
+        let (alive, dying): (Vec<i32>, Vec<i32>) = sample.pids().into_iter().partition(lives);
         assert!(alive.len() <= bound, "{} alive, {} dying", alive.len(), dying.len());
-        for pid in dying {
-            let after = sample.asked.saturating_duration_since(account.closed(pid).expect("closed"));
-            assert!(after < EPSILON, "backend {pid} is there {after:?} after it was closed");
-        }
         alive.len()
     };
     seen.0.iter().map(count).max().expect("a sample")
+}
+
+/// Tells everybody when it goes, on return and on panic alike.
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]
@@ -52,13 +58,13 @@ fn a_storm() {
     let pool = Pool::builder().max_size(BOUND).max_idle(ms(20)).max_lifetime(ms(500)).connection_timeout(SOON);
     let pool = pool.build(manager).unwrap();
     let watch = server.watch("storm");
-    let end = Instant::now() + Duration::from_secs(3);
+    let (start, over) = (Instant::now(), AtomicBool::new(false));
     let (uses, panics, discards) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let mut most_slots = 0;
 
     let work = |seed: u64| {
         let mut dice = Dice(seed);
-        while Instant::now() < end {
+        while !over.load(Ordering::Relaxed) {
             // Everybody gets one, though every one there is may be broken at this moment.
             let mut conn = pool.get().unwrap_or_else(|e| panic!("lost: {e}"));
             uses.fetch_add(1, Ordering::Relaxed);
@@ -85,15 +91,27 @@ fn a_storm() {
             }
         }
     };
+    // For some seconds, and on a busy machine for as long as it takes to be a storm.
+    let was_a_storm = || {
+        let stats = pool.stats();
+        uses.load(Ordering::Relaxed) > 1000
+            && [&panics, &discards].iter().all(|n| n.load(Ordering::Relaxed) > 20)
+            && [CloseReason::Broken, CloseReason::Resized, CloseReason::Recycled]
+                .iter()
+                .all(|&r| stats.closed_for(r) > 9)
+    };
     thread::scope(|scope| {
         for seed in 0..64 {
             let work = &work;
             scope.spawn(move || work(seed));
         }
+        // Whatever goes wrong here, the others are told to stop.
+        let _over = OnDrop(&over);
         // Meanwhile, the operators.
         let mut dice = Dice(4711);
         let mut admin = server.connect();
-        while Instant::now() < end {
+        while start.elapsed() < Duration::from_secs(3) || !was_a_storm() {
+            assert!(start.elapsed() < SOON * 6, "not much of a storm: {}", pool.stats());
             match dice.roll(6) {
                 0 | 1 => pool.resize(1 + dice.roll(BOUND.into()) as u32).unwrap(),
                 2 => pool.recycle(),
@@ -108,7 +126,7 @@ fn a_storm() {
             let stats = pool.stats();
             most_slots = most_slots.max(stats.size());
             assert_eq!(stats.lost, 0, "nothing takes that long: {stats}");
-            thread::sleep(ms(2));
+            thread::sleep(ms(5));
         }
         pool.resize(BOUND).unwrap();
     });
@@ -119,16 +137,10 @@ fn a_storm() {
     assert!(most_slots <= BOUND, "{most_slots}");
     assert_eq!(assert_bound_on_server(&seen, &account, BOUND as usize), BOUND as usize);
 
-    // It was a storm.
+    // No slot, and no connection of doubtful state, came out of a panic.
     let stats = pool.stats();
-    assert!(uses.into_inner() > 1000, "{stats}");
-    let panics = panics.into_inner();
-    assert!(panics > 20 && stats.closed_for(CloseReason::Panicked) == panics, "{panics} panics: {stats}");
-    let discards = discards.into_inner();
-    assert!(discards > 20 && stats.closed_for(CloseReason::Discarded) == discards, "{discards} discards: {stats}");
-    for reason in [CloseReason::Broken, CloseReason::Resized, CloseReason::Recycled] {
-        assert!(stats.closed_for(reason) > 0, "{reason}: {stats}");
-    }
+    assert_eq!(stats.closed_for(CloseReason::Panicked), panics.into_inner(), "{stats}");
+    assert_eq!(stats.closed_for(CloseReason::Discarded), discards.into_inner(), "{stats}");
 
     // No waiter was lost, and every slot is back: all can be had at once, and no more.
     assert_eq!((stats.waiting, stats.timeouts, stats.out), (0, 0, 0), "{stats}");
@@ -164,7 +176,7 @@ fn closes_that_take_long_count() {
         assert_eq!((pool.stats().closing, account.now()), (3, 3));
         drop(pool.get().unwrap());
         let waited = start.elapsed();
-        assert!((ms(100)..ms(100) + EPSILON).contains(&waited), "a slot is free when its close has ended: {waited:?}");
+        assert!(waited >= ms(100), "a slot is free when its close has ended, not after {waited:?}");
         take(&pool, 3).into_iter().for_each(drop);
         pool.recycle();
         assert!(account.now() <= 3);
@@ -185,7 +197,7 @@ fn resize_down_takes_the_longest_unused_at_once() {
     conns.into_iter().for_each(drop);
 
     pool.resize(3).unwrap();
-    assert_eq!(server.wait_for("resize-idle", 3, Instant::now() + EPSILON), 3);
+    assert_eq!(server.wait_for("resize-idle", 3, Instant::now() + SEEN), 3);
     let left: BTreeSet<i32> = server.backends("resize-idle").iter().map(|backend| backend.pid).collect();
     assert_eq!(left, pids[2..].iter().copied().collect());
     assert_eq!((pool.max_size(), pool.stats().closed_for(CloseReason::Resized)), (3, 2));
@@ -202,7 +214,7 @@ fn resize_down_takes_the_busy_as_they_come_back() {
     for left in [4, 3, 2] {
         assert_eq!(server.count("resize-busy"), left + 1);
         drop(conns.remove(0));
-        assert_eq!(server.wait_for("resize-busy", left, Instant::now() + EPSILON), left);
+        assert_eq!(server.wait_for("resize-busy", left, Instant::now() + SEEN), left);
         assert_eq!(pool.state().idle_connections, 0);
         // There is none for anybody else until then.
         assert!(pool.get_timeout(Duration::ZERO).is_err());
@@ -258,8 +270,8 @@ fn the_detached_are_not_counted() {
     assert!(report.is_complete(), "{report}");
 
     // The pool is gone, the connection is not.
-    assert_eq!(server.wait_for("detached", 1, Instant::now() + EPSILON), 1);
+    assert_eq!(server.wait_for("detached", 1, Instant::now() + SOON), 1);
     assert_eq!(own.query_one("SELECT 42", &[]).unwrap().get::<_, i32>(0), 42);
     drop(own);
-    assert_eq!(server.wait_for("detached", 0, Instant::now() + EPSILON), 0);
+    assert_eq!(server.wait_for("detached", 0, Instant::now() + SOON), 0);
 }
