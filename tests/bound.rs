@@ -135,7 +135,8 @@ fn a_storm() {
     let seen = watch.end();
     assert_eq!(account.most(), BOUND as usize, "it did come to the bound");
     assert!(most_slots <= BOUND, "{most_slots}");
-    assert_eq!(assert_bound_on_server(&seen, &account, BOUND as usize), BOUND as usize);
+    let most = assert_bound_on_server(&seen, &account, BOUND as usize);
+    assert!(most > 1, "a watch that saw no more than {most} has seen nothing");
 
     // No slot, and no connection of doubtful state, came out of a panic.
     let stats = pool.stats();
