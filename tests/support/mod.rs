@@ -11,6 +11,8 @@
 )]
 
 mod database;
+#[cfg(target_os = "linux")]
+mod netns;
 pub mod programs;
 mod proxy;
 mod server;
@@ -18,7 +20,9 @@ mod wait;
 mod watch;
 
 pub use database::{Backend, Database};
+#[cfg(target_os = "linux")]
+pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, alone, beside_others, ms, sleep_until, threads_named, wait_until};
+pub use wait::{EPSILON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until};
 pub use watch::{History, Sample, Watch};

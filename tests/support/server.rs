@@ -183,6 +183,14 @@ impl Server {
         with_name(&socket, app)
     }
 
+    /// Has the server accept everybody from this network, such as `192.0.2.0/24`. It must listen there.
+    pub fn trust(&self, network: &str) {
+        let path = self.dir.path().join("data/pg_hba.conf");
+        let mut hba = fs::File::options().append(true).open(path).expect("the server's pg_hba.conf");
+        writeln!(hba, "host all all {network} trust").expect("a line in pg_hba.conf");
+        self.connect().batch_execute("SELECT pg_reload_conf()").expect("a reload");
+    }
+
     /// The postmaster's process.
     ///
     /// # Panics

@@ -1,5 +1,6 @@
 //! Waiting for facts outside this process, and looking at the threads inside it.
 
+use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -69,4 +70,9 @@ pub fn threads_named(prefix: &str) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Says that a test was not made, and why, past the harness, which shows the output of failed tests only.
+pub fn skipped(test: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }
