@@ -3,6 +3,7 @@
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
 use super::observer::{Connector, Observer, Watch};
+use crate::stats::Short;
 use crate::{Cause, Manage, Opening, Returned};
 use ::postgres::config::TargetSessionAttrs;
 use ::postgres::{CancelToken, Client, Config};
@@ -12,7 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is done to a connection that comes back, before anyone else gets it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,8 +30,10 @@ pub enum Reset {
     None,
 }
 
-/// How long the pool waits for a cancel request of its own to be sent.
+/// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 const CANCEL_LIMIT: Duration = Duration::from_secs(1);
+/// What a server takes to act on one, at best.
+const REACTION: Duration = Duration::from_millis(1);
 /// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
 /// How long sent data may stay unacknowledged: what the keepalives above come to.
@@ -156,19 +159,28 @@ impl<T: Connector> PostgresManager<T> {
             });
             return Ok((client, None));
         };
-        let watch = Watch::new();
+        let (watch, begun) = (Watch::new(), Instant::now());
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.cut());
-        let client = observer.connect(&watch)?;
-        let token = client.cancel_token();
-        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token));
+        let client = observer.connect(&watch).map_err(|error| {
+            // That it was cut says less than why.
+            let late =
+                || Error::own(format!("no answer to an attempt to connect for {}", Short(begun.elapsed())), false);
+            if watch.is_cut() { late() } else { error.into() }
+        })?;
+        let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
         Ok((client, Some(watch)))
     }
 }
 
-/// Sends a cancel request, and gives up on it at the limit. It is the first half of cutting a connection: the second must
-/// not wait for a server that is silent.
-fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) {
+/// Asks the server to cancel what the connection `watched` is doing, and waits for it to be done; gives up at the limit.
+/// It is the first half of cutting a connection: the second must not wait for a server that is silent.
+fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken, watched: &Watch) {
+    if !watched.is_waiting() {
+        return;
+    }
+    let begun = Instant::now();
     let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
     let (done, wait) = bounded::<()>(0);
     let switch = Arc::clone(&watch);
@@ -179,6 +191,12 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
     if sender.is_ok() && wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout) {
         switch.cut();
     }
+    // The server's own word for it ("canceling statement due to user request") is to come before the cut.
+    while watched.is_waiting() && begun.elapsed() < limit {
+        thread::sleep(REACTION);
+    }
+    // What has arrived has to reach whoever waits for it.
+    thread::sleep(REACTION);
 }
 
 /// The pool's name and the process id, the former cut where both would be too long for PostgreSQL.

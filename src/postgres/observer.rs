@@ -217,6 +217,13 @@ impl Watch {
         self.scanner.lock().is_busy()
     }
 
+    /// Somebody may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may remain
+    /// unread while nobody uses the connection.)
+    pub(crate) fn is_waiting(&self) -> bool {
+        let scanner = self.scanner.lock();
+        scanner.is_busy() && !scanner.is_failing() && !scanner.is_lost() && !self.is_cut()
+    }
+
     /// The connection can only be thrown away.
     pub(crate) fn is_lost(&self) -> bool {
         self.is_cut() || self.scanner.lock().is_lost()

@@ -58,6 +58,8 @@ pub(crate) struct Scanner {
     ended: bool,
     fatal: Option<[u8; 5]>,
     refused_write: bool,
+    /// From an error to the next `ReadyForQuery`.
+    failing: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
 }
@@ -89,6 +91,7 @@ impl Scanner {
             ended: false,
             fatal: None,
             refused_write: false,
+            failing: false,
             in_hot_standby: None,
             read_only_by_default: None,
         }
@@ -152,6 +155,7 @@ impl Scanner {
                     _ => Status::Unknown,
                 };
                 self.copy_in = false;
+                self.failing = false;
                 // Poison, rule 2: an answer that nobody asked for.
                 self.poisoned |= self.pending.pop_front().is_none();
             }
@@ -164,6 +168,7 @@ impl Scanner {
                 }
             }
             b'E' => {
+                self.failing = true;
                 // Poison, rule 3: whether that `Sync` was ignored now depends on when the COPY failed.
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
@@ -220,6 +225,11 @@ impl Scanner {
     /// COPY. Not so the closing of a dropped statement, which cannot fail.
     pub(crate) fn is_busy(&self) -> bool {
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(|&request| request != Request::Close)
+    }
+
+    /// The oldest request has failed, and its `ReadyForQuery` has not come.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failing
     }
 
     /// Nothing more can come of it: poisoned, hung up or told so by the server.
