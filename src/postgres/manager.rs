@@ -46,6 +46,8 @@ const MAX_APPLICATION_NAME: usize = 63;
 /// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
 /// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
 ///
+/// A connection has answered a question before anybody gets it: a pooler that is paused or full lets everybody in.
+///
 /// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
 /// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3 times)
 /// and `tcp_user_timeout` (90 s).
@@ -162,11 +164,15 @@ impl<T: Connector> PostgresManager<T> {
         let (watch, begun) = (Watch::new(), Instant::now());
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.cut());
-        let client = observer.connect(&watch).map_err(|error| {
-            // That it was cut says less than why.
-            let late =
-                || Error::own(format!("no answer to an attempt to connect for {}", Short(begun.elapsed())), false);
-            if watch.is_cut() { late() } else { error.into() }
+        // A pooler lets everybody in; whether there is a server behind it, the first answer shows.
+        let greet = |mut client: Client| client.is_valid(opening.limit()).map(|()| client);
+        let client = observer.connect(&watch).and_then(greet).map_err(|error| {
+            if watch.is_cut() {
+                // That it was cut says less than why.
+                let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
+                return Error::own(text, false);
+            }
+            Error::of(error, &watch)
         })?;
         let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
         opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
@@ -216,7 +222,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let (client, watch) = self.connect(opening)?;
-        Ok(Connection::new(client, watch))
+        Connection::new(client, watch)
     }
 
     fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {

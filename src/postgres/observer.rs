@@ -242,6 +242,12 @@ impl Watch {
         std::str::from_utf8(&code).ok().map(SqlState::from_code)
     }
 
+    /// With which SQLSTATE, and in which words, the server ended the connection.
+    pub(crate) fn last_words(&self) -> Option<(SqlState, String)> {
+        let code = self.fatal()?;
+        Some((code, self.scanner.lock().last_words().unwrap_or_default().to_owned()))
+    }
+
     /// See [`Scanner::take_refused_write`].
     pub(crate) fn take_refused_write(&self) -> bool {
         self.scanner.lock().take_refused_write()

@@ -57,6 +57,8 @@ pub(crate) struct Scanner {
     /// The server's side ended, by its own close or by an error of the socket.
     ended: bool,
     fatal: Option<[u8; 5]>,
+    /// The text that came with `fatal`, or its beginning.
+    last_words: Option<String>,
     refused_write: bool,
     /// From an error to the next `ReadyForQuery`.
     failing: bool,
@@ -90,6 +92,7 @@ impl Scanner {
             garbled: false,
             ended: false,
             fatal: None,
+            last_words: None,
             refused_write: false,
             failing: false,
             in_hot_standby: None,
@@ -176,6 +179,7 @@ impl Scanner {
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
                     self.fatal = code;
+                    self.last_words = field(body, b'M').map(|text| String::from_utf8_lossy(text).into_owned());
                 }
             }
             b'S' => {
@@ -240,6 +244,11 @@ impl Scanner {
     /// The SQLSTATE with which the server ended the connection.
     pub(crate) fn fatal(&self) -> Option<[u8; 5]> {
         self.fatal
+    }
+
+    /// What it said when it did.
+    pub(crate) fn last_words(&self) -> Option<&str> {
+        self.last_words.as_deref()
     }
 
     /// A statement failed with 25006 since the last call: the node is read-only, or the transaction was.
