@@ -19,6 +19,8 @@ const SOON: Duration = Duration::from_secs(20);
 const VALIDATION: Duration = ms(300);
 const OPEN: Duration = ms(600);
 const CLOSE: Duration = ms(400);
+/// How long a request to cancel may take before the connection is cut without.
+const CANCEL: Duration = Duration::from_secs(1);
 /// PgBouncer looks at its clients' timeouts three times a second, and counts in whole seconds.
 const BOUNCER: Duration = ms(1_500);
 
@@ -323,6 +325,64 @@ fn a_restart_is_ridden_through() {
 
         bouncer.start_again();
         assert_works(&pool);
+        assert_ends(&pool, &bouncer);
+    }
+}
+
+/// PgBouncer 1.18 ends itself when the sender of a request to cancel hangs up before it has passed that on.
+#[test]
+fn a_close_leaves_nothing_on_the_bouncer() {
+    let _alone = alone();
+    let (server, app) = (Server::shared(), "bclose");
+    for mode in [Session, Transaction] {
+        let bouncer = Bouncer::start(server, mode, &[]);
+        let pool = impatient(&bouncer, app).open().unwrap();
+        drop([pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap()]);
+        let (end, ended) = bounded(1);
+        thread::spawn({
+            let pool = pool.clone();
+            move || {
+                let error = pool.get().unwrap().batch_execute("SELECT pg_sleep(60)").unwrap_err();
+                end.send((Instant::now(), error)).unwrap();
+            }
+        });
+        let sleeps = || server.backends(app).iter().any(|b| b.state == "active" && b.query.contains("pg_sleep"));
+        assert!(wait_until(within(SOON), sleeps), "{:?}", server.backends(app));
+        assert_eq!(bouncer.clients(), 3);
+
+        let (begun, grace) = (Instant::now(), ms(300));
+        let report = pool.close(grace);
+        assert_within(begun.elapsed(), grace, grace + EPSILON);
+        assert_eq!((report.left.len(), report.cut.len()), (1, 1), "{report}");
+        let (at, error) = ended.recv_timeout(SOON).expect("the query still runs");
+        assert_eq!(error.code().map(|code| code.code()), Some("57014"), "cancelled before it was cut: {error}");
+        assert!(at < begun + grace + CANCEL + EPSILON, "{:?}", at - begun);
+        assert_no_threads(app);
+        assert_eq!(bouncer.wait_for(0, within(SOON)), 0);
+        drop(bouncer);
+        assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
+    }
+}
+
+#[test]
+fn a_user_can_cancel() {
+    let _alone = alone();
+    let (server, app) = (Server::shared(), "bcancel");
+    for mode in [Session, Transaction] {
+        let bouncer = Bouncer::start(server, mode, &[]);
+        let pool = impatient(&bouncer, app).open().unwrap();
+        for round in 0..10 {
+            let mut client = pool.get().unwrap();
+            let canceller = client.canceller();
+            // The server shows the last query for a moment after its error was heard.
+            let query = format!("SELECT pg_sleep(60), {round}");
+            let is_it = query.clone();
+            let sleeper = thread::spawn(move || client.batch_execute(&query).unwrap_err());
+            let sleeps = || server.backends(app).iter().any(|b| b.state == "active" && b.query == is_it);
+            assert!(wait_until(within(SOON), sleeps), "{:?}", server.backends(app));
+            pool.manager().cancel(&canceller).unwrap();
+            assert_eq!(sleeper.join().unwrap().code().map(|code| code.code()), Some("57014"));
+        }
         assert_ends(&pool, &bouncer);
     }
 }

@@ -32,6 +32,8 @@ pub enum Reset {
 
 /// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 const CANCEL_LIMIT: Duration = Duration::from_secs(1);
+/// How long a user waits for one.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
 /// What a server takes to act on one, at best.
 const REACTION: Duration = Duration::from_millis(1);
 /// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
@@ -104,7 +106,11 @@ impl<T: Connector> PostgresManager<T> {
     }
 
     /// Asks the server to cancel what a connection is doing, from any thread. The query fails with SQLSTATE 57014, or ends
-    /// before the request arrives. The connection is closed when it is returned. May block as long as a connect may.
+    /// before the request arrives. The connection is closed when it is returned.
+    ///
+    /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (`cancel_query` of the
+    /// `postgres` crate, which is used where connections are not observed, hangs up at once instead. PgBouncer 1.18 then
+    /// does not pass the request on, and may end itself.)
     ///
     /// # Errors
     ///
@@ -112,7 +118,10 @@ impl<T: Connector> PostgresManager<T> {
     pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
         canceller.cancelled.store(true, Ordering::Relaxed);
         match self.observer(&self.config) {
-            Some(observer) => observer.cancel(&canceller.token, &Watch::new())?,
+            Some(observer) => {
+                let limit = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
+                send_cancel(limit, &observer, &canceller.token)?;
+            }
             None => canceller.token.cancel_query(self.tls.clone())?,
         }
         Ok(())
@@ -187,22 +196,33 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
         return;
     }
     let begun = Instant::now();
-    let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
-    let (done, wait) = bounded::<()>(0);
-    let switch = Arc::clone(&watch);
-    let sender = thread::Builder::new().name("millpond-cancel".into()).spawn(move || {
-        let _ = observer.cancel(&token, &watch);
-        drop(done);
-    });
-    if sender.is_ok() && wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout) {
-        switch.cut();
-    }
+    let _ = send_cancel(limit, observer, token);
     // The server's own word for it ("canceling statement due to user request") is to come before the cut.
     while watched.is_waiting() && begun.elapsed() < limit {
         thread::sleep(REACTION);
     }
     // What has arrived has to reach whoever waits for it.
     thread::sleep(REACTION);
+}
+
+/// Sends a cancel request, on a thread of its own: a TCP connect cannot be cut.
+fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) -> Result<(), Error> {
+    let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+    let (done, wait) = bounded(1);
+    let switch = Arc::clone(&watch);
+    let send = move || {
+        let _ = done.send(observer.cancel(&token, &watch));
+    };
+    if let Err(e) = thread::Builder::new().name("millpond-cancel".into()).spawn(send) {
+        return Err(Error::own(format!("cannot start a thread to cancel on: {e}"), false));
+    }
+    match wait.recv_timeout(limit) {
+        Ok(sent) => Ok(sent?),
+        Err(_) => {
+            switch.cut();
+            Err(Error::own(format!("no answer to a request to cancel within {}", Short(limit)), false))
+        }
+    }
 }
 
 /// The pool's name and the process id, the former cut where both would be too long for PostgreSQL.

@@ -125,17 +125,17 @@ impl<T: Connector> Observer<T> {
     }
 
     /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a new
-    /// one, and can cut this call.
+    /// one, and can cut this call. Returns when the server has hung up, by which it says that it has taken the request.
     ///
     /// # Errors
     ///
     /// As `CancelToken::cancel_query`.
     pub(crate) fn cancel(&self, token: &CancelToken, watch: &Arc<Watch>) -> Result<(), ::postgres::Error> {
-        token.cancel_query(self.watched_by(watch))
+        token.cancel_query(Observed { lingers: true, ..self.watched_by(watch) })
     }
 
     fn watched_by(&self, watch: &Arc<Watch>) -> Observed<T> {
-        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone() }
+        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone(), lingers: false }
     }
 }
 
@@ -305,6 +305,8 @@ struct Observed<T> {
     tls: T,
     terms: Terms,
     watch: Arc<Watch>,
+    /// See [`Tap`].
+    lingers: bool,
 }
 
 impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
@@ -319,7 +321,7 @@ impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
         } else {
             self.tls.make_tls_connect(host).map_err(|error| NegotiationError::Connector(error.into()))
         };
-        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone() })
+        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone(), lingers: self.lingers })
     }
 }
 
@@ -328,6 +330,7 @@ struct Negotiator<C> {
     tls: Result<C, NegotiationError>,
     terms: Terms,
     watch: Arc<Watch>,
+    lingers: bool,
 }
 
 impl<C> TlsConnect<Socket> for Negotiator<C>
@@ -347,7 +350,7 @@ where
                 Err(_) => Poll::Ready(Err(NegotiationError::Cut)),
             })
             .await?;
-            Ok(Tap { transport, line })
+            Ok(Tap { transport, line, lingers: self.lingers })
         })
     }
 }
@@ -481,6 +484,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
 struct Tap<S> {
     transport: Transport<S>,
     line: Line,
+    /// Hang up only after the other side has: for a request to cancel. libpq does so, `postgres` does not, and PgBouncer
+    /// 1.18 forgets the request when its sender is gone, or ends itself (pgbouncer #801).
+    lingers: bool,
 }
 
 impl<S: TlsStream + Unpin> Tap<S> {
@@ -523,6 +529,17 @@ impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.lingers {
+            let mut ignored = [0; 64];
+            loop {
+                let mut buf = ReadBuf::new(&mut ignored);
+                match ready!(self.stream(cx)?.poll_read(cx, &mut buf)) {
+                    Ok(()) if !buf.filled().is_empty() => {}
+                    // By a reset as well as in good order, and then there is nobody left to say good-bye to.
+                    _ => return Poll::Ready(Ok(())),
+                }
+            }
+        }
         self.stream(cx)?.poll_shutdown(cx)
     }
 }
