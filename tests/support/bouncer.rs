@@ -143,6 +143,11 @@ impl Bouncer {
         seen
     }
 
+    /// The folder with its configuration and its log.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// What it wrote to its log, since its first start.
     pub fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
