@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReason};
 use postgres::NoTls;
-use support::{EPSILON, Server, alone, ms, threads_named, wait_until};
+use support::{EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -178,4 +178,32 @@ fn a_primary_that_is_gone_is_replaced() {
     let failed = writes.iter().flatten().filter(|(_, write)| write.is_err()).count();
     assert!(failed <= 2 * WRITERS, "each connection should find out once, not {failed} times");
     assert_ends(&pool, &[&pair.standby]);
+}
+
+/// A primary that accepts connections and says nothing: its machine lives and it does not, or a balancer before it.
+#[test]
+fn a_primary_that_is_silent_is_passed_over() {
+    let _alone = alone();
+    let pair = Pair::start();
+    let proxy = Proxy::to(pair.primary.addr());
+    let pool = pair.pool(proxy.port(), "fo-silent").validation_timeout(ms(300)).open().unwrap();
+    // A connection for each, not in use at the moment.
+    let all: Vec<_> = (0..WRITERS).map(|_| pool.get().unwrap()).collect();
+    assert_eq!(pair.primary.count("fo-silent"), WRITERS as i64);
+    drop(all);
+
+    proxy.pause();
+    pair.standby.promote();
+    // `Validate::AfterIdle`.
+    thread::sleep(Duration::from_secs(1));
+    let begun = Instant::now();
+    let load = Load::start(&pool);
+    // The old connections are found silent, and each new one tries the silent node first, for its share of the limit.
+    let (validation, share) = (ms(300), Duration::from_secs(1));
+    let limit = validation + share + BACKOFF + CONNECT;
+    thread::sleep(limit + ms(500));
+    let writes = load.end();
+    assert_writes_again(&writes, begun, begun + limit);
+    proxy.resume();
+    assert_ends(&pool, &[&pair.primary, &pair.standby]);
 }

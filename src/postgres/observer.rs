@@ -37,6 +37,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use ::postgres::config::{Host, SslMode, SslNegotiation};
 use ::postgres::error::SqlState;
@@ -45,6 +46,7 @@ use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use ::postgres::{CancelToken, Client, Config, NoTls, Socket};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use super::scanner::Scanner;
 pub(crate) use super::scanner::Status;
@@ -91,6 +93,9 @@ struct Terms {
     /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
     /// connector; no certificate may be compared with it.
     nameless: bool,
+    /// Of several hosts, how long each may take to let us in once its kernel has: `connect_timeout`, as in libpq. (To
+    /// `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried for ever.)
+    patience: Option<Duration>,
 }
 
 impl<T: Connector> Observer<T> {
@@ -103,6 +108,10 @@ impl<T: Connector> Observer<T> {
             mode: config.get_ssl_mode(),
             negotiation: config.get_ssl_negotiation(),
             nameless: config.get_hosts().is_empty(),
+            patience: match config.get_hosts().len().max(config.get_hostaddrs().len()) {
+                0 | 1 => None,
+                _ => config.get_connect_timeout().copied(),
+            },
         };
         let mut config = config.clone();
         if terms.nameless {
@@ -344,15 +353,28 @@ where
     fn connect(self, socket: Socket) -> Self::Future {
         Box::pin(async move {
             let line = Line::begin(self.watch);
+            let mut patience = self.terms.patience.map(|limit| Box::pin(sleep(limit)));
             let mut negotiation = pin!(negotiate(socket, self.tls, self.terms));
             let transport = poll_fn(|cx| match line.pass(cx) {
-                Ok(()) => negotiation.as_mut().poll(cx),
                 Err(_) => Poll::Ready(Err(NegotiationError::Cut)),
+                Ok(()) if is_over(&mut patience, cx) => Poll::Ready(Err(NegotiationError::Io(too_slow()))),
+                Ok(()) => negotiation.as_mut().poll(cx),
             })
             .await?;
-            Ok(Tap { transport, line, lingers: self.lingers })
+            Ok(Tap { transport, line, patience, lingers: self.lingers })
         })
     }
+}
+
+/// Runs until a host has let us in.
+type Patience = Option<Pin<Box<Sleep>>>;
+
+fn is_over(patience: &mut Patience, cx: &mut Context<'_>) -> bool {
+    patience.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
+}
+
+fn too_slow() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the server accepts connections and does not answer")
 }
 
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
@@ -484,6 +506,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
 struct Tap<S> {
     transport: Transport<S>,
     line: Line,
+    patience: Patience,
     /// Hang up only after the other side has: for a request to cancel. libpq does so, `postgres` does not, and PgBouncer
     /// 1.18 forgets the request when its sender is gone, or ends itself (pgbouncer #801).
     lingers: bool,
@@ -491,8 +514,15 @@ struct Tap<S> {
 
 impl<S: TlsStream + Unpin> Tap<S> {
     /// The stream, unless it was cut.
-    fn stream(&mut self, cx: &Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
+    fn stream(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
         self.line.pass(cx)?;
+        if self.patience.is_some() {
+            if self.line.scanner().status() != Status::Unknown {
+                self.patience = None;
+            } else if is_over(&mut self.patience, cx) {
+                return Err(too_slow());
+            }
+        }
         Ok(match &mut self.transport {
             Transport::Raw(socket) => Pin::new(socket),
             Transport::Tls(stream) => Pin::new(stream),
