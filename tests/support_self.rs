@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
-use support::{Backend, Database, EPSILON, Proxy, Server, Silent, ms, threads_named, wait_until};
+use support::{Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, Server, Silent, ms, threads_named, wait_until};
 
 /// For what another process does in its own time.
 const SOON: Duration = Duration::from_secs(10);
@@ -214,6 +214,97 @@ fn the_shared_server_ends_with_its_process() {
         let gone = || processes_in(&dir).is_empty() && !dir.exists();
         assert!(wait_until(within(SOON), gone), "left over of {printed}: {:?}", processes_in(&dir));
     }
+}
+
+#[test]
+fn a_bouncer_bounces_and_ends_with_its_process() {
+    if is_child() {
+        let bouncer = Bouncer::start(Server::shared(), PoolMode::Transaction, &[("default_pool_size", "1")]);
+        let mut client = connect(&bouncer.conninfo("bounced"));
+        client.simple_query("SELECT 1").expect("an answer");
+        assert_eq!(Server::shared().count("bounced"), 1);
+        assert_eq!(bouncer.clients(), 1);
+        let pools = bouncer.admin("SHOW POOLS");
+        assert!(pools.iter().any(|row| row.get("pool_mode") == Some("transaction")), "{pools:?}");
+
+        bouncer.kill();
+        assert!(client.simple_query("SELECT 1").is_err());
+        bouncer.start_again();
+        connect(&bouncer.conninfo("bounced")).simple_query("SELECT 1").expect("an answer");
+        assert_eq!(bouncer.wait_for(0, within(SOON)), 0);
+
+        println!("dir={} port={} up", bouncer.dir().display(), bouncer.port());
+        match std::env::var("END").as_deref() {
+            Ok("drop") => drop(bouncer),
+            Ok("panic") => {
+                let panicked = catch_unwind(AssertUnwindSafe(|| {
+                    let _bouncer = bouncer;
+                    std::panic::resume_unwind(Box::new("quietly"));
+                }));
+                assert!(panicked.is_err());
+            }
+            _ => return std::thread::sleep(SOON * 2),
+        }
+        // The shared server and its watchdog are left.
+        assert_eq!(children().len(), 2);
+        return;
+    }
+    for (end, kill_after) in [("drop", None), ("panic", None), ("kill", Some(" up"))] {
+        let printed = in_a_process("a_bouncer_bounces_and_ends_with_its_process", &[("END", end)], kill_after);
+        let (dir, port) = (PathBuf::from(told(&printed, "dir")), told(&printed, "port").parse().unwrap());
+        let gone =
+            || processes_in(&dir).is_empty() && !dir.exists() && TcpStream::connect(("127.0.0.1", port)).is_err();
+        assert!(wait_until(within(SOON), gone), "left over of {printed}: {:?}", processes_in(&dir));
+    }
+}
+
+#[test]
+fn a_standby_follows_and_is_promoted() {
+    let primary = Server::with(Server::STREAMING);
+    let standby = Server::standby_of(&primary);
+    let mut client = connect(&primary.conninfo("standby"));
+    client.batch_execute("CREATE TABLE t (i int); INSERT INTO t VALUES (42)").unwrap();
+    let mut there = connect(&standby.conninfo("standby"));
+    let arrived =
+        || there.query("SELECT i FROM t", &[]).is_ok_and(|rows| rows.len() == 1 && rows[0].get::<_, i32>(0) == 42);
+    assert!(wait_until(within(SOON), arrived));
+    assert!(there.batch_execute("INSERT INTO t VALUES (43)").is_err());
+    standby.promote();
+    there.batch_execute("INSERT INTO t VALUES (43)").unwrap();
+    primary.kill();
+    assert_eq!(there.query_one("SELECT sum(i) FROM t", &[]).unwrap().get::<_, i64>(0), 85);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_cut_cable_loses_packets_and_nobody_is_told() {
+    let cable = match support::Cable::lay() {
+        Ok(cable) => cable,
+        Err(why) => return support::skipped("a_cut_cable_loses_packets_and_nobody_is_told", &why),
+    };
+    let listener = cable.far.run(|| TcpListener::bind((cable.far.address, 0)).unwrap());
+    let addr = listener.local_addr().unwrap();
+    let mut near = cable.near.run(|| TcpStream::connect_timeout(&addr, SOON)).expect("a cable");
+    let mut far = listener.accept().unwrap().0;
+    far.write_all(b"1").unwrap();
+    let mut byte = [0];
+    near.read_exact(&mut byte).unwrap();
+
+    cable.cut();
+    for socket in [&near, &far] {
+        socket.set_read_timeout(Some(ms(300))).unwrap();
+    }
+    far.write_all(b"2").expect("the kernel takes it");
+    near.write_all(b"3").expect("the kernel takes it");
+    assert_eq!(near.read(&mut byte).unwrap_err().kind(), ErrorKind::WouldBlock);
+    assert_eq!(far.read(&mut byte).unwrap_err().kind(), ErrorKind::WouldBlock);
+    let error = cable.near.run(|| TcpStream::connect_timeout(&addr, ms(300))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "neither refused nor unreachable");
+
+    cable.mend();
+    near.set_read_timeout(Some(SOON)).unwrap();
+    near.read_exact(&mut byte).unwrap();
+    assert_eq!(byte, *b"2", "sent again until it arrived");
 }
 
 #[test]

@@ -31,13 +31,17 @@ const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; 
     SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
 
 impl Connection {
-    pub(super) fn new(mut client: Client, watch: Option<Arc<Watch>>, statement_cache: usize) -> Connection {
+    pub(super) fn new(
+        mut client: Client,
+        watch: Option<Arc<Watch>>,
+        statement_cache: usize,
+    ) -> Result<Connection, Error> {
         let pid = match &watch {
             Some(watch) => watch.pid(),
-            None => ask_for_pid(&mut client),
+            None => ask_for_pid(&mut client)?,
         };
         let statements = Statements::new(statement_cache, watch.clone());
-        Connection { client, statements, watch, pid, cancelled: Arc::default(), remark: None }
+        Ok(Connection { client, statements, watch, pid, cancelled: Arc::default(), remark: None })
     }
 
     /// Whether the pool watches the bytes of this connection. See [the module](super#the-observer).
@@ -91,11 +95,14 @@ impl Connection {
     /// Asks the server whether it is there, and makes sure that its answer is the one to that question.
     pub(super) fn ping(&mut self, limit: Duration) -> Result<(), Error> {
         let answer = self.client.is_valid(limit);
-        if answer.is_err() {
+        if let Err(error) = answer {
             // What is left unanswered would hold up whoever drops it.
             self.cut();
+            return Err(match &self.watch {
+                Some(watch) => Error::of(error, watch),
+                None => error.into(),
+            });
         }
-        answer?;
         match &self.watch {
             Some(watch) if watch.is_lost() || watch.is_busy() => {
                 self.cut();
@@ -169,11 +176,12 @@ pub(super) fn ask_for_transaction(client: &mut Client) -> Result<bool, ::postgre
     }
 }
 
-fn ask_for_pid(client: &mut Client) -> Option<i32> {
-    client.simple_query("SELECT pg_backend_pid()").ok()?.iter().find_map(|m| match m {
+fn ask_for_pid(client: &mut Client) -> Result<Option<i32>, ::postgres::Error> {
+    let answer = client.simple_query("SELECT pg_backend_pid()")?;
+    Ok(answer.iter().find_map(|m| match m {
         SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
         _ => None,
-    })
+    }))
 }
 
 /// Asks the server to cancel what one connection is doing. Made by [`Connection::canceller`], used by

@@ -1,6 +1,6 @@
 //! [`Error`]: what went wrong, to be cloned, with the one table of what is permanent.
 
-use super::observer::NegotiationError;
+use super::observer::{NegotiationError, Watch};
 use ::postgres::error::{DbError, SqlState};
 use std::error::Error as StdError;
 use std::fmt;
@@ -25,6 +25,11 @@ pub struct Error(Arc<Kind>);
 
 enum Kind {
     Postgres(::postgres::Error),
+    /// The last words of a server, which the `postgres` crate had no ear for: it may see the end of the connection first.
+    Heard {
+        code: SqlState,
+        text: String,
+    },
     /// In this crate's own words.
     Own {
         text: String,
@@ -37,17 +42,28 @@ impl Error {
         Error(Arc::new(Kind::Own { text: text.into(), permanent }))
     }
 
+    /// What ended the connection that `watch` sees: `error`, or better what the server said.
+    pub(super) fn of(error: ::postgres::Error, watch: &Watch) -> Error {
+        match watch.last_words() {
+            Some((code, text)) if error.code().is_none() => Error(Arc::new(Kind::Heard { code, text })),
+            _ => error.into(),
+        }
+    }
+
     /// The error of the `postgres` crate, if it is one.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
             Kind::Postgres(e) => Some(e),
-            Kind::Own { .. } => None,
+            Kind::Heard { .. } | Kind::Own { .. } => None,
         }
     }
 
     /// The SQLSTATE, if the server gave one.
     pub fn code(&self) -> Option<&SqlState> {
-        self.as_postgres()?.code()
+        match &*self.0 {
+            Kind::Heard { code, .. } => Some(code),
+            _ => self.as_postgres()?.code(),
+        }
     }
 
     /// What the server said, if it did.
@@ -60,6 +76,7 @@ impl Error {
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
+            Kind::Heard { code, .. } => is_permanent_state(code),
             Kind::Postgres(e) => is_permanent(e),
         }
     }
@@ -75,6 +92,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
             Kind::Own { text, .. } => f.write_str(text),
+            Kind::Heard { code, text } => write!(f, "FATAL: {text} (SQLSTATE {})", code.code()),
             // Its own text leaves out all that matters ("db error").
             Kind::Postgres(e) => match e.as_db_error() {
                 Some(db) => {
@@ -94,6 +112,7 @@ impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
             Kind::Own { text, .. } => f.debug_tuple("Error").field(text).finish(),
+            Kind::Heard { code, text } => f.debug_tuple("Error").field(code).field(text).finish(),
             Kind::Postgres(e) => e.fmt(f),
         }
     }

@@ -4,6 +4,7 @@ use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
 use super::observer::{Connector, Observer, Watch};
 use super::statements;
+use crate::stats::Short;
 use crate::{Cause, Manage, Opening, Returned};
 use ::postgres::config::TargetSessionAttrs;
 use ::postgres::{CancelToken, Client, Config};
@@ -13,7 +14,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is done to a connection that comes back, before anyone else gets it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,8 +32,12 @@ pub enum Reset {
     None,
 }
 
-/// How long the pool waits for a cancel request of its own to be sent.
+/// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 const CANCEL_LIMIT: Duration = Duration::from_secs(1);
+/// How long a user waits for one.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
+/// What a server takes to act on one, at best.
+const REACTION: Duration = Duration::from_millis(1);
 /// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
 /// How long sent data may stay unacknowledged: what the keepalives above come to.
@@ -44,6 +49,8 @@ const MAX_APPLICATION_NAME: usize = 63;
 
 /// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
 /// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
+///
+/// A connection has answered a question before anybody gets it: a pooler that is paused or full lets everybody in.
 ///
 /// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
 /// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3 times)
@@ -118,7 +125,11 @@ impl<T: Connector> PostgresManager<T> {
     }
 
     /// Asks the server to cancel what a connection is doing, from any thread. The query fails with SQLSTATE 57014, or ends
-    /// before the request arrives. The connection is closed when it is returned. May block as long as a connect may.
+    /// before the request arrives. The connection is closed when it is returned.
+    ///
+    /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (`cancel_query` of the
+    /// `postgres` crate, which is used where connections are not observed, hangs up at once instead. PgBouncer 1.18 then
+    /// does not pass the request on, and may end itself.)
     ///
     /// # Errors
     ///
@@ -126,7 +137,10 @@ impl<T: Connector> PostgresManager<T> {
     pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
         canceller.cancelled.store(true, Ordering::Relaxed);
         match self.observer(&self.config) {
-            Some(observer) => observer.cancel(&canceller.token, &Watch::new())?,
+            Some(observer) => {
+                let limit = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
+                send_cancel(limit, &observer, &canceller.token)?;
+            }
             None => canceller.token.cancel_query(self.tls.clone())?,
         }
         Ok(())
@@ -175,28 +189,58 @@ impl<T: Connector> PostgresManager<T> {
             });
             return Ok((client, None));
         };
-        let watch = Watch::new();
+        let (watch, begun) = (Watch::new(), Instant::now());
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.cut());
-        let client = observer.connect(&watch)?;
-        let token = client.cancel_token();
-        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token));
+        // A pooler lets everybody in; whether there is a server behind it, the first answer shows.
+        let greet = |mut client: Client| client.is_valid(opening.limit()).map(|()| client);
+        let client = observer.connect(&watch).and_then(greet).map_err(|error| {
+            if watch.is_cut() {
+                // That it was cut says less than why.
+                let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
+                return Error::own(text, false);
+            }
+            Error::of(error, &watch)
+        })?;
+        let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
         Ok((client, Some(watch)))
     }
 }
 
-/// Sends a cancel request, and gives up on it at the limit. It is the first half of cutting a connection: the second must
-/// not wait for a server that is silent.
-fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) {
+/// Asks the server to cancel what the connection `watched` is doing, and waits for it to be done; gives up at the limit.
+/// It is the first half of cutting a connection: the second must not wait for a server that is silent.
+fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken, watched: &Watch) {
+    if !watched.is_waiting() {
+        return;
+    }
+    let begun = Instant::now();
+    let _ = send_cancel(limit, observer, token);
+    // The server's own word for it ("canceling statement due to user request") is to come before the cut.
+    while watched.is_waiting() && begun.elapsed() < limit {
+        thread::sleep(REACTION);
+    }
+    // What has arrived has to reach whoever waits for it.
+    thread::sleep(REACTION);
+}
+
+/// Sends a cancel request, on a thread of its own: a TCP connect cannot be cut.
+fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) -> Result<(), Error> {
     let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
-    let (done, wait) = bounded::<()>(0);
+    let (done, wait) = bounded(1);
     let switch = Arc::clone(&watch);
-    let sender = thread::Builder::new().name("millpond-cancel".into()).spawn(move || {
-        let _ = observer.cancel(&token, &watch);
-        drop(done);
-    });
-    if sender.is_ok() && wait.recv_timeout(limit) == Err(crossbeam_channel::RecvTimeoutError::Timeout) {
-        switch.cut();
+    let send = move || {
+        let _ = done.send(observer.cancel(&token, &watch));
+    };
+    if let Err(e) = thread::Builder::new().name("millpond-cancel".into()).spawn(send) {
+        return Err(Error::own(format!("cannot start a thread to cancel on: {e}"), false));
+    }
+    match wait.recv_timeout(limit) {
+        Ok(sent) => Ok(sent?),
+        Err(_) => {
+            switch.cut();
+            Err(Error::own(format!("no answer to a request to cancel within {}", Short(limit)), false))
+        }
     }
 }
 
@@ -217,7 +261,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let (client, watch) = self.connect(opening)?;
-        Ok(Connection::new(client, watch, self.statement_cache))
+        Connection::new(client, watch, self.statement_cache)
     }
 
     fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {

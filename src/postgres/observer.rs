@@ -37,6 +37,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
 
 use ::postgres::config::{Host, SslMode, SslNegotiation};
 use ::postgres::error::SqlState;
@@ -45,6 +46,7 @@ use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use ::postgres::{CancelToken, Client, Config, NoTls, Socket};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use super::scanner::Scanner;
 pub(crate) use super::scanner::Status;
@@ -91,6 +93,9 @@ struct Terms {
     /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
     /// connector; no certificate may be compared with it.
     nameless: bool,
+    /// Of several hosts, how long each may take to let us in once its kernel has: `connect_timeout`, as in libpq. (To
+    /// `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried for ever.)
+    patience: Option<Duration>,
 }
 
 impl<T: Connector> Observer<T> {
@@ -103,6 +108,10 @@ impl<T: Connector> Observer<T> {
             mode: config.get_ssl_mode(),
             negotiation: config.get_ssl_negotiation(),
             nameless: config.get_hosts().is_empty(),
+            patience: match config.get_hosts().len().max(config.get_hostaddrs().len()) {
+                0 | 1 => None,
+                _ => config.get_connect_timeout().copied(),
+            },
         };
         let mut config = config.clone();
         if terms.nameless {
@@ -125,17 +134,17 @@ impl<T: Connector> Observer<T> {
     }
 
     /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a new
-    /// one, and can cut this call.
+    /// one, and can cut this call. Returns when the server has hung up, by which it says that it has taken the request.
     ///
     /// # Errors
     ///
     /// As `CancelToken::cancel_query`.
     pub(crate) fn cancel(&self, token: &CancelToken, watch: &Arc<Watch>) -> Result<(), ::postgres::Error> {
-        token.cancel_query(self.watched_by(watch))
+        token.cancel_query(Observed { lingers: true, ..self.watched_by(watch) })
     }
 
     fn watched_by(&self, watch: &Arc<Watch>) -> Observed<T> {
-        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone() }
+        Observed { tls: self.tls.clone(), terms: self.terms, watch: watch.clone(), lingers: false }
     }
 }
 
@@ -217,6 +226,13 @@ impl Watch {
         self.scanner.lock().is_busy()
     }
 
+    /// Somebody may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may remain
+    /// unread while nobody uses the connection.)
+    pub(crate) fn is_waiting(&self) -> bool {
+        let scanner = self.scanner.lock();
+        scanner.is_busy() && !scanner.is_failing() && !scanner.is_lost() && !self.is_cut()
+    }
+
     /// The connection can only be thrown away.
     pub(crate) fn is_lost(&self) -> bool {
         self.is_cut() || self.scanner.lock().is_lost()
@@ -233,6 +249,12 @@ impl Watch {
     pub(crate) fn fatal(&self) -> Option<SqlState> {
         let code = self.scanner.lock().fatal()?;
         std::str::from_utf8(&code).ok().map(SqlState::from_code)
+    }
+
+    /// With which SQLSTATE, and in which words, the server ended the connection.
+    pub(crate) fn last_words(&self) -> Option<(SqlState, String)> {
+        let code = self.fatal()?;
+        Some((code, self.scanner.lock().last_words().unwrap_or_default().to_owned()))
     }
 
     /// See [`Scanner::take_refused_write`].
@@ -297,6 +319,8 @@ struct Observed<T> {
     tls: T,
     terms: Terms,
     watch: Arc<Watch>,
+    /// See [`Tap`].
+    lingers: bool,
 }
 
 impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
@@ -311,7 +335,7 @@ impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
         } else {
             self.tls.make_tls_connect(host).map_err(|error| NegotiationError::Connector(error.into()))
         };
-        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone() })
+        Ok(Negotiator { tls, terms: self.terms, watch: self.watch.clone(), lingers: self.lingers })
     }
 }
 
@@ -320,6 +344,7 @@ struct Negotiator<C> {
     tls: Result<C, NegotiationError>,
     terms: Terms,
     watch: Arc<Watch>,
+    lingers: bool,
 }
 
 impl<C> TlsConnect<Socket> for Negotiator<C>
@@ -333,15 +358,28 @@ where
     fn connect(self, socket: Socket) -> Self::Future {
         Box::pin(async move {
             let line = Line::begin(self.watch);
+            let mut patience = self.terms.patience.map(|limit| Box::pin(sleep(limit)));
             let mut negotiation = pin!(negotiate(socket, self.tls, self.terms));
             let transport = poll_fn(|cx| match line.pass(cx) {
-                Ok(()) => negotiation.as_mut().poll(cx),
                 Err(_) => Poll::Ready(Err(NegotiationError::Cut)),
+                Ok(()) if is_over(&mut patience, cx) => Poll::Ready(Err(NegotiationError::Io(too_slow()))),
+                Ok(()) => negotiation.as_mut().poll(cx),
             })
             .await?;
-            Ok(Tap { transport, line })
+            Ok(Tap { transport, line, patience, lingers: self.lingers })
         })
     }
+}
+
+/// Runs until a host has let us in.
+type Patience = Option<Pin<Box<Sleep>>>;
+
+fn is_over(patience: &mut Patience, cx: &mut Context<'_>) -> bool {
+    patience.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
+}
+
+fn too_slow() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the server accepts connections and does not answer")
 }
 
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
@@ -473,12 +511,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
 struct Tap<S> {
     transport: Transport<S>,
     line: Line,
+    patience: Patience,
+    /// Hang up only after the other side has: for a request to cancel. libpq does so, `postgres` does not, and PgBouncer
+    /// 1.18 forgets the request when its sender is gone, or ends itself (pgbouncer #801).
+    lingers: bool,
 }
 
 impl<S: TlsStream + Unpin> Tap<S> {
     /// The stream, unless it was cut.
-    fn stream(&mut self, cx: &Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
+    fn stream(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
         self.line.pass(cx)?;
+        if self.patience.is_some() {
+            if self.line.scanner().status() != Status::Unknown {
+                self.patience = None;
+            } else if is_over(&mut self.patience, cx) {
+                return Err(too_slow());
+            }
+        }
         Ok(match &mut self.transport {
             Transport::Raw(socket) => Pin::new(socket),
             Transport::Tls(stream) => Pin::new(stream),
@@ -515,6 +564,17 @@ impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.lingers {
+            let mut ignored = [0; 64];
+            loop {
+                let mut buf = ReadBuf::new(&mut ignored);
+                match ready!(self.stream(cx)?.poll_read(cx, &mut buf)) {
+                    Ok(()) if !buf.filled().is_empty() => {}
+                    // By a reset as well as in good order, and then there is nobody left to say good-bye to.
+                    _ => return Poll::Ready(Ok(())),
+                }
+            }
+        }
         self.stream(cx)?.poll_shutdown(cx)
     }
 }

@@ -57,10 +57,14 @@ pub(crate) struct Scanner {
     /// The server's side ended, by its own close or by an error of the socket.
     ended: bool,
     fatal: Option<[u8; 5]>,
+    /// The text that came with `fatal`, or its beginning.
+    last_words: Option<String>,
     refused_write: bool,
     /// Of the request that is being answered: what it runs has parameters and a plan, and is about to run.
     bound: bool,
     refused_statement: bool,
+    /// From an error to the next `ReadyForQuery`.
+    failing: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
 }
@@ -91,9 +95,11 @@ impl Scanner {
             garbled: false,
             ended: false,
             fatal: None,
+            last_words: None,
             refused_write: false,
             bound: false,
             refused_statement: false,
+            failing: false,
             in_hot_standby: None,
             read_only_by_default: None,
         }
@@ -158,6 +164,7 @@ impl Scanner {
                 };
                 self.copy_in = false;
                 self.bound = false;
+                self.failing = false;
                 // Poison, rule 2: an answer that nobody asked for.
                 self.poisoned |= self.pending.pop_front().is_none();
             }
@@ -171,6 +178,7 @@ impl Scanner {
                 }
             }
             b'E' => {
+                self.failing = true;
                 // Poison, rule 3: whether that `Sync` was ignored now depends on when the COPY failed.
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
@@ -181,6 +189,7 @@ impl Scanner {
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
                     self.fatal = code;
+                    self.last_words = field(body, b'M').map(|text| String::from_utf8_lossy(text).into_owned());
                 }
             }
             b'S' => {
@@ -232,6 +241,11 @@ impl Scanner {
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(|&request| request != Request::Close)
     }
 
+    /// The oldest request has failed, and its `ReadyForQuery` has not come.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failing
+    }
+
     /// Nothing more can come of it: poisoned, hung up or told so by the server.
     pub(crate) fn is_lost(&self) -> bool {
         self.poisoned || self.ended || self.fatal.is_some()
@@ -240,6 +254,11 @@ impl Scanner {
     /// The SQLSTATE with which the server ended the connection.
     pub(crate) fn fatal(&self) -> Option<[u8; 5]> {
         self.fatal
+    }
+
+    /// What it said when it did.
+    pub(crate) fn last_words(&self) -> Option<&str> {
+        self.last_words.as_deref()
     }
 
     /// A statement failed with 25006 since the last call: the node is read-only, or the transaction was.

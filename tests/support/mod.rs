@@ -10,7 +10,10 @@
     reason = "compiled into each test, bench and example on its own, none of which uses all of it"
 )]
 
+mod bouncer;
 mod database;
+#[cfg(target_os = "linux")]
+mod netns;
 pub mod picky;
 pub mod programs;
 mod proxy;
@@ -18,8 +21,11 @@ mod server;
 mod wait;
 mod watch;
 
+pub use bouncer::{Bouncer, PoolMode};
 pub use database::{Backend, Database};
+#[cfg(target_os = "linux")]
+pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, alone, beside_others, ms, sleep_until, threads_named, wait_until, watched};
+pub use wait::{EPSILON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched};
 pub use watch::{History, Sample, Watch};

@@ -33,6 +33,13 @@ pub fn find() -> PathBuf {
     find_in(&candidates)
 }
 
+/// A program of the server's: in that folder, or beside the real `postgres` if there is but a link to it.
+pub fn beside(folder: &Path, program: &str) -> PathBuf {
+    let real = fs::canonicalize(folder.join("postgres")).unwrap_or_default().with_file_name(program);
+    let here = folder.join(program);
+    if here.exists() || !real.exists() { here } else { real }
+}
+
 /// As [`find`], in these folders only.
 pub fn find_in(candidates: &[PathBuf]) -> PathBuf {
     let complete = |folder: &&PathBuf| ["initdb", "postgres"].iter().all(|program| folder.join(program).is_file());

@@ -91,6 +91,39 @@ impl Server {
     ///
     /// If there is no PostgreSQL, or it does not start: with the reason, the server's own words included.
     pub fn with(settings: &[(&str, &str)]) -> Server {
+        let arguments =
+            ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--pgdata=data"];
+        Server::made_by("initdb", &arguments, SETTINGS.iter().chain(settings))
+    }
+
+    /// Starts a streaming standby of a server that was started with [`STREAMING`](Server::STREAMING), with the same
+    /// settings.
+    ///
+    /// # Panics
+    ///
+    /// As [`with`](Server::with).
+    pub fn standby_of(primary: &Server) -> Server {
+        let from = format!("--dbname={}", address(primary.port));
+        let arguments = ["--no-sync", "--checkpoint=fast", "--write-recovery-conf", "--pgdata=data", &from];
+        let settings: Vec<_> = primary.settings.iter().map(|(k, v)| (&**k, &**v)).collect();
+        Server::made_by("pg_basebackup", &arguments, settings.iter())
+    }
+
+    /// What a server needs to have standbys.
+    pub const STREAMING: &[(&str, &str)] = &[("wal_level", "replica"), ("max_wal_senders", "8")];
+
+    /// Makes a primary of a standby. Returns when it is one.
+    pub fn promote(&self) {
+        let row = self.connect().query_one("SELECT pg_promote()", &[]).expect("an answer to the order to promote");
+        assert!(row.get::<_, bool>(0), "not promoted:\n{}", self.log());
+    }
+
+    /// Starts a server in the folder `data` that this program makes.
+    fn made_by<'a>(
+        program: &str,
+        arguments: &[&str],
+        settings: impl Iterator<Item = &'a (&'a str, &'a str)>,
+    ) -> Server {
         let programs = programs::find();
         let user = User::for_server();
         // The server's user may not get into a TMPDIR of root's.
@@ -110,15 +143,8 @@ impl Server {
             .spawn()
             .expect("a shell for the watchdog");
 
-        let initdb = programs::command(programs.join("initdb"), dir.path(), user)
-            .args([
-                "--no-sync",
-                "--auth=trust",
-                "--username=postgres",
-                "--encoding=UTF8",
-                "--locale=C",
-                "--pgdata=data",
-            ])
+        let made = programs::command(programs::beside(&programs, program), dir.path(), user)
+            .args(arguments)
             .stdin(Stdio::null())
             .output();
         // Made before anything can go wrong, so that its `Drop` cleans up.
@@ -127,17 +153,17 @@ impl Server {
             port: 0,
             programs,
             user,
-            settings: SETTINGS.iter().chain(settings).map(|(k, v)| (String::from(*k), String::from(*v))).collect(),
+            settings: settings.map(|(k, v)| (String::from(*k), String::from(*v))).collect(),
             postmaster: Mutex::new(None),
             watchdog: Mutex::new(watchdog),
             dir,
         };
-        let initdb = initdb.unwrap_or_else(|e| panic!("cannot run initdb in {}: {e}", server.programs.display()));
+        let made = made.unwrap_or_else(|e| panic!("cannot run {program} in {}: {e}", server.programs.display()));
         assert!(
-            initdb.status.success(),
-            "initdb failed: {}{}",
-            String::from_utf8_lossy(&initdb.stdout),
-            String::from_utf8_lossy(&initdb.stderr)
+            made.status.success(),
+            "{program} failed: {}{}",
+            String::from_utf8_lossy(&made.stdout),
+            String::from_utf8_lossy(&made.stderr)
         );
 
         // Between finding a port free and listening on it somebody else may take it.
@@ -181,6 +207,14 @@ impl Server {
     pub fn unix_conninfo(&self, app: &str) -> String {
         let socket = format!("host={} port={} user=postgres dbname=postgres", self.socket_dir().display(), self.port);
         with_name(&socket, app)
+    }
+
+    /// Has the server accept everybody from this network, such as `192.0.2.0/24`. It must listen there.
+    pub fn trust(&self, network: &str) {
+        let path = self.dir.path().join("data/pg_hba.conf");
+        let mut hba = fs::File::options().append(true).open(path).expect("the server's pg_hba.conf");
+        writeln!(hba, "host all all {network} trust").expect("a line in pg_hba.conf");
+        self.connect().batch_execute("SELECT pg_reload_conf()").expect("a reload");
     }
 
     /// The postmaster's process.

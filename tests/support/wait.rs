@@ -1,5 +1,6 @@
 //! Waiting for facts outside this process, and looking at the threads inside it.
 
+use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -92,4 +93,9 @@ pub fn watched(test: impl FnOnce() + Send + 'static) {
     if let Err(panic) = test.expect("a thread for the test").join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Says that a test was not made, and why, past the harness, which shows the output of failed tests only.
+pub fn skipped(test: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }

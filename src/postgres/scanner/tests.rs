@@ -304,14 +304,14 @@ fn an_ordinary_error_is_neither_poison_nor_fatal() {
 
 #[test]
 fn a_fatal_error_leaves_its_code() {
-    for text in [
-        &b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"[..],
-        b"SFATAL\0C57P01\0Mno V: PgBouncer, old servers\0\0",
-        b"S\xc3\x9cble Sache\0VPANIC\0C57P01\0Mtranslated\0\0",
+    for (text, words) in [
+        (&b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"[..], "terminating connection"),
+        (b"SFATAL\0C57P01\0Mno V: PgBouncer, old servers\0\0", "no V: PgBouncer, old servers"),
+        (b"S\xc3\x9cble Sache\0VPANIC\0C57P01\0M\xff in Latin-1\0\0", "\u{fffd} in Latin-1"),
     ] {
         let mut scanner = logged_in();
         scanner.received(&message(b'E', text));
-        assert_eq!(scanner.fatal(), Some(*b"57P01"));
+        assert_eq!((scanner.fatal(), scanner.last_words()), (Some(*b"57P01"), Some(words)));
         assert!(scanner.is_lost() && !scanner.is_poisoned());
     }
     // Only the severity counts, not a text that looks like one, nor a translation.
