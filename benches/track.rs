@@ -17,6 +17,9 @@ use std::time::{Duration, Instant};
 use support::Server;
 
 const ROUNDS: usize = 9;
+/// Where nobody sleeps, many short rounds: most of them then meet no other process.
+const MANY: usize = 41;
+const BRIEF: Duration = ms(8);
 /// Where the goal speaks of fairness over one second.
 const FAIR_ROUNDS: usize = 3;
 const SECOND: Duration = Duration::from_secs(1);
@@ -130,7 +133,7 @@ fn uncontended(goals: &mut Goals) {
         let load = Load { threads, hold: Hold::Nothing };
         let size = threads as u32;
         let ([millpond, r2d2], floor) = (rivals(size), peers::bare(size));
-        let [mine, theirs, least] = &rounds(&load, &[&*millpond, &*r2d2, &*floor], ROUNDS, ms(60), false)[..] else {
+        let [mine, theirs, least] = &rounds(&load, &[&*millpond, &*r2d2, &*floor], MANY, BRIEF, false)[..] else {
             unreachable!("three subjects")
         };
         goals.at_most((name, "cost"), goal, mine, theirs, Outcome::cost);
@@ -149,14 +152,14 @@ fn knobs(goals: &mut Goals) {
     ];
     for on in pools.iter().filter(|pool| is_picked(pool.name())) {
         let off = peers::millpond("off", 4, |b| b);
-        let both = rounds(&load, &[&**on, &*off], ROUNDS, ms(40), false);
+        let both = rounds(&load, &[&**on, &*off], MANY, BRIEF, false);
         goals.at_most((on.name(), "cost, to off"), 1.15, &both[0], &both[1], Outcome::cost);
     }
     const WATCHED: &str = "stats read every 10 ms";
     if is_picked(WATCHED) {
         let pool = peers::millpond_pool(4, |b| b);
         let (on, off) = (common::named("on", pool.clone()), peers::millpond("off", 4, |b| b));
-        let both = peers::watched(&pool, || rounds(&load, &[&*on, &*off], ROUNDS, ms(40), false));
+        let both = peers::watched(&pool, || rounds(&load, &[&*on, &*off], MANY, BRIEF, false));
         goals.at_most((WATCHED, "cost, to off"), 1.15, &both[0], &both[1], Outcome::cost);
     }
 }
@@ -173,7 +176,7 @@ fn sizes(goals: &mut Goals) {
         pool
     });
     let load = Load { threads: 1, hold: Hold::Nothing };
-    let [large, small] = &rounds(&load, &[&*pools[0], &*pools[1]], ROUNDS, ms(40), false)[..] else {
+    let [large, small] = &rounds(&load, &[&*pools[0], &*pools[1]], MANY, BRIEF, false)[..] else {
         unreachable!("two subjects")
     };
     goals.at_most((NAME, "cost, to size 1"), 1.1, large, small, Outcome::cost);
