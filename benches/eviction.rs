@@ -36,6 +36,8 @@ const MAX_IDLE: Duration = Duration::from_secs(2);
 const MAX_LIFETIME: Duration = Duration::from_secs(3);
 /// Between two looks at the server.
 const STEP: Duration = ms(5);
+/// Between the starts of the scenarios, so that their bursts do not disturb each other.
+const STAGGER: Duration = ms(200);
 /// What a close may be late without being called late.
 const EPSILON: f64 = 0.050;
 
@@ -80,6 +82,11 @@ impl Scenario {
         }
     }
 
+    /// After the start of the whole.
+    fn delay(self) -> Duration {
+        STAGGER * self as u32
+    }
+
     /// How many connections the load needs once the burst is over, give or take.
     fn needed(self) -> usize {
         match self {
@@ -117,9 +124,9 @@ fn main() {
     let end = start + WATCHED;
     let stop = Arc::new(AtomicBool::new(false));
 
-    let mut players = Vec::new();
-    let mut snakes = Vec::new();
+    let (mut players, mut snakes, mut millponds) = (Vec::new(), Vec::new(), Vec::new());
     for scenario in Scenario::ALL {
+        let start = start + scenario.delay();
         let config = |pool: &str| server.config(&format!("{}-{pool}", scenario.name()));
         let (idle, life) = scenario.limits();
 
@@ -127,7 +134,9 @@ fn main() {
         let builder = millpond::Pool::builder().max_size(SIZE).lifetime_jitter(0.0);
         let builder = if idle.is_some() { builder.max_idle(idle) } else { builder };
         let builder = if life.is_some() { builder.max_lifetime(life) } else { builder };
-        players.push(play(scenario, builder.build(Plain(config(MILLPOND))).expect("a pool"), start, &stop));
+        let pool = builder.build(Plain(config(MILLPOND))).expect("a pool");
+        millponds.push((scenario, pool.clone()));
+        players.push(play(scenario, pool, start, &stop));
 
         for (pool, floor) in [(R2D2, Some(0)), (R2D2_DEFAULT, None)] {
             let builder = r2d2::Pool::builder().max_size(SIZE).min_idle(floor);
@@ -143,17 +152,25 @@ fn main() {
     println!("watching for {} s", (end - Instant::now()).as_secs());
     let seen = thread::scope(|s| {
         s.spawn(|| {
-            thread::sleep(start.saturating_duration_since(Instant::now()));
-            snakes.iter_mut().for_each(Snake::go);
+            for (scenario, snake) in Scenario::ALL.into_iter().zip(&mut snakes) {
+                thread::sleep((start + scenario.delay()).saturating_duration_since(Instant::now()));
+                snake.go();
+            }
         });
         watch(&server, built, end)
     });
     stop.store(true, Ordering::Relaxed);
     drop(snakes);
+    let own = millponds.iter().map(|(scenario, pool)| {
+        let late = pool.stats().max_lateness.as_secs_f64();
+        format!("{} {}", scenario.name(), short(late))
+    });
+    let own = own.collect::<Vec<_>>().join(", ");
+    drop(millponds);
     for player in players {
         player.join().expect("a player");
     }
-    report(&seen, (start - built).as_secs_f64(), python.is_some());
+    report(&seen, &own, (start - built).as_secs_f64(), python.is_some());
 }
 
 // -------------------------------------------------------------------------------------------------- the load
@@ -337,7 +354,7 @@ fn watch(server: &Server, built: Instant, end: Instant) -> Seen {
 
 // -------------------------------------------------------------------------------------------------- the report
 
-fn report(seen: &Seen, start: f64, psycopg: bool) {
+fn report(seen: &Seen, own: &str, start: f64, psycopg: bool) {
     let mut part = Part::new("eviction", "How late promises are kept");
     part.say(&format!(
         "As the server sees it, looked at every {} ms (the longest gap was {}). The load begins {start:.1} s after the pools \
@@ -380,7 +397,7 @@ fn report(seen: &Seen, start: f64, psycopg: bool) {
                 sign(open) + &short(late),
                 match scenario {
                     Scenario::Steady => format!("{oldest:.2} s"),
-                    _ => down_to_need(scenario, counts, start, seen.end),
+                    _ => down_to_need(scenario, counts, start + scenario.delay().as_secs_f64(), seen.end),
                 },
                 lives.len().to_string(),
                 format!("{}", counts.last().map_or(0.0, |c| c.1)),
@@ -408,6 +425,7 @@ fn report(seen: &Seen, start: f64, psycopg: bool) {
         .map(|(pool, &(late, open))| vec![pool.to_string(), sign(open) + &short(late), verdict(pool, late).into()])
         .collect();
     part.table(&["", "late, worst", ""], &rows);
+    part.say(&format!("Millpond's own account, up to the moment at which it ordered a close: {own}.\n"));
     part.finish();
 }
 

@@ -16,12 +16,13 @@ use millpond::event::NopEventHandler;
 use std::time::{Duration, Instant};
 use support::Server;
 
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 7;
 /// Where nobody sleeps, many short rounds: most of them then meet no other process.
 const MANY: usize = 41;
 const BRIEF: Duration = ms(8);
-/// Where the goal speaks of fairness over one second.
-const FAIR_ROUNDS: usize = 3;
+/// For fairness: in less than a second even the system's scheduler, which shares out the processors in slices of some
+/// milliseconds, is not fair.
+const LONG_ROUNDS: usize = 3;
 const SECOND: Duration = Duration::from_secs(1);
 
 fn main() {
@@ -95,7 +96,7 @@ impl Goals {
         let least = all.iter().copied().fold(f64::INFINITY, f64::min);
         let most = all.iter().copied().fold(0.0, f64::max);
         let verdict = if met { "ok" } else { "MISSED" };
-        println!("{verdict:>6}  {:<28} {:<16} {sign} {goal:<6} {measured:>7.3}  ({least:.3}-{most:.3})", row.0, row.1);
+        println!("{verdict:>6}  {:<28} {:<18} {sign} {goal:<6} {measured:>7.3}  ({least:.3}-{most:.3})", row.0, row.1);
         self.rows.push(vec![
             row.0.into(),
             row.1.into(),
@@ -204,10 +205,10 @@ fn contended(goals: &mut Goals) {
         // The clock around a get costs more than the get: not while costs are compared.
         let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(120), false)[..] else { unreachable!("two subjects") };
         goals.at_most((NOTHING, "cost"), 0.5, mine, theirs, Outcome::cost);
-        let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(120), true)[..] else { unreachable!("two subjects") };
+        let (mine, theirs) = long_rounds(&load, pair);
         let in_ms = |outcome: &Outcome| p999(outcome) * 1e3;
-        goals.alone((NOTHING, "p99.9 in ms"), true, 0.5, mine, theirs, in_ms);
-        goals.alone((NOTHING, "fairness"), false, 0.7, mine, theirs, Outcome::fairness);
+        goals.alone((NOTHING, "p99.9 in ms"), true, 0.5, &mine, &theirs, in_ms);
+        goals.alone((NOTHING, "fairness over 1 s"), false, 0.7, &mine, &theirs, Outcome::fairness);
     }
 
     let scenarios = [
@@ -249,9 +250,15 @@ fn contended(goals: &mut Goals) {
         let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(200), true)[..] else { unreachable!("two subjects") };
         goals.at_most((name, "cost"), cost, mine, theirs, Outcome::cost);
         goals.at_most((name, quantile), part, mine, theirs, of);
-        let [mine, theirs] = &rounds(&load, &pair, FAIR_ROUNDS, SECOND, true)[..] else { unreachable!("two subjects") };
-        goals.alone((name, "fairness over 1 s"), false, fairness, mine, theirs, Outcome::fairness);
+        let (mine, theirs) = long_rounds(&load, pair);
+        goals.alone((name, "fairness over 1 s"), false, fairness, &mine, &theirs, Outcome::fairness);
     }
+}
+
+/// Of the rival only one, to be seen beside.
+fn long_rounds(load: &Load<Nil>, [mine, theirs]: [&dyn Subject<Nil>; 2]) -> (Vec<Outcome>, Vec<Outcome>) {
+    let once = load.run(theirs, SECOND, true);
+    ((0..LONG_ROUNDS).map(|_| load.run(mine, SECOND, true)).collect(), vec![once])
 }
 
 /// On a real server. Each pool with its defaults.

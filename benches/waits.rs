@@ -67,12 +67,12 @@ fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject<Nil>]
     let highest = lines.iter().flat_map(|(_, points)| points.last()).map(|p| p.1).fold(0.0, f64::max);
     let nines = [(0.0, "0"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %"), (5.0, "99.999 %")];
     let x = Axis { label: "part of the gets".into(), ticks: nines.map(|(at, label)| (at, label.into())).into() };
-    let y = Axis::log_seconds("waited at most", 1e-7, 10f64.powf(highest));
+    let y = Axis::log_seconds("waited at most", 1e-8, 10f64.powf(highest));
     part.plot(name, &format!("Waiting times: {title}"), &plot(title, &x, &y, &lines, false));
 }
 
 /// A distribution, one point per tenth of a nine, as far as there are enough to tell.
 fn curve(waits: &Waits) -> Vec<(f64, f64)> {
     let points = (0..=50).map(|i| f64::from(i) / 10.0).filter(|nines| 10f64.powf(*nines) <= waits.count() as f64);
-    points.map(|nines| (nines, waits.quantile(1.0 - 10f64.powf(-nines)).max(1e-7).log10())).collect()
+    points.map(|nines| (nines, waits.quantile(1.0 - 10f64.powf(-nines)).max(1e-8).log10())).collect()
 }
