@@ -1,21 +1,21 @@
-//! Runs the benches and makes one page of what they found: `cargo bench --bench report [-- --quick] [names of benches]
+//! One page of what the benches found: `cargo bench --bench report [-- all | names of benches] [--quick]
 //! [--to=docs/evidence]`.
 //!
-//! The page is `target/report/README.md`, with its plots beside it. Named benches are run, the others' last results are
-//! taken as they are, with the date of each; without names, all are run, one after the other. `--quick` is passed on to
-//! them.
+//! The page is `target/report/README.md`, with its plots beside it. The benches named are run first, one after the other
+//! (`all`: ten minutes, or three with `--quick`); of the others the last results are taken, with the date of each.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use common::report::{Part, folder};
-use common::{is_bench, is_picked, short};
+use common::report::{Part, folder, utc};
+use common::{is_bench, short};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::SystemTime;
 
 /// In the order of the page.
 const BENCHES: [&str; 6] = ["track", "eviction", "waits", "checkout", "postgres", "rest"];
@@ -26,10 +26,12 @@ fn main() {
     if !is_bench() {
         return;
     }
+    let named = |word: &str| std::env::args().skip(1).any(|a| a == word);
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    for bench in BENCHES.into_iter().filter(|bench| is_picked(bench)) {
+    for bench in BENCHES.into_iter().filter(|bench| named("all") || named(bench)) {
         run(bench);
     }
+    CRITERION.into_iter().for_each(collect);
     let page = page(&load);
     let path = folder().join("README.md");
     fs::write(&path, page).expect("the page");
@@ -39,7 +41,7 @@ fn main() {
     }
 }
 
-fn run(bench: &str) {
+fn run(bench: &'static str) {
     println!("\n== {bench}");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
@@ -49,9 +51,6 @@ fn run(bench: &str) {
     }
     let status = command.status().expect("cargo");
     assert!(status.success(), "{bench} has failed");
-    if CRITERION.contains(&bench) {
-        collect(bench);
-    }
 }
 
 /// Makes a part of what criterion has remembered of a bench.
@@ -61,13 +60,17 @@ fn collect(bench: &'static str) {
         _ => ("A checkout", |group| !group.starts_with("SELECT 1")),
     };
     let mut groups: BTreeMap<String, Vec<(String, [f64; 3])>> = BTreeMap::new();
+    let mut times = Vec::new();
     let root = folder().parent().expect("the target folder").join("criterion");
     for found in estimates(&root) {
         if mine(&found.0) {
             groups.entry(found.0).or_default().push((found.1, found.2));
+            times.push(found.3);
         }
     }
+    let (Some(first), Some(last)) = (times.iter().min(), times.iter().max()) else { return };
     let mut part = Part::new(bench, title);
+    part.made(format!("`cargo bench --bench {bench}`, {} to {}", utc(*first), utc(*last)));
     part.say("Per get and return, all threads together, as criterion finds it: the median and its 95 % interval.\n");
     for (group, mut subjects) in groups {
         subjects.sort_by(|a, b| a.1[0].total_cmp(&b.1[0]));
@@ -84,8 +87,8 @@ fn collect(bench: &'static str) {
     part.finish();
 }
 
-/// Group, name, and seconds (the median, and the ends of its interval), of everything criterion has measured.
-fn estimates(folder: &Path) -> Vec<(String, String, [f64; 3])> {
+/// Group, name, seconds (the median, and the ends of its interval) and when, of everything criterion has measured.
+fn estimates(folder: &Path) -> Vec<(String, String, [f64; 3], SystemTime)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -96,7 +99,8 @@ fn estimates(folder: &Path) -> Vec<(String, String, [f64; 3])> {
                 let median = &numbers[numbers.find("\"median\":")?..];
                 let ns = |key| Some(after(median, key)?.parse::<f64>().ok()? / 1e9);
                 let figures = [ns("point_estimate")?, ns("lower_bound")?, ns("upper_bound")?];
-                Some((after(&what, "group_id")?, after(&what, "function_id")?, figures))
+                let when = path.join("estimates.json").metadata().and_then(|m| m.modified()).ok()?;
+                Some((after(&what, "group_id")?, after(&what, "function_id")?, figures, when))
             })();
             all.extend(found);
         } else if path.is_dir() {
@@ -109,8 +113,11 @@ fn estimates(folder: &Path) -> Vec<(String, String, [f64; 3])> {
 /// The value of the first `key` in a text of JSON whose strings have no quotes in them.
 fn after(json: &str, key: &str) -> Option<String> {
     let rest = json.split_once(&format!("\"{key}\":"))?.1;
-    let end = if rest.starts_with('"') { rest[1..].find('"')? + 1 } else { rest.find([',', '}'])? };
-    Some(rest[..end].trim_start_matches('"').to_owned())
+    let value = match rest.strip_prefix('"') {
+        Some(text) => text.split('"').next(),
+        None => rest.split([',', '}']).next(),
+    };
+    value.map(str::to_owned)
 }
 
 // -------------------------------------------------------------------------------------------------- the page
@@ -126,7 +133,7 @@ fn page(load: &str) -> String {
     };
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let with = if args.is_empty() { String::new() } else { format!(" -- {}", args.join(" ")) };
-    fact("Date", output("date", &["-u", "+%F %H:%M UTC"]));
+    fact("Date", Some(utc(SystemTime::now())));
     fact("Command", Some(format!("`cargo bench --bench report{with}`")));
     fact("Machine", machine());
     fact(
@@ -138,18 +145,11 @@ fn page(load: &str) -> String {
     let postgres = support::programs::find().join("postgres");
     fact("Server", output(&postgres.to_string_lossy(), &["--version"]));
     fact("Peers", peers());
-    page += "\nTimes that two subjects were not given in the same run do not compare. Where a part is older than this page, its \
-             own date says so.\n\n";
+    page += "\nOnly figures of one run compare. Each part says by which command it was made, and when.\n\n";
     for bench in BENCHES {
         let path = folder().join(format!("{bench}.part.md"));
         match fs::read_to_string(&path) {
-            Ok(part) => {
-                let when = output("date", &["-u", "-r", &path.to_string_lossy(), "+%F %H:%M UTC"]);
-                let mut lines = part.splitn(2, '\n');
-                let (title, rest) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-                let _ =
-                    writeln!(page, "{title}\n\n`cargo bench --bench {bench}`, {}.\n{rest}", when.unwrap_or_default());
-            }
+            Ok(part) => page += &format!("{part}\n"),
             Err(_) => {
                 let _ = writeln!(page, "## {bench}\n\nNot run.\n");
             }

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The folder of the report. Cargo's own for temporary files lies beside it.
 pub fn folder() -> PathBuf {
@@ -15,6 +17,9 @@ pub fn folder() -> PathBuf {
 /// A part of the report, written when it is [`finish`](Part::finish)ed, and printed as it grows.
 pub struct Part {
     name: &'static str,
+    title: String,
+    /// By what, and when.
+    made: String,
     text: String,
     plots: Vec<String>,
 }
@@ -22,9 +27,16 @@ pub struct Part {
 impl Part {
     /// `name`: of its file.
     pub fn new(name: &'static str, title: &str) -> Part {
-        let mut part = Part { name, text: String::new(), plots: Vec::new() };
-        part.say(&format!("## {title}\n"));
-        part
+        println!("## {title}\n");
+        let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+        let args = if args.is_empty() { String::new() } else { format!(" -- {}", args.join(" ")) };
+        let made = format!("`cargo bench --bench {name}{args}`, {}", utc(SystemTime::now()));
+        Part { name, title: title.into(), made, text: String::new(), plots: Vec::new() }
+    }
+
+    /// Says otherwise than by this process, now.
+    pub fn made(&mut self, made: String) {
+        self.made = made;
     }
 
     /// Adds a line or a paragraph.
@@ -68,10 +80,18 @@ impl Part {
     /// Writes it to the folder of the report.
     pub fn finish(self) {
         let path = folder().join(format!("{}.part.md", self.name));
-        fs::write(&path, self.text).expect("a part of the report");
+        let text = format!("## {}\n\n{}\n\n{}", self.title, self.made, self.text);
+        fs::write(&path, text).expect("a part of the report");
         for file in &self.plots {
             println!("plot: {}", folder().join(file).display());
         }
         println!("written: {}", path.display());
     }
+}
+
+/// A date and a time, if the system's `date` can tell.
+pub fn utc(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let output = Command::new("date").args(["-u", "-d", &format!("@{seconds}"), "+%F %H:%M UTC"]).output();
+    output.map_or_else(|_| format!("@{seconds}"), |o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
 }
