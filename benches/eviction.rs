@@ -9,7 +9,8 @@
 //! All pools and scenarios run side by side on one private server, whose `pg_stat_activity` is looked at every few
 //! milliseconds; they do next to nothing, and so do not disturb each other. A pool that acts on a tick is late by where
 //! in its tick it was caught: with `--quick` anywhere, otherwise just after one of r2d2's, which come every 30 s. Where a
-//! Python with `psycopg_pool` is found (`PYTHON` may name it), its pool takes part.
+//! Python with `psycopg_pool` is found (`pip install "psycopg[binary]" psycopg_pool`; `PYTHON` may name it), its pool
+//! takes part.
 //!
 //! Times are the server's: a connection is born when its backend started, which is a little after the pool began to
 //! open it, unused since its last query ended, and gone when its backend is, which is a little after the pool let go.
