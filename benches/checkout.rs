@@ -1,0 +1,97 @@
+//! What a get and a return cost, on connections without I/O: `cargo bench --bench checkout`.
+//!
+//! Times are per get and return, all threads together: 4 threads that need 100 ns each at the same time show 25 ns.
+//! Criterion runs one subject after the other. Ratios from interleaved rounds are `track`'s, waiting times `waits`'.
+
+mod common;
+
+use common::peers::{self, Nil};
+use common::{Hold, Load, Subject, ms, us};
+use criterion::{Criterion, SamplingMode};
+use millpond::event::NopEventHandler;
+use std::time::Duration;
+
+fn main() {
+    if !common::is_bench() {
+        return;
+    }
+    let mut criterion = Criterion::default()
+        .without_plots()
+        .sample_size(10)
+        .warm_up_time(ms(200))
+        .measurement_time(ms(600))
+        .configure_from_args();
+    threads(&mut criterion);
+    sizes(&mut criterion);
+    knobs(&mut criterion);
+    criterion.final_summary();
+}
+
+fn measure(criterion: &mut Criterion, group: &str, load: &Load<Nil>, subjects: &[Box<dyn Subject<Nil>>]) {
+    let mut group = criterion.benchmark_group(group);
+    if load.threads > 1 {
+        group.sampling_mode(SamplingMode::Flat);
+    }
+    for subject in subjects {
+        group.bench_function(subject.name(), |b| b.iter_custom(|n| load.time(&**subject, n)));
+    }
+}
+
+/// So many threads on so many connections, with hold times of nothing, of work and of waiting.
+fn threads(criterion: &mut Criterion) {
+    let mut one = peers::everybody(1);
+    one.push(peers::bare(1));
+    one.push(peers::entering());
+    measure(criterion, "1 thread", &Load { threads: 1, hold: Hold::Nothing }, &one);
+
+    let nothing = ("", Hold::Nothing);
+    let work = (", 20 us of work", Hold::Spin(us(20)));
+    let asleep = (", 50 us asleep", Hold::Sleep(us(50)));
+    let longer = (", 1 ms asleep", Hold::Sleep(ms(1)));
+    let shapes: [(usize, u32, &[_]); 4] = [
+        (2, 2, &[nothing, work, asleep]),
+        (4, 4, &[nothing, work, asleep]),
+        (16, 4, &[nothing, work, asleep, longer]),
+        (64, 4, &[asleep]),
+    ];
+    for (threads, size, holds) in shapes {
+        let mut subjects = peers::everybody(size);
+        if threads <= size as usize {
+            subjects.push(peers::bare(size));
+        }
+        for &(held, hold) in holds {
+            measure(criterion, &format!("{threads} threads on {size}{held}"), &Load { threads, hold }, &subjects);
+        }
+    }
+}
+
+/// One thread, and so many connections that lie idle under the one it uses.
+fn sizes(criterion: &mut Criterion) {
+    for size in [1, 100, 10_000] {
+        let subjects = [peers::millpond("millpond", size, |b| b), peers::r2d2("r2d2 untested", size, false)];
+        subjects.iter().for_each(|subject| subject.fill(size as usize));
+        measure(criterion, &format!("size {size}"), &Load { threads: 1, hold: Hold::Nothing }, &subjects);
+    }
+}
+
+/// What it costs Millpond to look closer. Its counts cannot be turned off; what can is somebody who reads them.
+fn knobs(criterion: &mut Criterion) {
+    let subjects = [
+        peers::millpond("off", 4, |b| b),
+        peers::millpond("leak detection", 4, |b| b.leak_threshold(Duration::from_secs(30))),
+        peers::millpond("events", 4, |b| b.event_handler(Box::new(NopEventHandler))),
+        peers::millpond("a floor", 4, |b| b.min_idle(4)),
+        peers::millpond("keepalive", 4, |b| b.keepalive(Duration::from_secs(30))),
+        peers::millpond("no limits", 4, |b| b.max_idle(None).max_lifetime(None)),
+        peers::millpond("always tested", 4, |b| b.test_on_check_out(true)),
+    ];
+    subjects.iter().for_each(|subject| subject.fill(4));
+    for threads in [1, 4] {
+        let load = Load { threads, hold: Hold::Nothing };
+        measure(criterion, &format!("knobs, {threads} threads"), &load, &subjects);
+
+        let pool = peers::millpond_pool(4, |b| b);
+        let subject = [common::named("stats read every 10 ms", pool.clone())];
+        peers::watched(&pool, || measure(criterion, &format!("knobs, {threads} threads"), &load, &subject));
+    }
+}

@@ -1,0 +1,410 @@
+//! What every bench stands on: one trait in front of all pools, so that each scenario is written once and everybody is
+//! measured on the same work.
+//!
+//! A [`Store`] lends; that is all a pool has to say here. A [`Subject`] is a store that can be kept in a list with
+//! others: whole loops run behind its virtual calls, never one `get`, so the list costs the measured loop nothing.
+
+#![allow(dead_code, unreachable_pub, reason = "compiled into each bench on its own, none of which uses all of it")]
+
+pub mod peers;
+pub mod report;
+pub mod sessions;
+pub mod svg;
+
+use std::hint::black_box;
+use std::ops::DerefMut;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Barrier, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Whether cargo asks for a measurement (`cargo bench`); `cargo test --benches` only wants to see that this builds.
+pub fn is_bench() -> bool {
+    let given = |arg: &str| std::env::args().any(|a| a == arg);
+    given("--bench") && !given("--test")
+}
+
+/// Whether the command line asks for a short run.
+pub fn is_quick() -> bool {
+    std::env::args().any(|a| a == "--quick")
+}
+
+/// Whether the words of the command line, if there are any, pick what is called `name`.
+pub fn is_picked(name: &str) -> bool {
+    let mut words = std::env::args().skip(1).filter(|a| !a.starts_with('-')).peekable();
+    words.peek().is_none() || words.any(|word| name.contains(&word))
+}
+
+/// `ms(200)` reads better than its long form.
+pub const fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+/// And so does `us(50)`.
+pub const fn us(us: u64) -> Duration {
+    Duration::from_micros(us)
+}
+
+// -------------------------------------------------------------------------------------------------- the seam
+
+/// A pool, or what takes the place of one.
+pub trait Store: Send + Sync {
+    /// What it lends.
+    type Conn;
+    /// The loan, which ends when it is dropped.
+    type Lent<'a>: DerefMut<Target = Self::Conn>
+    where
+        Self: 'a;
+
+    /// Waits for a connection. `worker` counts the threads from 0, for a store that gives each its own.
+    fn get(&self, worker: usize) -> Self::Lent<'_>;
+}
+
+/// What a worker does with a connection while it has it.
+pub enum Hold<C> {
+    /// Nothing.
+    Nothing,
+    /// Work on the processor that takes so long on an undisturbed core. Counted, not timed: a preempted worker still
+    /// has all of its work to do, as in real life.
+    Spin(Duration),
+    /// Sleep, as one who waits for a server. (The system adds its slack, 50 us on Linux, for everybody alike.)
+    Sleep(Duration),
+    /// Use it.
+    Use(fn(&mut C)),
+}
+
+// Derived, they would ask the same of `C`.
+impl<C> Clone for Hold<C> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<C> Copy for Hold<C> {}
+
+/// A store by its name, whatever its type.
+pub trait Subject<C>: Send + Sync {
+    fn name(&self) -> &str;
+
+    /// Gets and returns `n` times.
+    fn cycles(&self, worker: usize, n: u64, hold: Hold<C>);
+
+    /// Gets and returns until told to stop. Returns how often it got one before that. With `waits`, reads the clock
+    /// around each get.
+    fn work(&self, worker: usize, hold: Hold<C>, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64;
+
+    /// Has `n` connections lent at once and returned, so that as many are there from now on.
+    fn fill(&self, n: usize);
+}
+
+struct Named<S> {
+    name: String,
+    store: S,
+}
+
+/// A store with a name to be listed under.
+pub fn named<S: Store + 'static>(name: impl Into<String>, store: S) -> Box<dyn Subject<S::Conn>> {
+    Box::new(Named { name: name.into(), store })
+}
+
+impl<S: Store> Subject<S::Conn> for Named<S> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn cycles(&self, worker: usize, n: u64, hold: Hold<S::Conn>) {
+        let hold = hold.prepare();
+        for _ in 0..n {
+            hold.with(&mut self.store.get(worker));
+        }
+    }
+
+    fn work(&self, worker: usize, hold: Hold<S::Conn>, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64 {
+        let hold = hold.prepare();
+        let mut gets = 0;
+        match waits {
+            None => loop {
+                hold.with(&mut self.store.get(worker));
+                if stop.load(Ordering::Relaxed) {
+                    break gets;
+                }
+                gets += 1;
+            },
+            Some(waits) => loop {
+                let asked = Instant::now();
+                let mut lent = self.store.get(worker);
+                waits.record(asked.elapsed());
+                hold.with(&mut lent);
+                drop(lent);
+                if stop.load(Ordering::Relaxed) {
+                    break gets;
+                }
+                gets += 1;
+            },
+        }
+    }
+
+    fn fill(&self, n: usize) {
+        let lent: Vec<_> = (0..n).map(|worker| self.store.get(worker)).collect();
+        drop(lent);
+    }
+}
+
+/// A hold whose work has been counted.
+enum Ready<C> {
+    Nothing,
+    Spin(u64),
+    Sleep(Duration),
+    Use(fn(&mut C)),
+}
+
+impl<C> Hold<C> {
+    fn prepare(self) -> Ready<C> {
+        match self {
+            Hold::Nothing => Ready::Nothing,
+            Hold::Spin(time) => Ready::Spin((time.as_secs_f64() * spins_per_second()) as u64),
+            Hold::Sleep(time) => Ready::Sleep(time),
+            Hold::Use(what) => Ready::Use(what),
+        }
+    }
+}
+
+impl<C> Ready<C> {
+    #[inline]
+    fn with(&self, conn: &mut C) {
+        let conn = black_box(conn);
+        match *self {
+            Ready::Nothing => {}
+            Ready::Spin(n) => spin(n),
+            Ready::Sleep(time) => thread::sleep(time),
+            Ready::Use(what) => what(conn),
+        }
+    }
+}
+
+#[inline(never)]
+fn spin(n: u64) {
+    let mut x = n;
+    for _ in 0..n {
+        x = black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
+    }
+    black_box(x);
+}
+
+/// How much work an undisturbed core does: the best of many tries, for the others were disturbed.
+fn spins_per_second() -> f64 {
+    static RATE: OnceLock<f64> = OnceLock::new();
+    *RATE.get_or_init(|| {
+        const N: u64 = 50_000;
+        let best = (0..50).map(|_| {
+            let begun = Instant::now();
+            spin(N);
+            begun.elapsed()
+        });
+        N as f64 / best.min().expect("fifty of them").as_secs_f64()
+    })
+}
+
+// -------------------------------------------------------------------------------------------------- scenarios
+
+/// So many threads do the same to one subject.
+pub struct Load<C> {
+    pub threads: usize,
+    pub hold: Hold<C>,
+}
+
+/// What came of a run.
+pub struct Outcome {
+    pub time: Duration,
+    /// How often each thread got a connection.
+    pub gets: Vec<u64>,
+    /// How long they waited; empty if nobody looked.
+    pub waits: Waits,
+}
+
+impl Outcome {
+    /// Seconds per get and return, all threads together.
+    pub fn cost(&self) -> f64 {
+        self.time.as_secs_f64() / self.gets.iter().sum::<u64>().max(1) as f64
+    }
+
+    /// Fewest over most gets per thread: 1 is even, 0 says that somebody got nothing.
+    pub fn fairness(&self) -> f64 {
+        let most = self.gets.iter().copied().max().unwrap_or(0).max(1);
+        self.gets.iter().copied().min().unwrap_or(0) as f64 / most as f64
+    }
+}
+
+impl<C: 'static> Load<C> {
+    /// Runs for `time`. `timed`: with a look at the clock around each get, 50 ns or so.
+    pub fn run(&self, subject: &dyn Subject<C>, time: Duration, timed: bool) -> Outcome {
+        let stop = AtomicBool::new(false);
+        let start = Barrier::new(self.threads + 1);
+        thread::scope(|s| {
+            let (stop, start) = (&stop, &start);
+            let hold = self.hold;
+            let worker = |worker: usize| {
+                s.spawn(move || {
+                    let mut waits = Waits::new();
+                    start.wait();
+                    let gets = subject.work(worker, hold, stop, timed.then_some(&mut waits));
+                    (gets, waits)
+                })
+            };
+            let workers: Vec<_> = (0..self.threads).map(worker).collect();
+            start.wait();
+            let begun = Instant::now();
+            thread::sleep(time);
+            stop.store(true, Ordering::Relaxed);
+            let time = begun.elapsed();
+            let mut outcome = Outcome { time, gets: Vec::new(), waits: Waits::new() };
+            for worker in workers {
+                let (gets, waits) = worker.join().expect("a worker");
+                outcome.gets.push(gets);
+                outcome.waits.add(&waits);
+            }
+            outcome
+        })
+    }
+
+    /// How long `n` gets and returns take, shared out evenly: for criterion, which counts. One thread is this thread.
+    pub fn time(&self, subject: &dyn Subject<C>, n: u64) -> Duration {
+        if self.threads == 1 {
+            let begun = Instant::now();
+            subject.cycles(0, n, self.hold);
+            return begun.elapsed();
+        }
+        let each = n.div_ceil(self.threads as u64);
+        let start = Barrier::new(self.threads + 1);
+        let time = thread::scope(|s| {
+            let start = &start;
+            let hold = self.hold;
+            let worker = |worker: usize| {
+                s.spawn(move || {
+                    start.wait();
+                    subject.cycles(worker, each, hold);
+                    Instant::now()
+                })
+            };
+            let workers: Vec<_> = (0..self.threads).map(worker).collect();
+            let begun = Instant::now();
+            start.wait();
+            let ends = workers.into_iter().map(|w| w.join().expect("a worker"));
+            ends.max().expect("at least one").saturating_duration_since(begun)
+        });
+        time.mul_f64(n as f64 / (each * self.threads as u64) as f64)
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- distributions
+
+/// Buckets per power of two: a quantile is at most 1/32 above the true value.
+const STEPS: u64 = 32;
+
+/// How long something took: a histogram of nanoseconds, and the exact greatest.
+#[derive(Clone)]
+pub struct Waits {
+    buckets: Vec<u64>,
+    count: u64,
+    max: u64,
+}
+
+impl Waits {
+    pub fn new() -> Self {
+        Waits { buckets: vec![0; (64 * STEPS) as usize], count: 0, max: 0 }
+    }
+
+    #[inline]
+    pub fn record(&mut self, time: Duration) {
+        let ns = time.as_nanos() as u64;
+        let octave = u64::from((ns | STEPS).ilog2() - STEPS.ilog2());
+        self.buckets[(octave * STEPS + (ns >> octave)) as usize] += 1;
+        self.count += 1;
+        self.max = self.max.max(ns);
+    }
+
+    pub fn add(&mut self, other: &Waits) {
+        self.buckets.iter_mut().zip(&other.buckets).for_each(|(mine, theirs)| *mine += theirs);
+        self.count += other.count;
+        self.max = self.max.max(other.max);
+    }
+
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// In seconds.
+    pub fn max(&self) -> f64 {
+        self.max as f64 / 1e9
+    }
+
+    /// The time that a part `q` of them did not exceed, in seconds.
+    pub fn quantile(&self, q: f64) -> f64 {
+        let rank = (q * self.count as f64).ceil().max(1.0) as u64;
+        let mut seen = 0;
+        for (i, n) in self.buckets.iter().enumerate() {
+            seen += n;
+            if seen >= rank {
+                let (octave, step) = match i as u64 / STEPS {
+                    0 => (0, i as u64),
+                    o => (o - 1, i as u64 - (o - 1) * STEPS),
+                };
+                let upper = ((step + 1) << octave) - 1;
+                return upper.min(self.max) as f64 / 1e9;
+            }
+        }
+        self.max()
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- rounds
+
+/// Runs each subject once per round, in turn, forwards and backwards by turns, so that what disturbs the machine for a
+/// while disturbs all of them. The outcomes by subject, then by round.
+pub fn rounds<C: 'static>(
+    load: &Load<C>,
+    subjects: &[&dyn Subject<C>],
+    rounds: usize,
+    time: Duration,
+    timed: bool,
+) -> Vec<Vec<Outcome>> {
+    let mut outcomes: Vec<Vec<Outcome>> = subjects.iter().map(|_| Vec::new()).collect();
+    for round in 0..rounds {
+        let mut order: Vec<usize> = (0..subjects.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for i in order {
+            outcomes[i].push(load.run(subjects[i], time, timed));
+        }
+    }
+    outcomes
+}
+
+pub fn median(of: impl IntoIterator<Item = f64>) -> f64 {
+    let mut of: Vec<f64> = of.into_iter().collect();
+    of.sort_by(f64::total_cmp);
+    match of.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => of[n / 2],
+        n => (of[n / 2 - 1] + of[n / 2]) / 2.0,
+    }
+}
+
+/// Seconds in three digits and a unit.
+pub fn short(seconds: f64) -> String {
+    let (x, unit) = match seconds.abs() {
+        s if !s.is_finite() => return "-".into(),
+        0.0 => return "0".into(),
+        s if s < 1e-6 => (seconds * 1e9, "ns"),
+        s if s < 1e-3 => (seconds * 1e6, "us"),
+        s if s < 1.0 => (seconds * 1e3, "ms"),
+        _ => (seconds, "s"),
+    };
+    let digits = match x.abs() {
+        x if x < 9.995 => 2,
+        x if x < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{x:.digits$} {unit}")
+}

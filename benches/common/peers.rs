@@ -1,0 +1,318 @@
+//! The pools, and what takes the place of one, on connections that are nothing: what a checkout itself costs.
+//!
+//! Everybody waits for at most 30 seconds, and takes the connection used last. bb8 and deadpool are made for tasks; here
+//! they serve threads, each of which enters their runtime once per `get`. That is what they cost a threaded server, not
+//! what they cost a task: [`entering`] is the part that is tokio's.
+
+use super::{Store, Subject, ms, named};
+use parking_lot::{Condvar, Mutex};
+use std::convert::Infallible;
+use std::ops::{Deref, DerefMut};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
+use tokio::runtime::{Handle, Runtime};
+
+/// How long everybody waits for a connection.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A connection without I/O. Small, so that a pool that moves it about is not charged for its size.
+#[derive(Debug)]
+pub struct Nil(pub u64);
+
+/// What opens and checks it: in no time.
+#[derive(Debug)]
+pub struct Nils;
+
+impl r2d2::ManageConnection for Nils {
+    type Connection = Nil;
+    type Error = Infallible;
+
+    fn connect(&self) -> Result<Nil, Infallible> {
+        Ok(Nil(0))
+    }
+
+    fn is_valid(&self, _: &mut Nil) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn has_broken(&self, _: &mut Nil) -> bool {
+        false
+    }
+}
+
+impl bb8::ManageConnection for Nils {
+    type Connection = Nil;
+    type Error = Infallible;
+
+    async fn connect(&self) -> Result<Nil, Infallible> {
+        Ok(Nil(0))
+    }
+
+    async fn is_valid(&self, _: &mut Nil) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn has_broken(&self, _: &mut Nil) -> bool {
+        false
+    }
+}
+
+impl deadpool::managed::Manager for Nils {
+    type Type = Nil;
+    type Error = Infallible;
+
+    async fn create(&self) -> Result<Nil, Infallible> {
+        Ok(Nil(0))
+    }
+
+    async fn recycle(
+        &self,
+        _: &mut Nil,
+        _: &deadpool::managed::Metrics,
+    ) -> deadpool::managed::RecycleResult<Infallible> {
+        Ok(())
+    }
+}
+
+/// Where [`everybody`] has r2d2 without its test, the 1.00 of every comparison.
+pub const R2D2: usize = 1;
+
+/// Everybody that a contended checkout is measured on, each holding `size` connections.
+pub fn everybody(size: u32) -> Vec<Box<dyn Subject<Nil>>> {
+    let all = vec![
+        millpond("millpond", size, |b| b),
+        r2d2("r2d2 untested", size, false),
+        r2d2("r2d2 defaults", size, true),
+        bb8("bb8 untested", size, false),
+        deadpool("deadpool", size),
+        barging(size),
+    ];
+    all.iter().for_each(|subject| subject.fill(size as usize));
+    all
+}
+
+// -------------------------------------------------------------------------------------------------- the pools
+
+impl<M: millpond::Manage> Store for millpond::Pool<M> {
+    type Conn = M::Connection;
+    type Lent<'a> = millpond::PooledConnection<M>;
+
+    #[inline]
+    fn get(&self, _: usize) -> Self::Lent<'_> {
+        millpond::Pool::get(self).expect("a connection")
+    }
+}
+
+/// Millpond's defaults, and what `with` sets otherwise.
+pub fn millpond(
+    name: &str,
+    size: u32,
+    with: impl FnOnce(millpond::Builder<Nils>) -> millpond::Builder<Nils>,
+) -> Box<dyn Subject<Nil>> {
+    named(name, millpond_pool(size, with))
+}
+
+/// [`millpond`] as itself.
+pub fn millpond_pool(
+    size: u32,
+    with: impl FnOnce(millpond::Builder<Nils>) -> millpond::Builder<Nils>,
+) -> millpond::Pool<Nils> {
+    let builder = millpond::Pool::builder().max_size(size).connection_timeout(PATIENCE);
+    with(builder).build(Nils).expect("a pool")
+}
+
+/// Does it while somebody reads the pool's counts every 10 ms.
+pub fn watched<R>(pool: &millpond::Pool<Nils>, what: impl FnOnce() -> R) -> R {
+    let (stop, stopped) = mpsc::channel::<()>();
+    thread::scope(|s| {
+        s.spawn(move || {
+            while stopped.recv_timeout(ms(10)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                std::hint::black_box(pool.stats());
+            }
+        });
+        let done = what();
+        drop(stop);
+        done
+    })
+}
+
+impl<M: r2d2::ManageConnection> Store for r2d2::Pool<M> {
+    type Conn = M::Connection;
+    type Lent<'a> = r2d2::PooledConnection<M>;
+
+    #[inline]
+    fn get(&self, _: usize) -> Self::Lent<'_> {
+        r2d2::Pool::get(self).expect("a connection")
+    }
+}
+
+/// r2d2's defaults, with its test before each checkout or without.
+pub fn r2d2(name: &str, size: u32, test: bool) -> Box<dyn Subject<Nil>> {
+    named(name, r2d2_pool(size, test))
+}
+
+/// [`r2d2`] as itself.
+pub fn r2d2_pool(size: u32, test: bool) -> r2d2::Pool<Nils> {
+    let builder = r2d2::Pool::builder().max_size(size).connection_timeout(PATIENCE);
+    builder.test_on_check_out(test).build(Nils).expect("a pool")
+}
+
+/// A runtime with one thread of its own, which does next to nothing here: those who enter it run their futures
+/// themselves.
+fn runtime() -> &'static Handle {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    let start = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().expect("tokio");
+    RUNTIME.get_or_init(start).handle()
+}
+
+struct Bb8(bb8::Pool<Nils>);
+
+impl Store for Bb8 {
+    type Conn = Nil;
+    type Lent<'a> = bb8::PooledConnection<'a, Nils>;
+
+    fn get(&self, _: usize) -> Self::Lent<'_> {
+        runtime().block_on(self.0.get()).expect("a connection")
+    }
+}
+
+/// bb8, entered once per `get`.
+pub fn bb8(name: &str, size: u32, test: bool) -> Box<dyn Subject<Nil>> {
+    let builder = bb8::Pool::builder().max_size(size).connection_timeout(PATIENCE).test_on_check_out(test);
+    named(name, Bb8(runtime().block_on(builder.build(Nils)).expect("a pool")))
+}
+
+struct Deadpool(deadpool::managed::Pool<Nils>);
+
+impl Store for Deadpool {
+    type Conn = Nil;
+    type Lent<'a> = deadpool::managed::Object<Nils>;
+
+    fn get(&self, _: usize) -> Self::Lent<'_> {
+        runtime().block_on(self.0.get()).expect("a connection")
+    }
+}
+
+/// deadpool, entered once per `get`. Its test is up to its manager, which here has none.
+pub fn deadpool(name: &str, size: u32) -> Box<dyn Subject<Nil>> {
+    let pool = deadpool::managed::Pool::builder(Nils)
+        .max_size(size as usize)
+        .wait_timeout(Some(PATIENCE))
+        .runtime(deadpool::Runtime::Tokio1)
+        .build();
+    named(name, Deadpool(pool.expect("a pool")))
+}
+
+// -------------------------------------------------------------------------------------------------- the floors
+
+/// The least that can lend the same thing to several threads: a lock and a list.
+struct Floor<C> {
+    unused: Mutex<Vec<C>>,
+    returned: Condvar,
+    /// Whether those who find it empty wait, and those who return wake them. Otherwise there must be enough.
+    waits: bool,
+}
+
+struct Borrowed<'a, C> {
+    conn: Option<C>,
+    floor: &'a Floor<C>,
+}
+
+impl<C: Send> Store for Floor<C> {
+    type Conn = C;
+    type Lent<'a>
+        = Borrowed<'a, C>
+    where
+        C: 'a;
+
+    #[inline]
+    fn get(&self, _: usize) -> Self::Lent<'_> {
+        let mut unused = self.unused.lock();
+        let conn = loop {
+            match unused.pop() {
+                Some(conn) => break conn,
+                None => {
+                    assert!(self.waits, "a floor that does not wait needs a connection per thread");
+                    self.returned.wait(&mut unused);
+                }
+            }
+        };
+        drop(unused);
+        Borrowed { conn: Some(conn), floor: self }
+    }
+}
+
+impl<C> Drop for Borrowed<'_, C> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(conn) = self.conn.take() {
+            self.floor.unused.lock().push(conn);
+            if self.floor.waits {
+                self.floor.returned.notify_one();
+            }
+        }
+    }
+}
+
+impl<C> Deref for Borrowed<'_, C> {
+    type Target = C;
+
+    #[inline]
+    fn deref(&self) -> &C {
+        self.conn.as_ref().expect("lent")
+    }
+}
+
+impl<C> DerefMut for Borrowed<'_, C> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut C {
+        self.conn.as_mut().expect("lent")
+    }
+}
+
+fn floor(name: &str, size: u32, waits: bool) -> Box<dyn Subject<Nil>> {
+    let unused = (0..size).map(|i| Nil(u64::from(i))).collect();
+    named(name, Floor { unused: Mutex::new(unused), returned: Condvar::new(), waits })
+}
+
+/// A lock and a list, for no more threads than connections.
+pub fn bare(size: u32) -> Box<dyn Subject<Nil>> {
+    floor("lock and list", size, false)
+}
+
+/// A lock, a list and a condition: whoever comes first takes it, as unfair as that may be.
+pub fn barging(size: u32) -> Box<dyn Subject<Nil>> {
+    floor("lock, list, condvar", size, true)
+}
+
+/// One for each, without any pool.
+pub struct PerThread<C>(pub Vec<Mutex<C>>);
+
+impl<C: Send> Store for PerThread<C> {
+    type Conn = C;
+    type Lent<'a>
+        = parking_lot::MutexGuard<'a, C>
+    where
+        C: 'a;
+
+    #[inline]
+    fn get(&self, worker: usize) -> Self::Lent<'_> {
+        // Nobody else's: 10 ns, for the borrow checker.
+        self.0[worker].lock()
+    }
+}
+
+/// Entering and leaving tokio's runtime for nothing: what no pool for tasks can do without on a thread.
+pub fn entering() -> Box<dyn Subject<Nil>> {
+    struct Entering;
+    impl Store for Entering {
+        type Conn = Nil;
+        type Lent<'a> = Box<Nil>;
+
+        fn get(&self, _: usize) -> Box<Nil> {
+            runtime().block_on(async { Box::new(Nil(0)) })
+        }
+    }
+    named("tokio's block_on", Entering)
+}

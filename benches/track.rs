@@ -1,0 +1,298 @@
+//! The goals, in under a minute, for every change: `cargo bench --bench track [-- words of a scenario]`.
+//!
+//! Each figure is a ratio within this run, against r2d2 without its test unless it says otherwise: the median over
+//! rounds in which the rivals take turns, so that a noisy machine is noisy for all of them. What lies in brackets is the
+//! least and the greatest of the rounds.
+
+mod common;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use common::peers::{self, Nil};
+use common::report::Part;
+use common::sessions::{self, SELECT_ONE, Session};
+use common::{Hold, Load, Outcome, Subject, is_picked, median, ms, rounds, short, us};
+use millpond::event::NopEventHandler;
+use std::time::{Duration, Instant};
+use support::Server;
+
+const ROUNDS: usize = 7;
+/// Where nobody sleeps, many short rounds: most of them then meet no other process.
+const MANY: usize = 41;
+const BRIEF: Duration = ms(8);
+/// For fairness: in less than a second even the system's scheduler, which shares out the processors in slices of some
+/// milliseconds, is not fair.
+const LONG_ROUNDS: usize = 3;
+const SECOND: Duration = Duration::from_secs(1);
+
+fn main() {
+    if !common::is_bench() {
+        return;
+    }
+    let begun = Instant::now();
+    let mut goals = Goals { rows: Vec::new() };
+    uncontended(&mut goals);
+    knobs(&mut goals);
+    sizes(&mut goals);
+    contended(&mut goals);
+    select_one(&mut goals);
+
+    let mut part = Part::new("track", "Goals");
+    part.say(
+        "Ratios to r2d2 without its test in the same run, unless it says otherwise; medians of interleaved rounds. \"Bests\" is \
+         the ratio of the best rounds of both, which tells on a machine that others use.\n",
+    );
+    let head = ["scenario", "what", "goal", "measured", "least", "most", "bests", "rival", "millpond", ""];
+    part.table(&head, &goals.rows);
+    let missed = goals.rows.iter().filter(|row| row[9] != "ok").count();
+    part.say(&format!("{} of {} goals missed, in {} s.", missed, goals.rows.len(), begun.elapsed().as_secs()));
+    part.finish();
+}
+
+struct Goals {
+    rows: Vec<Vec<String>>,
+}
+
+impl Goals {
+    /// Each round's figure of `mine` over that of `theirs`, at most `goal`.
+    fn at_most(&mut self, row: (&str, &str), goal: f64, mine: &[Outcome], theirs: &[Outcome], f: fn(&Outcome) -> f64) {
+        let ratios: Vec<f64> = mine.iter().zip(theirs).map(|(m, t)| f(m) / f(t)).collect();
+        let measured = median(ratios.iter().copied());
+        let absolute = |outcomes: &[Outcome]| short(median(outcomes.iter().map(f)));
+        let best = |outcomes: &[Outcome]| outcomes.iter().map(f).fold(f64::INFINITY, f64::min);
+        let bests = format!("{:.3}", best(mine) / best(theirs));
+        self.row(row, "<=", goal, measured, &ratios, bests, measured <= goal, absolute(theirs), absolute(mine));
+    }
+
+    /// A figure that needs no rival, at least `goal`, or at most if that is `less`.
+    fn alone(
+        &mut self,
+        row: (&str, &str),
+        less: bool,
+        goal: f64,
+        mine: &[Outcome],
+        theirs: &[Outcome],
+        f: fn(&Outcome) -> f64,
+    ) {
+        let figures: Vec<f64> = mine.iter().map(f).collect();
+        let measured = median(figures.iter().copied());
+        let absolute = |outcomes: &[Outcome]| match outcomes {
+            [] => "-".into(),
+            _ => format!("{:.2}", median(outcomes.iter().map(f))),
+        };
+        let (sign, met) = if less { ("<=", measured <= goal) } else { (">=", measured >= goal) };
+        self.row(row, sign, goal, measured, &figures, "-".into(), met, absolute(theirs), absolute(mine));
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one per column")]
+    fn row(
+        &mut self,
+        row: (&str, &str),
+        sign: &str,
+        goal: f64,
+        measured: f64,
+        all: &[f64],
+        bests: String,
+        met: bool,
+        theirs: String,
+        mine: String,
+    ) {
+        let least = all.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = all.iter().copied().fold(0.0, f64::max);
+        let verdict = if met { "ok" } else { "MISSED" };
+        println!(
+            "{verdict:>6}  {:<28} {:<18} {sign} {goal:<6} {measured:>7.3}  ({least:.3}-{most:.3}, bests {bests})",
+            row.0, row.1
+        );
+        self.rows.push(vec![
+            row.0.into(),
+            row.1.into(),
+            format!("{sign} {goal}"),
+            format!("{measured:.3}"),
+            format!("{least:.3}"),
+            format!("{most:.3}"),
+            bests,
+            theirs,
+            mine,
+            verdict.into(),
+        ]);
+    }
+}
+
+fn rivals(size: u32) -> [Box<dyn Subject<Nil>>; 2] {
+    let rivals = [peers::millpond("millpond", size, |b| b), peers::r2d2("r2d2 untested", size, false)];
+    rivals.iter().for_each(|subject| subject.fill(size as usize));
+    rivals
+}
+
+fn p99(outcome: &Outcome) -> f64 {
+    outcome.waits.quantile(0.99)
+}
+
+fn p999(outcome: &Outcome) -> f64 {
+    outcome.waits.quantile(0.999)
+}
+
+/// More connections than threads need.
+fn uncontended(goals: &mut Goals) {
+    for (threads, name, goal) in [(1, "1 thread", 0.18), (4, "4 threads on 4", 0.25)] {
+        if !is_picked(name) {
+            continue;
+        }
+        let load = Load { threads, hold: Hold::Nothing };
+        let size = threads as u32;
+        let ([millpond, r2d2], floor) = (rivals(size), peers::bare(size));
+        let [mine, theirs, least] = &rounds(&load, &[&*millpond, &*r2d2, &*floor], MANY, BRIEF, false)[..] else {
+            unreachable!("three subjects")
+        };
+        goals.at_most((name, "cost"), goal, mine, theirs, Outcome::cost);
+        // No goal of its own: how much of it a pool can save at all.
+        let floor = median(least.iter().zip(theirs).map(|(m, t)| m.cost() / t.cost()));
+        println!("        {name:<28} the bare lock and list: {floor:.3}");
+    }
+}
+
+/// What it costs to look closer, against Millpond itself.
+fn knobs(goals: &mut Goals) {
+    let load = Load { threads: 1, hold: Hold::Nothing };
+    let pools = [
+        peers::millpond("leak detection on", 4, |b| b.leak_threshold(Duration::from_secs(30))),
+        peers::millpond("events on", 4, |b| b.event_handler(Box::new(NopEventHandler))),
+    ];
+    for on in pools.iter().filter(|pool| is_picked(pool.name())) {
+        let off = peers::millpond("off", 4, |b| b);
+        let both = rounds(&load, &[&**on, &*off], MANY, BRIEF, false);
+        goals.at_most((on.name(), "cost, to off"), 1.15, &both[0], &both[1], Outcome::cost);
+    }
+    const WATCHED: &str = "stats read every 10 ms";
+    if is_picked(WATCHED) {
+        let pool = peers::millpond_pool(4, |b| b);
+        let (on, off) = (common::named("on", pool.clone()), peers::millpond("off", 4, |b| b));
+        let both = peers::watched(&pool, || rounds(&load, &[&*on, &*off], MANY, BRIEF, false));
+        goals.at_most((WATCHED, "cost, to off"), 1.15, &both[0], &both[1], Outcome::cost);
+    }
+}
+
+/// Ten thousand connections that nobody needs, against Millpond itself.
+fn sizes(goals: &mut Goals) {
+    const NAME: &str = "size 10,000";
+    if !is_picked(NAME) {
+        return;
+    }
+    let pools = [10_000, 1].map(|size| {
+        let pool = peers::millpond("millpond", size, |b| b);
+        pool.fill(size as usize);
+        pool
+    });
+    let load = Load { threads: 1, hold: Hold::Nothing };
+    let [large, small] = &rounds(&load, &[&*pools[0], &*pools[1]], MANY, BRIEF, false)[..] else {
+        unreachable!("two subjects")
+    };
+    goals.at_most((NAME, "cost, to size 1"), 1.1, large, small, Outcome::cost);
+}
+
+/// One scenario of [`contended`], and its goals.
+struct Contended {
+    name: &'static str,
+    load: Load<Nil>,
+    /// At most this part of r2d2's.
+    cost: f64,
+    /// A quantile of the waits: at most this part of r2d2's.
+    tail: (&'static str, fn(&Outcome) -> f64, f64),
+    /// Over one second, at least.
+    fairness: f64,
+}
+
+/// More threads than connections.
+fn contended(goals: &mut Goals) {
+    const NOTHING: &str = "16 on 4, no hold";
+    if is_picked(NOTHING) {
+        let load = Load { threads: 16, hold: Hold::Nothing };
+        let [millpond, r2d2] = rivals(4);
+        let pair: [&dyn Subject<Nil>; 2] = [&*millpond, &*r2d2];
+        // The clock around a get costs more than the get: not while costs are compared.
+        let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(120), false)[..] else { unreachable!("two subjects") };
+        goals.at_most((NOTHING, "cost"), 0.5, mine, theirs, Outcome::cost);
+        let (mine, theirs) = long_rounds(&load, pair);
+        let in_ms = |outcome: &Outcome| p999(outcome) * 1e3;
+        goals.alone((NOTHING, "p99.9 in ms"), true, 0.5, &mine, &theirs, in_ms);
+        goals.alone((NOTHING, "fairness over 1 s"), false, 0.7, &mine, &theirs, Outcome::fairness);
+    }
+
+    let scenarios = [
+        Contended {
+            name: "16 on 4, 20 us of work",
+            load: Load { threads: 16, hold: Hold::Spin(us(20)) },
+            cost: 1.10,
+            tail: ("p99.9", p999, 1.0 / 8.0),
+            fairness: 0.85,
+        },
+        Contended {
+            name: "16 on 4, 50 us asleep",
+            load: Load { threads: 16, hold: Hold::Sleep(us(50)) },
+            cost: 1.00,
+            tail: ("p99", p99, 0.35),
+            fairness: 0.9,
+        },
+        Contended {
+            name: "64 on 4, 50 us asleep",
+            load: Load { threads: 64, hold: Hold::Sleep(us(50)) },
+            cost: 1.10,
+            tail: ("p99", p99, 0.3),
+            fairness: 0.9,
+        },
+        Contended {
+            name: "16 on 4, 1 ms asleep",
+            load: Load { threads: 16, hold: Hold::Sleep(ms(1)) },
+            cost: 1.02,
+            tail: ("p99", p99, 0.25),
+            fairness: 0.95,
+        },
+    ];
+    for Contended { name, load, cost, tail: (quantile, of, part), fairness } in scenarios {
+        if !is_picked(name) {
+            continue;
+        }
+        let [millpond, r2d2] = rivals(4);
+        let pair: [&dyn Subject<Nil>; 2] = [&*millpond, &*r2d2];
+        let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(200), true)[..] else { unreachable!("two subjects") };
+        goals.at_most((name, "cost"), cost, mine, theirs, Outcome::cost);
+        goals.at_most((name, quantile), part, mine, theirs, of);
+        let (mine, theirs) = long_rounds(&load, pair);
+        goals.alone((name, "fairness over 1 s"), false, fairness, &mine, &theirs, Outcome::fairness);
+    }
+}
+
+/// Of the rival only one, to be seen beside.
+fn long_rounds(load: &Load<Nil>, [mine, theirs]: [&dyn Subject<Nil>; 2]) -> (Vec<Outcome>, Vec<Outcome>) {
+    let once = load.run(theirs, SECOND, true);
+    ((0..LONG_ROUNDS).map(|_| load.run(mine, SECOND, true)).collect(), vec![once])
+}
+
+/// On a real server. Each pool with its defaults.
+fn select_one(goals: &mut Goals) {
+    let names = ["SELECT 1, 1 thread", "SELECT 1, 4 threads on 4", "SELECT 1, 16 threads on 4"];
+    if !names.iter().any(|name| is_picked(name)) {
+        return;
+    }
+    let server = Server::start();
+    let config = server.config("track");
+    for (threads, name) in [1, 4].into_iter().zip(names) {
+        if !is_picked(name) {
+            continue;
+        }
+        let (millpond, bare) = (sessions::millpond(&config, 4, true), sessions::bare(&config, threads));
+        let load = Load { threads, hold: SELECT_ONE };
+        let pair: [&dyn Subject<Session>; 2] = [&*millpond, &*bare];
+        let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(120), false)[..] else { unreachable!("two subjects") };
+        goals.at_most((name, "cost, to bare"), 1.05, mine, theirs, Outcome::cost);
+    }
+    if is_picked(names[2]) {
+        let (millpond, r2d2) = (sessions::millpond(&config, 4, true), sessions::r2d2(&config, 4, false));
+        let load = Load { threads: 16, hold: SELECT_ONE };
+        let pair: [&dyn Subject<Session>; 2] = [&*millpond, &*r2d2];
+        let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(200), true)[..] else { unreachable!("two subjects") };
+        goals.at_most((names[2], "cost"), 1.0, mine, theirs, Outcome::cost);
+        goals.at_most((names[2], "p99 of get"), 0.15, mine, theirs, p99);
+    }
+}

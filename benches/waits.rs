@@ -1,0 +1,78 @@
+//! How long a get waits when there are more threads than connections, as distributions, beside how evenly it is shared
+//! out: `cargo bench --bench waits [-- --quick] [words of a scenario]`.
+//!
+//! Throughput alone rewards starvation: whoever has the connection takes it again without a context switch. Each wait
+//! counts once, so a pool that starves a few shows it in the last of its quantiles, in the greatest, and in the fairness
+//! (fewest over most gets per thread, within one second) rather than in the middle.
+
+mod common;
+
+use common::peers::{self, Nil};
+use common::report::Part;
+use common::svg::{Axis, plot};
+use common::{Hold, Load, Outcome, Subject, Waits, is_picked, is_quick, median, ms, rounds, short, us};
+
+fn main() {
+    if !common::is_bench() {
+        return;
+    }
+    let (n, time) = if is_quick() { (1, ms(300)) } else { (5, ms(1000)) };
+    let mut part = Part::new("waits", "Waiting for a connection");
+    part.say(&format!(
+        "{n} interleaved rounds of {} ms. Costs are per get and return, all threads together, the ratio to r2d2 without its \
+         test; medians of rounds. Waits of all rounds together, the clock read around each get.\n",
+        time.as_millis()
+    ));
+    let scenarios: [(&str, &str, usize, Hold<Nil>); 5] = [
+        ("nothing", "16 threads on 4, no hold", 16, Hold::Nothing),
+        ("work", "16 threads on 4, 20 us of work", 16, Hold::Spin(us(20))),
+        ("asleep", "16 threads on 4, 50 us asleep", 16, Hold::Sleep(us(50))),
+        ("crowd", "64 threads on 4, 50 us asleep", 64, Hold::Sleep(us(50))),
+        ("longer", "16 threads on 4, 1 ms asleep", 16, Hold::Sleep(ms(1))),
+    ];
+    for (name, title, threads, hold) in scenarios {
+        if !is_picked(title) {
+            continue;
+        }
+        let subjects = peers::everybody(4);
+        let list: Vec<&dyn Subject<Nil>> = subjects.iter().map(|s| &**s).collect();
+        let outcomes = rounds(&Load { threads, hold }, &list, n, time, true);
+        show(&mut part, name, title, &list, &outcomes);
+    }
+    part.finish();
+}
+
+fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject<Nil>], outcomes: &[Vec<Outcome>]) {
+    let r2d2 = &outcomes[peers::R2D2];
+    let (mut rows, mut lines) = (Vec::new(), Vec::new());
+    for (subject, mine) in subjects.iter().zip(outcomes) {
+        let mut waits = Waits::new();
+        mine.iter().for_each(|outcome| waits.add(&outcome.waits));
+        let ratio = median(mine.iter().zip(r2d2).map(|(m, t)| m.cost() / t.cost()));
+        rows.push(vec![
+            subject.name().to_owned(),
+            short(median(mine.iter().map(Outcome::cost))),
+            format!("{ratio:.2}"),
+            short(waits.quantile(0.5)),
+            short(waits.quantile(0.99)),
+            short(waits.quantile(0.999)),
+            short(waits.max()),
+            format!("{:.2}", median(mine.iter().map(Outcome::fairness))),
+        ]);
+        lines.push((subject.name().to_owned(), curve(&waits)));
+    }
+    part.say(&format!("### {title}\n"));
+    part.table(&["", "cost", "to r2d2", "p50", "p99", "p99.9", "max", "fairness"], &rows);
+
+    let highest = lines.iter().flat_map(|(_, points)| points.last()).map(|p| p.1).fold(0.0, f64::max);
+    let nines = [(0.0, "0"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %"), (5.0, "99.999 %")];
+    let x = Axis { label: "part of the gets".into(), ticks: nines.map(|(at, label)| (at, label.into())).into() };
+    let y = Axis::log_seconds("waited at most", 1e-8, 10f64.powf(highest));
+    part.plot(name, &format!("Waiting times: {title}"), &plot(title, &x, &y, &lines, false));
+}
+
+/// A distribution, one point per tenth of a nine, as far as there are enough to tell.
+fn curve(waits: &Waits) -> Vec<(f64, f64)> {
+    let points = (0..=50).map(|i| f64::from(i) / 10.0).filter(|nines| 10f64.powf(*nines) <= waits.count() as f64);
+    points.map(|nines| (nines, waits.quantile(1.0 - 10f64.powf(-nines)).max(1e-8).log10())).collect()
+}
