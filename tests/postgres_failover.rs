@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReason};
 use postgres::NoTls;
-use support::{EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
+use support::{EPSILON, Proxy, Server, alone, beside_others, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -206,4 +206,23 @@ fn a_primary_that_is_silent_is_passed_over() {
     assert_writes_again(&writes, begun, begun + limit);
     proxy.resume();
     assert_ends(&pool, &[&pair.primary, &pair.standby]);
+}
+
+/// A transaction may be read-only on a node that is not: that is no reason to replace anything.
+#[test]
+fn a_read_only_transaction_says_nothing_of_the_node() {
+    let _beside = beside_others();
+    let server = Server::shared();
+    let params = server.conninfo("fo-own") + " target_session_attrs=read-write";
+    let pool = PostgresManager::parse(&params, NoTls).unwrap().builder().name("fo-own").max_size(2).open().unwrap();
+    drop([pool.get().unwrap(), pool.get().unwrap()]);
+    for _ in 0..20 {
+        let mut client = pool.get().unwrap();
+        let mut transaction = client.build_transaction().read_only(true).start().unwrap();
+        let error = transaction.batch_execute("CREATE TABLE never (i int)").unwrap_err();
+        assert_eq!(error.code().map(|code| code.code()), Some("25006"));
+    }
+    let stats = pool.stats();
+    assert_eq!((stats.opens, stats.closed_for(CloseReason::Outdated)), (2, 0), "{stats}");
+    assert_ends(&pool, &[server]);
 }

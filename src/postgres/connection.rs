@@ -80,7 +80,7 @@ impl Connection {
         if observer::flush(&mut self.client).is_err() || watch.fatal().is_some() {
             return Returned::Broken;
         }
-        if writes && watch.take_refused_write() {
+        if writes && watch.take_refused_write() && !watch.takes_writes() {
             return Returned::Outdated;
         }
         match reset {

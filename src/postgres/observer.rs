@@ -267,6 +267,14 @@ impl Watch {
         self.scanner.lock().take_refused_statement()
     }
 
+    /// The node says that it takes writes, as of the last answer: what refused one was the transaction. Servers before 14
+    /// and poolers say nothing.
+    pub(crate) fn takes_writes(&self) -> bool {
+        let scanner = self.scanner.lock();
+        let says = (scanner.in_hot_standby(), scanner.read_only_by_default());
+        says == (Some(false), Some(false)) && !scanner.is_busy()
+    }
+
     /// See [`Scanner::in_hot_standby`].
     pub(crate) fn in_hot_standby(&self) -> Option<bool> {
         self.scanner.lock().in_hot_standby()
