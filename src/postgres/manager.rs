@@ -181,15 +181,13 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
     }
 }
 
-/// The pool's name and the process id, the former cut where both would be too long for PostgreSQL.
+/// The pool's name and the process id, the former cut where both would be too long for PostgreSQL. The server replaces
+/// what is not printable ASCII, by `?` or, since PostgreSQL 16, by something longer, which might push out the process id.
 fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
-    let mut end = pool.len().min(MAX_APPLICATION_NAME - suffix.len());
-    while !pool.is_char_boundary(end) {
-        end -= 1;
-    }
-    // A NUL would end the string on the wire.
-    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+    let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
+    let name: String = pool.chars().map(printable).take(MAX_APPLICATION_NAME - suffix.len()).collect();
+    name + &suffix
 }
 
 impl<T: Connector> Manage for PostgresManager<T> {
@@ -282,7 +280,8 @@ mod tests {
     fn names_fit() {
         assert_eq!(application_name("orders", 42), "orders [42]");
         let long = application_name(&"ä".repeat(100), 4_294_967_295);
-        assert!(long.len() <= MAX_APPLICATION_NAME && long.ends_with("ä [4294967295]"), "{long}");
+        assert!(long.len() <= MAX_APPLICATION_NAME && long.ends_with("? [4294967295]"), "{long}");
+        assert_eq!(application_name("a\0b\nc d", 1), "a?b?c d [1]");
     }
 
     #[test]
