@@ -24,12 +24,10 @@ use std::sync::Arc;
 pub struct Error(Arc<Kind>);
 
 enum Kind {
-    Postgres(::postgres::Error),
+    /// With what was being done, where that does not go without saying.
+    Postgres(::postgres::Error, Option<String>),
     /// In this crate's own words.
-    Own {
-        text: String,
-        permanent: bool,
-    },
+    Own { text: String, permanent: bool },
 }
 
 impl Error {
@@ -37,10 +35,14 @@ impl Error {
         Error(Arc::new(Kind::Own { text: text.into(), permanent }))
     }
 
+    pub(super) fn doing(what: impl Into<String>, e: ::postgres::Error) -> Error {
+        Error(Arc::new(Kind::Postgres(e, Some(what.into()))))
+    }
+
     /// The error of the `postgres` crate, if it is one.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
-            Kind::Postgres(e) => Some(e),
+            Kind::Postgres(e, _) => Some(e),
             Kind::Own { .. } => None,
         }
     }
@@ -60,23 +62,26 @@ impl Error {
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
-            Kind::Postgres(e) => is_permanent(e),
+            Kind::Postgres(e, _) => is_permanent(e),
         }
     }
 }
 
 impl From<::postgres::Error> for Error {
     fn from(e: ::postgres::Error) -> Self {
-        Error(Arc::new(Kind::Postgres(e)))
+        Error(Arc::new(Kind::Postgres(e, None)))
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Kind::Postgres(_, Some(doing)) = &*self.0 {
+            write!(f, "{doing}: ")?;
+        }
         match &*self.0 {
             Kind::Own { text, .. } => f.write_str(text),
             // Its own text leaves out all that matters ("db error").
-            Kind::Postgres(e) => match e.as_db_error() {
+            Kind::Postgres(e, _) => match e.as_db_error() {
                 Some(db) => {
                     write!(f, "{}: {} (SQLSTATE {})", db.severity(), db.message(), db.code().code())?;
                     if let Some(detail) = db.detail() {
@@ -94,7 +99,7 @@ impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
             Kind::Own { text, .. } => f.debug_tuple("Error").field(text).finish(),
-            Kind::Postgres(e) => e.fmt(f),
+            Kind::Postgres(e, _) => e.fmt(f),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
 
+use super::budget::{self, Budget};
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
+use super::guards::ServerGuards;
 use super::observer::{Connector, Observer, Watch};
-use crate::{Cause, Manage, Opening, Returned};
+use crate::{Cause, Manage, Opening, Returned, Settings};
 use ::postgres::config::TargetSessionAttrs;
 use ::postgres::{CancelToken, Client, Config};
 use crossbeam_channel::bounded;
@@ -55,13 +57,24 @@ pub struct PostgresManager<T> {
     tls: T,
     observe: bool,
     reset: Reset,
+    processes: Option<u32>,
+    budget: Budget,
+    guards: ServerGuards,
 }
 
 impl<T: Connector> PostgresManager<T> {
     /// Manages connections with this configuration and TLS connector. (Build the connector once and clone it: some load
     /// the system's certificates each time.)
     pub fn new(config: Config, tls: T) -> Self {
-        PostgresManager { config, tls, observe: true, reset: Reset::default() }
+        PostgresManager {
+            config,
+            tls,
+            observe: true,
+            reset: Reset::default(),
+            processes: None,
+            budget: Budget::default(),
+            guards: ServerGuards::default(),
+        }
     }
 
     /// [`new`](PostgresManager::new) with a connection string.
@@ -85,6 +98,40 @@ impl<T: Connector> PostgresManager<T> {
     #[must_use]
     pub fn reset(mut self, reset: Reset) -> Self {
         self.reset = reset;
+        self
+    }
+
+    /// How many processes with a pool like this one the server has to serve at the same time, this one included, and both
+    /// the old and the new ones while a deployment lasts. `build` then asks the server what it allows the role and database
+    /// (`max_connections` less the reserves, and the `CONNECTION LIMIT`s of both), compares `processes` x `max_size` with it,
+    /// and warns or [refuses](PostgresManager::budget): "8 processes x 17 = 136, but the server allows app 97 (max_connections
+    /// 100 less 3 reserved)". See [`budget`](super::budget()) and [how to choose the numbers](super::choosing_the_numbers).
+    ///
+    /// Default `None`: nothing is compared. Zero is refused by `build`. Nothing is compared by `build_unchecked`, nor by
+    /// [`Pool::resize`](crate::Pool::resize). Behind a pooler, which an [observed](super#the-observer) connection can tell,
+    /// the server's numbers are logged and nothing is refused: it is the pooler that opens connections there.
+    #[must_use]
+    pub fn processes(mut self, processes: impl Into<Option<u32>>) -> Self {
+        self.processes = processes.into();
+        self
+    }
+
+    /// What `build` does if [`processes`](PostgresManager::processes) together may open more connections than the server
+    /// allows. Default [`Budget::Warn`].
+    #[must_use]
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// What the server shall do if this client dies or vanishes, set with every connection. Default: nothing of the kind.
+    /// Not for a pooler in transaction mode. See [`ServerGuards`].
+    ///
+    /// `build` and `get` fail if the server does not know one of them, and say which; `build`, if one would end what the
+    /// pool means to keep.
+    #[must_use]
+    pub fn server_guards(mut self, guards: ServerGuards) -> Self {
+        self.guards = guards;
         self
     }
 
@@ -117,12 +164,27 @@ impl<T: Connector> PostgresManager<T> {
         if self.observe { Observer::new(config, self.tls.clone()) } else { None }
     }
 
+    /// Under which name this process's connections of the pool are known to the server.
+    fn application_name(&self, pool: &str) -> String {
+        match self.config.get_application_name() {
+            Some(name) => name.to_string(),
+            None => application_name(pool, std::process::id()),
+        }
+    }
+
+    fn guard(&self, connection: &mut Connection) -> Result<(), Error> {
+        match self.guards.sql() {
+            Some(sql) => connection
+                .batch_execute(&sql)
+                .map_err(|e| Error::doing(format!("cannot set the server guards ({sql})"), e)),
+            None => Ok(()),
+        }
+    }
+
     /// The user's configuration, with what it leaves open.
     fn complete(&self, pool: &str, limit: Duration) -> Config {
         let mut config = self.config.clone();
-        if config.get_application_name().is_none() {
-            config.application_name(&application_name(pool, std::process::id()));
-        }
+        config.application_name(&self.application_name(pool));
         if config.get_connect_timeout().is_none() {
             // Each address has this long: the last of several should have its turn within the limit.
             let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
@@ -196,7 +258,14 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let (client, watch) = self.connect(opening)?;
-        Ok(Connection::new(client, watch))
+        let mut connection = Connection::new(client, watch);
+        match self.guard(&mut connection) {
+            Ok(()) => Ok(connection),
+            Err(e) => {
+                connection.close();
+                Err(e)
+            }
+        }
     }
 
     fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
@@ -215,7 +284,9 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 
     fn reset(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
-        connection.clean(self.reset, limit)
+        connection.clean(self.reset, limit)?;
+        // Discarded with the rest of the session's settings.
+        if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
     }
 
     fn remark(&self, connection: &mut Connection) -> Option<String> {
@@ -224,6 +295,15 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn close(&self, connection: Connection, _limit: Duration) {
         connection.close();
+    }
+
+    fn started(&self, connection: &mut Connection, settings: &Settings) -> Result<(), Cause> {
+        self.guards.check(settings)?;
+        let pid = connection.backend_pid();
+        match self.processes {
+            Some(processes) => budget::compare(connection, pid, processes, self.budget, settings),
+            None => Ok(()),
+        }
     }
 
     fn server_id(&self, connection: &Connection) -> Option<u64> {
@@ -246,6 +326,9 @@ impl<T> fmt::Debug for PostgresManager<T> {
             .field("dbname", &self.config.get_dbname())
             .field("observe", &self.observe)
             .field("reset", &self.reset)
+            .field("processes", &self.processes)
+            .field("budget", &self.budget)
+            .field("guards", &self.guards)
             .finish_non_exhaustive()
     }
 }

@@ -27,6 +27,9 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
+//! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
+//!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
+//!   up after a process that was killed.
 //!
 //! # The observer
 //!
@@ -36,21 +39,29 @@
 //! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
 //! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
 
+mod budget;
 mod connection;
 mod error;
+mod guards;
 mod manager;
 // What the pool's own manager does not use, tests do.
 #[allow(dead_code)]
 mod observer;
 mod scanner;
 
+pub use budget::{Allowance, Budget, budget};
 pub use connection::{Canceller, Connection};
 pub use error::Error;
+pub use guards::ServerGuards;
 pub use manager::{PostgresManager, Reset};
 pub use observer::Connector;
 
 use crate::Builder;
 use ::postgres::NoTls;
+
+#[cfg(any(doc, doctest))]
+#[doc = include_str!("../../docs/postgres-budget.md")]
+pub mod choosing_the_numbers {}
 
 /// A pool of PostgreSQL connections.
 pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;

@@ -10,6 +10,7 @@
     reason = "compiled into each test, bench and example on its own, none of which uses all of it"
 )]
 
+mod again;
 mod database;
 pub mod picky;
 pub mod programs;
@@ -18,6 +19,7 @@ mod server;
 mod wait;
 mod watch;
 
+pub use again::Again;
 pub use database::{Backend, Database};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
