@@ -155,17 +155,25 @@ impl fmt::Display for Connections {
                 or(c.location.map(Location::to_string)),
             ]
         });
-        let rows: Vec<_> = std::iter::once(head).chain(rows).collect();
-        for row in &rows {
-            let mut line = String::new();
-            for (i, cell) in row.iter().enumerate() {
-                let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
-                line += &format!("{cell:<width$}  ");
-            }
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
+        write_table(f, std::iter::once(head).chain(rows))
     }
+}
+
+/// Writes rows, of which the first is the head, as a table.
+pub(crate) fn write_table<const N: usize>(
+    f: &mut fmt::Formatter<'_>,
+    rows: impl Iterator<Item = [String; N]>,
+) -> fmt::Result {
+    let rows: Vec<_> = rows.collect();
+    for row in &rows {
+        let mut line = String::new();
+        for (i, cell) in row.iter().enumerate() {
+            let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
+            line += &format!("{cell:<width$}  ");
+        }
+        writeln!(f, "{}", line.trim_end())?;
+    }
+    Ok(())
 }
 
 /// What a pool is doing, and has done since it was built.

@@ -24,17 +24,12 @@ use std::sync::Arc;
 pub struct Error(Arc<Kind>);
 
 enum Kind {
-    Postgres(::postgres::Error),
+    /// With what was being done, where that does not go without saying.
+    Postgres(::postgres::Error, Option<String>),
     /// The last words of a server, which the `postgres` crate had no ear for: it may see the end of the connection first.
-    Heard {
-        code: SqlState,
-        text: String,
-    },
+    Heard { code: SqlState, text: String },
     /// In this crate's own words.
-    Own {
-        text: String,
-        permanent: bool,
-    },
+    Own { text: String, permanent: bool },
 }
 
 impl Error {
@@ -50,10 +45,14 @@ impl Error {
         }
     }
 
+    pub(super) fn doing(what: impl Into<String>, e: ::postgres::Error) -> Error {
+        Error(Arc::new(Kind::Postgres(e, Some(what.into()))))
+    }
+
     /// The error of the `postgres` crate, if it is one.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
-            Kind::Postgres(e) => Some(e),
+            Kind::Postgres(e, _) => Some(e),
             Kind::Heard { .. } | Kind::Own { .. } => None,
         }
     }
@@ -77,24 +76,27 @@ impl Error {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
             Kind::Heard { code, .. } => is_permanent_state(code),
-            Kind::Postgres(e) => is_permanent(e),
+            Kind::Postgres(e, _) => is_permanent(e),
         }
     }
 }
 
 impl From<::postgres::Error> for Error {
     fn from(e: ::postgres::Error) -> Self {
-        Error(Arc::new(Kind::Postgres(e)))
+        Error(Arc::new(Kind::Postgres(e, None)))
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Kind::Postgres(_, Some(doing)) = &*self.0 {
+            write!(f, "{doing}: ")?;
+        }
         match &*self.0 {
             Kind::Own { text, .. } => f.write_str(text),
             Kind::Heard { code, text } => write!(f, "FATAL: {text} (SQLSTATE {})", code.code()),
             // Its own text leaves out all that matters ("db error").
-            Kind::Postgres(e) => match e.as_db_error() {
+            Kind::Postgres(e, _) => match e.as_db_error() {
                 Some(db) => {
                     write!(f, "{}: {} (SQLSTATE {})", db.severity(), db.message(), db.code().code())?;
                     if let Some(detail) = db.detail() {
@@ -113,7 +115,7 @@ impl fmt::Debug for Error {
         match &*self.0 {
             Kind::Own { text, .. } => f.debug_tuple("Error").field(text).finish(),
             Kind::Heard { code, text } => f.debug_tuple("Error").field(code).field(text).finish(),
-            Kind::Postgres(e) => e.fmt(f),
+            Kind::Postgres(e, _) => e.fmt(f),
         }
     }
 }

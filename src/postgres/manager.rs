@@ -1,11 +1,13 @@
 //! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
 
+use super::budget::{self, Budget};
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
+use super::guards::ServerGuards;
 use super::observer::{Connector, Observer, Watch};
 use super::statements;
 use crate::stats::Short;
-use crate::{Cause, Manage, Opening, Returned};
+use crate::{Cause, Manage, Opening, Returned, Settings};
 use ::postgres::config::TargetSessionAttrs;
 use ::postgres::{CancelToken, Client, Config};
 use crossbeam_channel::bounded;
@@ -65,6 +67,9 @@ pub struct PostgresManager<T> {
     observe: bool,
     reset: Reset,
     statement_cache: usize,
+    processes: Option<u32>,
+    budget: Budget,
+    guards: ServerGuards,
 }
 
 impl<T: Connector> PostgresManager<T> {
@@ -77,6 +82,9 @@ impl<T: Connector> PostgresManager<T> {
             observe: true,
             reset: Reset::default(),
             statement_cache: statements::DEFAULT_CAPACITY,
+            processes: None,
+            budget: Budget::default(),
+            guards: ServerGuards::default(),
         }
     }
 
@@ -111,6 +119,40 @@ impl<T: Connector> PostgresManager<T> {
     #[must_use]
     pub fn statement_cache(mut self, statements: usize) -> Self {
         self.statement_cache = statements;
+        self
+    }
+
+    /// How many processes with a pool like this one the server has to serve at the same time, this one included, and both
+    /// the old and the new ones while a deployment lasts. `build` then asks the server what it allows the role and database
+    /// (`max_connections` less the reserves, and the `CONNECTION LIMIT`s of both), compares `processes` x `max_size` with it,
+    /// and warns or [refuses](PostgresManager::budget): "8 processes x 17 = 136, but the server allows app 97 (max_connections
+    /// 100 less 3 reserved)". See [`budget`](super::budget()) and [how to choose the numbers](super::choosing_the_numbers).
+    ///
+    /// Default `None`: nothing is compared. Zero is refused by `build`. Nothing is compared by `build_unchecked`, nor by
+    /// [`Pool::resize`](crate::Pool::resize). Behind a pooler, which an [observed](super#the-observer) connection can tell,
+    /// the server's numbers are logged and nothing is refused: it is the pooler that opens connections there.
+    #[must_use]
+    pub fn processes(mut self, processes: impl Into<Option<u32>>) -> Self {
+        self.processes = processes.into();
+        self
+    }
+
+    /// What `build` does if [`processes`](PostgresManager::processes) together may open more connections than the server
+    /// allows. Default [`Budget::Warn`].
+    #[must_use]
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// What the server shall do if this client dies or vanishes, set with every connection. Default: nothing of the kind.
+    /// Not for a pooler in transaction mode. See [`ServerGuards`].
+    ///
+    /// `build` and `get` fail if the server does not know one of them, and say which; `build`, if one would end what the
+    /// pool means to keep.
+    #[must_use]
+    pub fn server_guards(mut self, guards: ServerGuards) -> Self {
+        self.guards = guards;
         self
     }
 
@@ -150,12 +192,32 @@ impl<T: Connector> PostgresManager<T> {
         if self.observe { Observer::new(config, self.tls.clone()) } else { None }
     }
 
+    /// The user's configuration: never to be shown as a whole.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Under which name this process's connections of the pool are known to the server.
+    pub(super) fn application_name(&self, pool: &str) -> String {
+        match self.config.get_application_name() {
+            Some(name) => name.to_string(),
+            None => application_name(pool, std::process::id()),
+        }
+    }
+
+    fn guard(&self, connection: &mut Connection) -> Result<(), Error> {
+        match self.guards.sql() {
+            Some(sql) => connection
+                .batch_execute(&sql)
+                .map_err(|e| Error::doing(format!("cannot set the server guards ({sql})"), e)),
+            None => Ok(()),
+        }
+    }
+
     /// The user's configuration, with what it leaves open.
     fn complete(&self, pool: &str, limit: Duration) -> Config {
         let mut config = self.config.clone();
-        if config.get_application_name().is_none() {
-            config.application_name(&application_name(pool, std::process::id()));
-        }
+        config.application_name(&self.application_name(pool));
         if config.get_connect_timeout().is_none() {
             // Each address has this long: the last of several should have its turn within the limit.
             let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
@@ -244,15 +306,13 @@ fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &Ca
     }
 }
 
-/// The pool's name and the process id, the former cut where both would be too long for PostgreSQL.
-fn application_name(pool: &str, pid: u32) -> String {
+/// The pool's name and the process id, the former cut where both would be too long for PostgreSQL. The server replaces
+/// what is not printable ASCII, by `?` or, since PostgreSQL 16, by something longer, which might push out the process id.
+pub(super) fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
-    let mut end = pool.len().min(MAX_APPLICATION_NAME - suffix.len());
-    while !pool.is_char_boundary(end) {
-        end -= 1;
-    }
-    // A NUL would end the string on the wire.
-    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+    let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
+    let name: String = pool.chars().map(printable).take(MAX_APPLICATION_NAME - suffix.len()).collect();
+    name + &suffix
 }
 
 impl<T: Connector> Manage for PostgresManager<T> {
@@ -261,7 +321,14 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let (client, watch) = self.connect(opening)?;
-        Connection::new(client, watch, self.statement_cache)
+        let mut connection = Connection::new(client, watch, self.statement_cache)?;
+        match self.guard(&mut connection) {
+            Ok(()) => Ok(connection),
+            Err(e) => {
+                connection.close();
+                Err(e)
+            }
+        }
     }
 
     fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
@@ -280,7 +347,9 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 
     fn reset(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
-        connection.clean(self.reset, limit)
+        connection.clean(self.reset, limit)?;
+        // Discarded with the rest of the session's settings.
+        if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
     }
 
     fn remark(&self, connection: &mut Connection) -> Option<String> {
@@ -289,6 +358,15 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn close(&self, connection: Connection, _limit: Duration) {
         connection.close();
+    }
+
+    fn started(&self, connection: &mut Connection, settings: &Settings) -> Result<(), Cause> {
+        self.guards.check(settings)?;
+        let pid = connection.backend_pid();
+        match self.processes {
+            Some(processes) => budget::compare(connection, pid, processes, self.budget, settings),
+            None => Ok(()),
+        }
     }
 
     fn server_id(&self, connection: &Connection) -> Option<u64> {
@@ -312,6 +390,9 @@ impl<T> fmt::Debug for PostgresManager<T> {
             .field("observe", &self.observe)
             .field("reset", &self.reset)
             .field("statement_cache", &self.statement_cache)
+            .field("processes", &self.processes)
+            .field("budget", &self.budget)
+            .field("guards", &self.guards)
             .finish_non_exhaustive()
     }
 }
@@ -346,7 +427,8 @@ mod tests {
     fn names_fit() {
         assert_eq!(application_name("orders", 42), "orders [42]");
         let long = application_name(&"ä".repeat(100), 4_294_967_295);
-        assert!(long.len() <= MAX_APPLICATION_NAME && long.ends_with("ä [4294967295]"), "{long}");
+        assert!(long.len() <= MAX_APPLICATION_NAME && long.ends_with("? [4294967295]"), "{long}");
+        assert_eq!(application_name("a\0b\nc d", 1), "a?b?c d [1]");
     }
 
     #[test]

@@ -15,8 +15,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A borrowed [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the
-//! stock `r2d2_postgres` one, which keeps working, in these ways:
+//! A borrowed [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the stock
+//! `r2d2_postgres` one, which keeps working, in these ways:
 //!
 //! * **Refusals are told from failures.** A wrong password, a missing database, an untrusted certificate fail within one
 //!   round trip, in the server's words, and are not hammered at; a server that starts up, is full or away is tried again
@@ -27,7 +27,12 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//! * **The same SQL takes one round trip, not two.** See below.
+//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those whose
+//!   process is dead, and can end them.
+//! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
+//! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
+//!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
+//!   up after a process that was killed.
 //!
 //! # Statements
 //!
@@ -76,8 +81,12 @@
 //! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
 //! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
 
+mod audit;
+mod budget;
 mod connection;
 mod error;
+mod guards;
+mod host;
 mod manager;
 // What the pool's own manager does not use, tests do.
 #[allow(dead_code)]
@@ -85,14 +94,21 @@ mod observer;
 mod scanner;
 mod statements;
 
+pub use audit::{Audit, Backend, Outcome, Owner, Termination, Terminations, audit, audit_with};
+pub use budget::{Allowance, Budget, budget};
 pub use connection::{Canceller, Connection};
 pub use error::Error;
+pub use guards::ServerGuards;
 pub use manager::{PostgresManager, Reset};
 pub use observer::Connector;
 pub use statements::{StatementCacheStats, Transaction};
 
 use crate::Builder;
 use ::postgres::NoTls;
+
+#[cfg(any(doc, doctest))]
+#[doc = include_str!("../../docs/postgres-budget.md")]
+pub mod choosing_the_numbers {}
 
 /// A pool of PostgreSQL connections.
 pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;

@@ -10,6 +10,7 @@
     reason = "compiled into each test, bench and example on its own, none of which uses all of it"
 )]
 
+mod again;
 mod bouncer;
 mod database;
 #[cfg(target_os = "linux")]
@@ -21,6 +22,7 @@ mod server;
 mod wait;
 mod watch;
 
+pub use again::Again;
 pub use bouncer::{Bouncer, PoolMode};
 pub use database::{Backend, Database};
 #[cfg(target_os = "linux")]

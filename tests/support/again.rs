@@ -1,0 +1,45 @@
+//! This test program once more, as a process that can be killed.
+
+use std::process::{Child, Command, Stdio};
+
+/// A process that runs one test of this program. Killed, and buried, when it is dropped.
+pub struct Again(Child);
+
+impl Again {
+    /// Runs `test`, which finds `task` in the environment variable [`TASK`](Again::TASK); nobody else has that.
+    pub fn run(test: &str, task: &str) -> Again {
+        let program = std::env::current_exe().expect("the path of this program");
+        let mut command = Command::new(program);
+        command.args(["--exact", test, "--nocapture"]).env(Again::TASK, task);
+        Again(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("this program, once more"))
+    }
+
+    pub const TASK: &str = "MILLPOND_TEST_TASK";
+
+    /// What this process was run for, if it is one of these.
+    pub fn task() -> Option<String> {
+        std::env::var(Again::TASK).ok()
+    }
+
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// SIGKILL. It is dead soon after, and stays unburied.
+    pub fn kill(&mut self) {
+        self.0.kill().expect("it can be killed");
+    }
+
+    /// SIGKILL, and waits for its end.
+    pub fn bury(&mut self) {
+        self.kill();
+        self.0.wait().expect("its end");
+    }
+}
+
+impl Drop for Again {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
