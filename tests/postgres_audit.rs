@@ -325,7 +325,7 @@ fn what_the_server_does_not_know_is_missing() {
     assert_eq!(audit.missing[0].server_id, Some(gone as u64));
     assert_eq!(of(&audit, Owner::Pool)[0].pid, two.backend_pid().unwrap());
     assert!(
-        audit.to_string().contains(&format!("the server knows nothing of #1 (server's {gone}) out for")),
+        audit.to_string().contains(&format!("the server knows nothing of #1 (server id {gone}) out for")),
         "{audit}"
     );
 }
