@@ -164,8 +164,13 @@ impl<T: Connector> PostgresManager<T> {
         if self.observe { Observer::new(config, self.tls.clone()) } else { None }
     }
 
+    /// The user's configuration: never to be shown as a whole.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// Under which name this process's connections of the pool are known to the server.
-    fn application_name(&self, pool: &str) -> String {
+    pub(super) fn application_name(&self, pool: &str) -> String {
         match self.config.get_application_name() {
             Some(name) => name.to_string(),
             None => application_name(pool, std::process::id()),
@@ -245,7 +250,7 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
 
 /// The pool's name and the process id, the former cut where both would be too long for PostgreSQL. The server replaces
 /// what is not printable ASCII, by `?` or, since PostgreSQL 16, by something longer, which might push out the process id.
-fn application_name(pool: &str, pid: u32) -> String {
+pub(super) fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
     let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
     let name: String = pool.chars().map(printable).take(MAX_APPLICATION_NAME - suffix.len()).collect();

@@ -27,6 +27,8 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
+//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those whose
+//!   process is dead, and can end them.
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
 //!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
 //!   up after a process that was killed.
@@ -39,16 +41,19 @@
 //! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
 //! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
 
+mod audit;
 mod budget;
 mod connection;
 mod error;
 mod guards;
+mod host;
 mod manager;
 // What the pool's own manager does not use, tests do.
 #[allow(dead_code)]
 mod observer;
 mod scanner;
 
+pub use audit::{Audit, Backend, Outcome, Owner, Termination, Terminations, audit, audit_with};
 pub use budget::{Allowance, Budget, budget};
 pub use connection::{Canceller, Connection};
 pub use error::Error;

@@ -1,0 +1,505 @@
+//! The server's view of an application's backends, joined with the pool's own.
+#![cfg(feature = "postgres")]
+
+mod support;
+
+use millpond::postgres::{Audit, Backend, Budget, Outcome, Owner, Pool, PostgresManager, audit, audit_with};
+use millpond::{ConnectionState, PooledConnection};
+use postgres::NoTls;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime};
+use support::{Again, Proxy, Server, ms, programs, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Each test has a pool name, and where it matters a role, of its own.
+fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| Server::with(&[("max_connections", "60")]))
+}
+
+fn params(role: &str) -> String {
+    format!("host=127.0.0.1 port={} user={role} dbname=postgres", server().port())
+}
+
+fn manager(params: &str) -> PostgresManager<NoTls> {
+    PostgresManager::parse(params, NoTls).unwrap()
+}
+
+fn pool(name: &str, max_size: u32) -> Pool {
+    manager(&params("postgres")).builder().name(name).max_size(max_size).open().unwrap()
+}
+
+fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+fn of(audit: &Audit, owner: Owner) -> Vec<&Backend> {
+    audit.backends.iter().filter(|b| b.owner == owner).collect()
+}
+
+fn row(audit: &Audit, pid: Option<i32>) -> &Backend {
+    audit.backends.iter().find(|b| Some(b.pid) == pid).unwrap_or_else(|| panic!("no {pid:?} in\n{audit}"))
+}
+
+/// Not a test of its own: a process with a pool that has `busy` connections with a query and `idle` without, until it is
+/// killed. See [`process`].
+#[test]
+fn other_process() {
+    let Some(task) = Again::task() else { return };
+    let task: Vec<_> = task.splitn(4, ' ').collect();
+    let [name, busy, idle, params] = task[..] else { panic!("{task:?}") };
+    let (busy, idle): (u32, usize) = (busy.parse().unwrap(), idle.parse().unwrap());
+    let pool = manager(params).builder().name(name).max_size(busy + idle as u32).open().unwrap();
+    let idle: Vec<PooledConnection<_>> = (0..idle).map(|_| pool.get().unwrap()).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..busy {
+            scope.spawn(|| pool.get().unwrap().batch_execute("SELECT pg_sleep(600)"));
+        }
+    });
+    drop(idle);
+}
+
+/// Starts such a process, and waits until the server has its backends.
+fn process(name: &str, busy: usize, idle: usize, params: &str) -> Again {
+    let child = Again::run("other_process", &format!("{name} {busy} {idle} {params}"));
+    let known = format!("{name} [{}]", child.id());
+    let there = wait_until(soon(), || {
+        let backends = server().backends(&known);
+        let working = backends.iter().filter(|b| b.state == "active" && b.query.contains("pg_sleep")).count();
+        working == busy && backends.iter().filter(|b| b.state == "idle").count() == idle
+    });
+    assert!(there, "{:?}", server().backends(&known));
+    child
+}
+
+#[test]
+fn the_pool_s_own_are_joined() {
+    let pool = pool("joined", 5);
+    let mut locks = server().connect();
+    locks.batch_execute("SELECT pg_advisory_lock(4711)").unwrap();
+
+    let mut borrowed = [pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap()];
+    let [waiting, open, idle, detached] = &mut borrowed;
+    let pids = [waiting.backend_pid(), open.backend_pid(), idle.backend_pid(), detached.backend_pid()];
+    open.batch_execute("BEGIN").unwrap();
+    let [mut waiting, open, idle, detached] = borrowed;
+    drop(idle);
+    let detached = PooledConnection::detach(detached);
+    let waiter = std::thread::Builder::new().name("waiter".into());
+    let waiter = waiter.spawn(move || waiting.batch_execute("SELECT pg_advisory_lock(4711)")).unwrap();
+    let known = format!("joined [{}]", std::process::id());
+    let stuck = || server().backends(&known).iter().any(|b| b.state == "active" && b.query.contains("4711"));
+    assert!(wait_until(soon(), stuck));
+    std::thread::sleep(ms(20));
+
+    let audit = audit(&pool).unwrap();
+    let text = audit.to_string();
+    assert!(text.contains(
+        "audit of pool 'joined', postgres on database postgres: 5 backends: 3 of this pool, 1 of this process"
+    ));
+    assert_eq!(
+        (audit.role.as_str(), audit.database.as_str(), &*audit.application_name),
+        ("postgres", "postgres", &*known)
+    );
+    assert_eq!(audit.backends.len(), 5, "{text}");
+    assert!(audit.notes.is_empty() && audit.missing.is_empty(), "{text}");
+
+    let waiting = row(&audit, pids[0]);
+    assert_eq!((waiting.owner, waiting.state.as_deref()), (Owner::Pool, Some("active")));
+    assert_eq!(waiting.waiting_on.as_deref(), Some("Lock advisory"));
+    let own = waiting.connection.as_ref().unwrap();
+    assert_eq!((own.state, own.server_id), (ConnectionState::Out, pids[0].map(|pid| pid as u64)));
+    let line = text.lines().find(|l| l.starts_with(&pids[0].unwrap().to_string())).unwrap();
+    assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" out by "), "{line}");
+    assert!(line.contains("tests/postgres_audit.rs:"), "{line}");
+
+    let open = (row(&audit, pids[1]), open);
+    assert_eq!((open.0.owner, open.0.state.as_deref()), (Owner::Pool, Some("idle in transaction")));
+    assert!(open.0.in_transaction_for.is_some_and(|d| d >= ms(20) && d < PATIENCE), "{text}");
+    assert!(open.0.idle_for().is_some_and(|d| d >= ms(20) && d < PATIENCE), "{text}");
+
+    let idle = row(&audit, pids[2]);
+    assert_eq!(idle.connection.as_ref().unwrap().state, ConnectionState::Idle);
+    assert_eq!((idle.state.as_deref(), idle.in_transaction_for), (Some("idle"), None));
+    assert!(idle.age.unwrap() >= idle.idle_for().unwrap());
+    assert!(idle.backend_start.unwrap() < SystemTime::now() + PATIENCE);
+
+    assert!(!text.contains("ClientRead"), "what idle means: {text}");
+
+    assert_eq!(row(&audit, pids[3]).owner, Owner::ThisProcess, "detached");
+    assert_eq!(of(&audit, Owner::Audit).len(), 1);
+    assert_eq!(audit.orphans().count(), 0);
+
+    locks.batch_execute("SELECT pg_advisory_unlock_all()").unwrap();
+    waiter.join().unwrap().unwrap();
+    drop((open, detached, pool));
+    assert_eq!(server().wait_for(&known, 0, soon()), 0, "the audit's own has gone as well");
+}
+
+#[test]
+fn others_are_not_of_this_application() {
+    let params = params("postgres");
+    server().connect().batch_execute("CREATE ROLE stranger LOGIN SUPERUSER; ").unwrap();
+    server().connect().batch_execute("CREATE DATABASE strange").unwrap();
+    let stranger = |params: &str, name: &str| {
+        postgres::Client::connect(&format!("{params} application_name='{name}'"), NoTls).unwrap()
+    };
+    let _others = [
+        stranger(&params, "mine [7]x"),
+        stranger(&params, "not mine [7]"),
+        stranger(&params.replace("user=postgres", "user=stranger"), "mine [7]"),
+        stranger(&params.replace("dbname=postgres", "dbname=strange"), "mine [7]"),
+    ];
+    let pool = pool("mine", 1);
+    let audit = audit(&pool).unwrap();
+    assert_eq!(audit.backends.len(), 2, "{audit}");
+}
+
+#[test]
+fn an_exhausted_pool_can_be_audited() {
+    let pool = manager(&params("postgres")).builder().name("exhausted").max_size(1).connection_timeout(ms(200)).open();
+    let pool = pool.unwrap();
+    let borrowed = pool.get().unwrap();
+    assert!(pool.get().is_err());
+    let audit = audit(&pool).unwrap();
+    assert_eq!(of(&audit, Owner::Pool)[0].pid, borrowed.backend_pid().unwrap());
+}
+
+/// With a role that may have two connections, both of which the pool has.
+#[test]
+fn a_full_server_is_audited_on_the_pool_s_own() {
+    server().connect().batch_execute("CREATE ROLE full_role LOGIN CONNECTION LIMIT 2").unwrap();
+    let builder = manager(&params("full_role")).builder().name("full").max_size(2).connection_timeout(ms(300));
+    let pool = builder.open().unwrap();
+    let (one, two) = (pool.get().unwrap(), pool.get().unwrap());
+    let pid = two.backend_pid();
+    drop(two);
+    let found = audit(&pool).unwrap();
+    assert_eq!(of(&found, Owner::Pool).len(), 2, "{found}");
+    let asking = row(&found, pid);
+    assert_eq!((asking.owner, asking.state.as_deref()), (Owner::Pool, Some("active")));
+    let _two = pool.get().unwrap();
+    let e = audit(&pool).unwrap_err().to_string();
+    assert!(e.contains("too many connections for role") && e.contains("all 2 are in use"), "{e}");
+    drop(one);
+}
+
+#[test]
+fn the_backends_of_a_killed_process_are_found_and_ended() {
+    let pool = pool("orders", 2);
+    let borrowed = pool.get().unwrap();
+    let mut killed = process("orders", 2, 1, &params("postgres"));
+    let survivor = process("orders", 1, 0, &params("postgres"));
+
+    let alive = audit(&pool).unwrap();
+    let processes: Vec<_> = of(&alive, Owner::Process).iter().map(|b| b.process.unwrap()).collect();
+    assert_eq!(processes.iter().filter(|&&pid| pid == killed.id()).count(), 3, "{alive}");
+    assert_eq!(processes.len(), 4, "{alive}");
+    assert_eq!(alive.orphans().count(), 0, "{alive}");
+    assert!(alive.notes.is_empty(), "{alive}");
+    assert!(alive.terminate_orphans(&pool).unwrap().done.is_empty());
+
+    // Not buried yet: a zombie is dead enough.
+    killed.kill();
+    let mut found = audit(&pool).unwrap();
+    assert!(
+        wait_until(soon(), || {
+            found = audit(&pool).unwrap();
+            found.orphans().count() == 2
+        }),
+        "{found}"
+    );
+    killed.bury();
+    let found = audit(&pool).unwrap();
+    assert_eq!(found.orphans().count(), 2, "{found}");
+    assert!(found.orphans().all(|b| b.process == Some(killed.id())), "{found}");
+    assert!(found.to_string().contains(&format!("ORPHANED: process {} is dead", killed.id())), "{found}");
+    assert!(found.to_string().contains("2 orphaned"), "{found}");
+    assert_eq!(of(&found, Owner::Process).len(), 1, "the survivor's; the idle one went by itself: {found}");
+
+    let account = found.terminate_orphans(&pool).unwrap();
+    assert_eq!(account.done.len(), 2, "{account}");
+    for done in &account.done {
+        assert_eq!((done.process, &done.outcome), (killed.id(), &Outcome::Ended), "{account}");
+        assert!(found.orphans().any(|b| b.pid == done.pid));
+    }
+    assert!(account.to_string().contains("ended 2 of 2 orphaned backends"), "{account}");
+    assert_eq!(server().count(&format!("orders [{}]", killed.id())), 0);
+    assert_eq!(server().count(&format!("orders [{}]", survivor.id())), 1, "left alone");
+    assert!(row(&audit(&pool).unwrap(), borrowed.backend_pid()).owner == Owner::Pool, "left alone");
+
+    // What is gone is not hit again.
+    let again = found.terminate_orphans(&pool).unwrap();
+    assert!(again.done.iter().all(|done| done.outcome == Outcome::Gone), "{again}");
+}
+
+/// Between the audit and the end of an orphan, its pid may become another's, or its process turn out to live.
+#[test]
+fn each_is_looked_at_again() {
+    let pool = pool("again", 1);
+    let mut killed = process("again", 1, 0, &params("postgres"));
+    let alive = process("again", 1, 0, &params("postgres"));
+    killed.bury();
+    let found = audit(&pool).unwrap();
+    let orphan = found.orphans().next().unwrap_or_else(|| panic!("{found}")).clone();
+    let living = of(&found, Owner::Process)[0].clone();
+    let only = |backend: Backend| {
+        let mut changed = found.clone();
+        changed.backends = vec![backend];
+        changed.terminate_orphans(&pool).unwrap().done.remove(0).outcome
+    };
+
+    let mut other = orphan.clone();
+    other.backend_start = other.backend_start.map(|start| start - ms(1));
+    assert_eq!(only(other), Outcome::Gone, "another backend with its pid");
+    let mut other = orphan.clone();
+    other.application_name += "x";
+    assert_eq!(only(other), Outcome::Gone, "a backend of another's");
+    let mut other = living.clone();
+    other.owner = Owner::Orphaned;
+    assert_eq!(only(other.clone()), Outcome::Spared(format!("process {} lives", alive.id())));
+    other.process = orphan.process;
+    assert!(matches!(only(other.clone()), Outcome::Spared(why) if why.contains("somebody holds the connection")));
+    let mut other = of(&found, Owner::Pool)[0].clone();
+    (other.owner, other.process, other.client) = (Owner::Orphaned, orphan.process, None);
+    assert_eq!(only(other), Outcome::Gone, "busy no more");
+    assert!(pool.get().unwrap().batch_execute("").is_ok(), "and alive");
+    assert_eq!(server().count(&orphan.application_name) + server().count(&living.application_name), 2);
+
+    assert_eq!(only(orphan), Outcome::Ended);
+}
+
+/// Through a proxy that has not noticed yet: the server's side of the connection is well.
+#[test]
+fn what_somebody_holds_is_not_orphaned() {
+    let proxy = Proxy::to(server().addr());
+    let pool = pool("held", 1);
+    let through = params("postgres").replace(&format!("port={}", server().port()), &format!("port={}", proxy.port()));
+    let mut killed = process("held", 1, 1, &through);
+    proxy.pause();
+    killed.bury();
+    let audit = audit(&pool).unwrap();
+    let theirs: Vec<_> = audit.backends.iter().filter(|b| b.process == Some(killed.id())).collect();
+    assert_eq!(theirs.len(), 2, "{audit}");
+    for backend in theirs {
+        assert_eq!(backend.owner, Owner::Process, "{audit}");
+        assert!(backend.note.as_ref().unwrap().contains("its process is dead, but somebody holds"), "{audit}");
+    }
+    assert!(audit.to_string().contains("note: "), "{audit}");
+    server().terminate(&format!("held [{}]", killed.id()));
+}
+
+/// Through unix sockets the proof is harder, and in a container there is none.
+#[test]
+fn a_killed_process_of_a_unix_socket() {
+    let unix =
+        format!("host={} port={} user=postgres dbname=postgres", server().socket_dir().display(), server().port());
+    let mut killed = process("unix", 1, 0, &unix);
+    killed.bury();
+    let everybody = std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.ends_with("pid:[4026531836]"));
+    for params in [unix, params("postgres")] {
+        let pool = manager(&params).builder().name("unix").open().unwrap();
+        let audit = audit(&pool).unwrap();
+        if everybody {
+            assert_eq!(audit.orphans().count(), 1, "{audit}");
+        } else {
+            assert_eq!(audit.orphans().count(), 0, "{audit}");
+            assert!(audit.to_string().contains("in a container"), "{audit}");
+        }
+    }
+    server().terminate(&format!("unix [{}]", killed.id()));
+}
+
+#[test]
+fn what_the_server_does_not_know_is_missing() {
+    let pool = pool("missing", 2);
+    let (one, two) = (pool.get().unwrap(), pool.get().unwrap());
+    let gone = one.backend_pid().unwrap();
+    let end = format!("SELECT pg_terminate_backend({gone})");
+    server().connect().batch_execute(&end).unwrap();
+    assert_eq!(server().wait_for(&format!("missing [{}]", std::process::id()), 1, soon()), 1);
+    let audit = audit(&pool).unwrap();
+    assert_eq!(audit.missing.len(), 1, "{audit}");
+    assert_eq!(audit.missing[0].server_id, Some(gone as u64));
+    assert_eq!(of(&audit, Owner::Pool)[0].pid, two.backend_pid().unwrap());
+    assert!(
+        audit.to_string().contains(&format!("the server knows nothing of #1 (server id {gone}) out for")),
+        "{audit}"
+    );
+}
+
+#[test]
+fn a_name_of_one_s_own() {
+    let own = params("postgres") + " application_name=fixed";
+    let pool = manager(&own).builder().name("ignored").max_size(1).open().unwrap();
+    let _other = postgres::Client::connect(&own, NoTls).unwrap();
+    let fixed = audit(&pool).unwrap();
+    assert_eq!(fixed.application_name, "fixed");
+    assert_eq!(of(&fixed, Owner::Pool).len(), 1, "{fixed}");
+    assert_eq!(of(&fixed, Owner::Unnamed).len(), 1, "{fixed}");
+    assert!(fixed.notes[0].contains("'fixed' is your own and names no process"), "{fixed}");
+
+    let own = params("postgres") + &format!(" application_name='mixed [{}]'", std::process::id());
+    let pool = manager(&own).builder().name("ignored").max_size(1).open().unwrap();
+    let other = params("postgres") + " application_name='mixed [1]'";
+    let _other = postgres::Client::connect(&other, NoTls).unwrap();
+    let mixed = audit(&pool).unwrap();
+    assert_eq!(of(&mixed, Owner::Process)[0].process, Some(1), "{mixed}");
+    assert!(mixed.notes.is_empty(), "{mixed}");
+}
+
+/// Names that are not ASCII are changed by the server.
+#[test]
+fn any_name_can_be_found_again() {
+    for name in ["fähre", &"ä".repeat(70), "a [b", "tab\tand [12]"] {
+        let pool = pool(name, 1);
+        let audit = audit(&pool).unwrap();
+        assert_eq!((of(&audit, Owner::Pool).len(), of(&audit, Owner::Audit).len()), (1, 1), "{audit}");
+        assert_eq!(of(&audit, Owner::Audit)[0].process, Some(std::process::id()), "{audit}");
+    }
+}
+
+#[test]
+fn what_a_role_cannot_see_or_do_is_said() {
+    server()
+        .connect()
+        .batch_execute(
+            "CREATE ROLE worker LOGIN; CREATE ROLE nosy LOGIN; CREATE ROLE seer LOGIN; GRANT pg_read_all_stats TO seer",
+        )
+        .unwrap();
+    let pool = manager(&params("worker")).builder().name("shy").max_size(1).open().unwrap();
+    let mut killed = process("shy", 1, 0, &params("worker"));
+    killed.bury();
+
+    let mut nosy = postgres::Client::connect(&params("nosy"), NoTls).unwrap();
+    let hidden = audit_with(&pool, &mut nosy).unwrap();
+    assert_eq!((hidden.role.as_str(), hidden.backends.len()), ("worker", 2), "{hidden}");
+    assert_eq!(hidden.orphans().count(), 0, "{hidden}");
+    let other = of(&hidden, Owner::Process)[0];
+    assert_eq!((&other.state, other.age, other.backend_start), (&None, None, None));
+    assert_eq!(of(&hidden, Owner::Pool).len(), 1, "a pid is for all to see");
+    assert!(hidden.to_string().contains("(hidden)") && hidden.to_string().contains("pg_read_all_stats"), "{hidden}");
+
+    let mut seer = postgres::Client::connect(&params("seer"), NoTls).unwrap();
+    let seen = audit_with(&pool, &mut seer).unwrap();
+    assert_eq!(seen.orphans().count(), 1, "{seen}");
+    let account = seen.terminate_orphans_with(&mut seer).unwrap();
+    assert!(matches!(&account.done[0].outcome, Outcome::Refused(why) if why.contains("must be a member")), "{account}");
+    // The role itself may.
+    assert_eq!(seen.terminate_orphans(&pool).unwrap().done[0].outcome, Outcome::Ended);
+}
+
+/// In a transaction the server repeats what it saw first.
+#[test]
+fn a_client_in_a_transaction_sees_the_present() {
+    let pool = pool("present", 2);
+    let mut client = server().connect();
+    client.batch_execute("BEGIN; SELECT * FROM pg_stat_activity").unwrap();
+    assert_eq!(of(&audit_with(&pool, &mut client).unwrap(), Owner::Pool).len(), 1);
+    let _both = (pool.get().unwrap(), pool.get().unwrap());
+    assert_eq!(of(&audit_with(&pool, &mut client).unwrap(), Owner::Pool).len(), 2);
+}
+
+/// A server that is silent holds up an audit for `open_timeout`, and its thread no longer.
+#[test]
+fn an_audit_keeps_its_limit() {
+    let proxy = Proxy::to(server().addr());
+    let through = params("postgres").replace(&format!("port={}", server().port()), &format!("port={}", proxy.port()));
+    let pool = manager(&through).builder().name("silent").open_timeout(ms(300)).open().unwrap();
+    proxy.silent(true);
+    let (done, wait) = std::sync::mpsc::channel();
+    let begun = Instant::now();
+    std::thread::spawn(move || done.send(audit(&pool).is_err()));
+    assert_eq!(wait.recv_timeout(PATIENCE), Ok(true), "it hangs");
+    assert!(begun.elapsed() >= ms(250) && begun.elapsed() < ms(2000), "{:?}", begun.elapsed());
+}
+
+// ---------------------------------------------------------------------------------------------- a pooler
+
+/// A private PgBouncer in front of the server.
+struct PgBouncer {
+    process: Child,
+    port: u16,
+    _dir: tempfile::TempDir,
+}
+
+impl PgBouncer {
+    fn start(mode: &str, size: u32) -> PgBouncer {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let user = programs::User::for_server();
+        let dir = tempfile::Builder::new().prefix("millpond-").tempdir_in("/tmp").unwrap();
+        if let Some(programs::User { uid, gid }) = user {
+            std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid)).unwrap();
+        }
+        // `any` lets everybody in, as one user.
+        let config = format!(
+            "[databases]\n* = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nauth_type = any\nunix_socket_dir =\npool_mode = {mode}\ndefault_pool_size = {size}\n",
+            server().port()
+        );
+        std::fs::write(dir.path().join("ini"), config).unwrap();
+        let path = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"];
+        let path =
+            path.iter().find(|p| std::path::Path::new(p).exists()).expect("pgbouncer: apt-get install pgbouncer");
+        let mut command: Command = programs::command(path, dir.path(), user);
+        let quiet = command.args(["-q", "ini"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = quiet.spawn().unwrap();
+        let pooler = PgBouncer { process, port, _dir: dir };
+        let up = || postgres::Client::connect(&pooler.params(), NoTls).is_ok();
+        assert!(wait_until(soon(), up), "pgbouncer does not answer");
+        pooler
+    }
+
+    fn params(&self) -> String {
+        format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port)
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
+    for mode in ["session", "transaction"] {
+        let pooler = PgBouncer::start(mode, 20);
+        let manager = manager(&pooler.params());
+        // 10 000 clients of a pooler are none of the server's business.
+        let pool = manager.clone().processes(1000).budget(Budget::Refuse).builder().name(mode).open().unwrap();
+        let unobserved = manager.observe(false).builder().name(mode).open().unwrap();
+        let mut killed = process(mode, 1, 0, &pooler.params());
+        killed.bury();
+        let found = audit(&pool).unwrap();
+        assert!(found.notes[0].contains("through a pooler"), "{found}");
+        assert_eq!((of(&found, Owner::Pool).len(), found.missing.len()), (0, 0), "{found}");
+        assert_eq!(found.orphans().count(), 0, "{found}");
+        // That there is a pooler is not known then; but that this is not the server's host, or seems not to be.
+        let found = audit(&unobserved).unwrap();
+        let theirs = found.backends.iter().filter(|b| b.process == Some(killed.id())).collect::<Vec<_>>();
+        assert!(theirs.iter().all(|b| b.note.as_ref().unwrap().contains("something stands in between")), "{found}");
+        assert_eq!((theirs.len(), found.orphans().count()), (1, 0), "{found}");
+        server().terminate(&format!("{mode} [{}]", killed.id()));
+    }
+}
+
+/// A pooler that cannot be seen lends one backend to many: the pid that the pool has been told is anybody's.
+#[test]
+fn a_backend_under_another_s_name_is_not_the_pool_s() {
+    let pooler = PgBouncer::start("transaction", 1);
+    let pool = manager(&pooler.params()).observe(false).builder().name("lent").open().unwrap();
+    let pid = pool.connections()[0].server_id.unwrap();
+    let mut other =
+        postgres::Client::connect(&format!("{} application_name='lent [1]'", pooler.params()), NoTls).unwrap();
+    let mut other = other.transaction().unwrap();
+    assert_eq!(other.query_typed_one("SELECT pg_backend_pid()", &[]).unwrap().get::<_, i32>(0) as u64, pid);
+    let audit = audit_with(&pool, &mut server().connect()).unwrap();
+    let backend = row(&audit, Some(pid as i32));
+    assert_eq!((backend.owner, backend.process), (Owner::Process, Some(1)), "{audit}");
+}
