@@ -6,10 +6,9 @@ mod support;
 use millpond::postgres::{Audit, Backend, Budget, Outcome, Owner, Pool, PostgresManager, audit, audit_with};
 use millpond::{ConnectionState, PooledConnection};
 use postgres::NoTls;
-use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime};
-use support::{Again, Proxy, Server, ms, programs, wait_until};
+use support::{Again, Bouncer, PoolMode, Proxy, Server, ms, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -418,63 +417,20 @@ fn an_audit_keeps_its_limit() {
 
 // ---------------------------------------------------------------------------------------------- a pooler
 
-/// A private PgBouncer in front of the server.
-struct PgBouncer {
-    process: Child,
-    port: u16,
-    _dir: tempfile::TempDir,
-}
-
-impl PgBouncer {
-    fn start(mode: &str, size: u32) -> PgBouncer {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
-        let user = programs::User::for_server();
-        let dir = tempfile::Builder::new().prefix("millpond-").tempdir_in("/tmp").unwrap();
-        if let Some(programs::User { uid, gid }) = user {
-            std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid)).unwrap();
-        }
-        // `any` lets everybody in, as one user.
-        let config = format!(
-            "[databases]\n* = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-             listen_port = {port}\nauth_type = any\nunix_socket_dir =\npool_mode = {mode}\ndefault_pool_size = {size}\n",
-            server().port()
-        );
-        std::fs::write(dir.path().join("ini"), config).unwrap();
-        let path = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"];
-        let path =
-            path.iter().find(|p| std::path::Path::new(p).exists()).expect("pgbouncer: apt-get install pgbouncer");
-        let mut command: Command = programs::command(path, dir.path(), user);
-        let quiet = command.args(["-q", "ini"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = quiet.spawn().unwrap();
-        let pooler = PgBouncer { process, port, _dir: dir };
-        let up = || postgres::Client::connect(&pooler.params(), NoTls).is_ok();
-        assert!(wait_until(soon(), up), "pgbouncer does not answer");
-        pooler
-    }
-
-    fn params(&self) -> String {
-        format!("host=127.0.0.1 port={} user=postgres dbname=postgres", self.port)
-    }
-}
-
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
+/// How a pool reaches the server through this pooler.
+fn through(pooler: &Bouncer) -> String {
+    format!("host=127.0.0.1 port={} user=postgres dbname=postgres", pooler.port())
 }
 
 #[test]
 fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
-    for mode in ["session", "transaction"] {
-        let pooler = PgBouncer::start(mode, 20);
-        let manager = manager(&pooler.params());
+    for (mode, name) in [(PoolMode::Session, "session"), (PoolMode::Transaction, "transaction")] {
+        let pooler = Bouncer::start(server(), mode, &[]);
+        let manager = manager(&through(&pooler));
         // 10 000 clients of a pooler are none of the server's business.
-        let pool = manager.clone().processes(1000).budget(Budget::Refuse).builder().name(mode).open().unwrap();
-        let unobserved = manager.observe(false).builder().name(mode).open().unwrap();
-        let mut killed = process(mode, 1, 0, &pooler.params());
+        let pool = manager.clone().processes(1000).budget(Budget::Refuse).builder().name(name).open().unwrap();
+        let unobserved = manager.observe(false).builder().name(name).open().unwrap();
+        let mut killed = process(name, 1, 0, &through(&pooler));
         killed.bury();
         let found = audit(&pool).unwrap();
         assert!(found.notes[0].contains("through a pooler"), "{found}");
@@ -485,18 +441,18 @@ fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
         let theirs = found.backends.iter().filter(|b| b.process == Some(killed.id())).collect::<Vec<_>>();
         assert!(theirs.iter().all(|b| b.note.as_ref().unwrap().contains("something stands in between")), "{found}");
         assert_eq!((theirs.len(), found.orphans().count()), (1, 0), "{found}");
-        server().terminate(&format!("{mode} [{}]", killed.id()));
+        server().terminate(&format!("{name} [{}]", killed.id()));
     }
 }
 
 /// A pooler that cannot be seen lends one backend to many: the pid that the pool has been told is anybody's.
 #[test]
 fn a_backend_under_another_s_name_is_not_the_pool_s() {
-    let pooler = PgBouncer::start("transaction", 1);
-    let pool = manager(&pooler.params()).observe(false).builder().name("lent").open().unwrap();
+    let pooler = Bouncer::start(server(), PoolMode::Transaction, &[("default_pool_size", "1")]);
+    let pool = manager(&through(&pooler)).observe(false).builder().name("lent").open().unwrap();
     let pid = pool.connections()[0].server_id.unwrap();
     let mut other =
-        postgres::Client::connect(&format!("{} application_name='lent [1]'", pooler.params()), NoTls).unwrap();
+        postgres::Client::connect(&format!("{} application_name='lent [1]'", through(&pooler)), NoTls).unwrap();
     let mut other = other.transaction().unwrap();
     assert_eq!(other.query_typed_one("SELECT pg_backend_pid()", &[]).unwrap().get::<_, i32>(0) as u64, pid);
     let audit = audit_with(&pool, &mut server().connect()).unwrap();

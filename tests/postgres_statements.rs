@@ -8,8 +8,8 @@ use postgres::types::Type;
 use postgres::{NoTls, SimpleQueryMessage};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
-use support::{EPSILON, Proxy, Server, ms, wait_until};
+use std::time::Duration;
+use support::{Bouncer, EPSILON, PoolMode, Proxy, Server, ms};
 
 /// How a connection reaches the server, which decides what is known of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -564,12 +564,10 @@ fn off_a_changed_table_does_not_show() {
     }
 }
 
-/// Behind PgBouncer in transaction mode, many clients on few servers. Run it where there is one:
-/// `cargo test --test postgres_statements -- --ignored --nocapture` (Debian: `apt-get install pgbouncer`).
+/// Many clients on two servers, in transaction mode.
 #[test]
-#[ignore = "needs pgbouncer"]
 fn off_it_works_behind_a_transaction_pooler() {
-    let bouncer = PgBouncer::start();
+    let bouncer = Bouncer::start(Server::shared(), PoolMode::Transaction, &[("default_pool_size", "2")]);
     for (way, cache) in [(Way::Observed, 0), (Way::Unobserved, 0), (Way::Observed, 256)] {
         let manager = PostgresManager::parse(&bouncer.conninfo("pooler"), NoTls).unwrap();
         let pool = manager.observe(way == Way::Observed).statement_cache(cache).builder().max_size(6).open().unwrap();
@@ -600,60 +598,5 @@ fn off_it_works_behind_a_transaction_pooler() {
         );
         assert_eq!(left.unwrap().get::<_, i64>(0), 0);
         assert!((cache > 0) == (failures > 0), "{way:?}, cache {cache}: {failures} failed");
-    }
-}
-
-/// A pooler of two servers in transaction mode, in front of the shared server.
-struct PgBouncer {
-    child: std::process::Child,
-    port: u16,
-    _dir: tempfile::TempDir,
-}
-
-impl PgBouncer {
-    fn start() -> PgBouncer {
-        let dir = tempfile::Builder::new().prefix("millpond-").tempdir_in("/tmp").unwrap();
-        let port = {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            free.local_addr().unwrap().port()
-        };
-        std::fs::write(
-            dir.path().join("ini"),
-            format!(
-                "[databases]\npostgres = host=127.0.0.1 port={} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-                 listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
-                 default_pool_size = 2\n",
-                Server::shared().port()
-            ),
-        )
-        .unwrap();
-        let user = support::programs::User::for_server();
-        if let Some(user) = user {
-            std::os::unix::fs::chown(dir.path(), Some(user.uid), Some(user.gid)).unwrap();
-        }
-        let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer", "/usr/local/bin/pgbouncer"]
-            .into_iter()
-            .find(|path| std::path::Path::new(path).exists())
-            .expect("no pgbouncer found: apt-get install pgbouncer");
-        let child = support::programs::command(program, dir.path(), user)
-            .args(["-q", "ini"])
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let bouncer = PgBouncer { child, port, _dir: dir };
-        let config: postgres::Config = bouncer.conninfo("starter").parse().unwrap();
-        assert!(wait_until(Instant::now() + Duration::from_secs(5), || config.connect(NoTls).is_ok()));
-        bouncer
-    }
-
-    fn conninfo(&self, app: &str) -> String {
-        format!("host=127.0.0.1 port={} user=postgres dbname=postgres application_name={app}", self.port)
-    }
-}
-
-impl Drop for PgBouncer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
