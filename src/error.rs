@@ -195,7 +195,7 @@ impl fmt::Display for Timeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "pool '{}': no connection within {}", self.pool, Short(self.timeout))?;
         match &self.cause {
-            Some(cause) if self.out == 0 => write!(f, ": the server cannot be reached: {cause}")?,
+            Some(cause) if self.out == 0 => write!(f, ": none can be opened: {cause}")?,
             _ if self.out >= self.max_size => write!(f, ": all {} are in use", self.max_size)?,
             _ => {
                 write!(f, ": {} of {} in use", self.out, self.max_size)?;

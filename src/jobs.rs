@@ -169,7 +169,7 @@ fn start<M: Manage>(
         Ok(()) => {
             shared.set_cause(None);
             shared.notice(Level::Debug, || {
-                let server = opening.server_id().map(|id| format!(" (server's {id})")).unwrap_or_default();
+                let server = opening.server_id().map(|id| format!(" (server id {id})")).unwrap_or_default();
                 format!("opened #{id}{server} in {}", Short(took))
             });
             false

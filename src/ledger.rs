@@ -442,6 +442,7 @@ impl<C, W> Ledger<C, W> {
             let token = Token { index, id: self.rows[index as usize].id };
             let taken = if check {
                 self.start_check(index, now, Check::Own);
+                self.rows[index as usize].holder = Some(holder);
                 Take::Check(token, conn, self.ticket())
             } else {
                 self.lend(index, now, holder);
@@ -507,8 +508,13 @@ impl<C, W> Ledger<C, W> {
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
     pub(crate) fn prepare(&mut self, now: Moment) {
         let now = self.tick(now);
-        // One at a time: what is under way and not spoken for is the one.
-        if self.closed || self.opening + self.crew_checking > self.queue.len() as u32 {
+        if self.closed {
+            return;
+        }
+        // One at a time: what is under way and not spoken for is the one. It may have been ordered for somebody who
+        // gave up, and not have dialled: it is wanted again.
+        if self.opening + self.crew_checking > self.queue.len() as u32 {
+            self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Opening).for_each(|r| r.unawaited = true);
             return;
         }
         self.kick(now);
@@ -664,7 +670,8 @@ impl<C, W> Ledger<C, W> {
             let born = self.rows[index as usize].born;
             self.tally.failed_opens += 1;
             self.failed(now, born, false, 0.5);
-            self.bury(index, conn, CloseReason::Lifetime, now);
+            // Not counted among the closed, for it is not among the opened.
+            self.send_off(index, conn, CloseReason::Lifetime, now);
             self.provision(now);
             return Ok(());
         }
@@ -882,6 +889,7 @@ impl<C, W> Ledger<C, W> {
     /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
     /// the books, which would not balance otherwise.
     pub(crate) fn forget_rehearsal(&mut self) {
+        self.rows.iter_mut().for_each(|row| row.uses = 0);
         let tally = std::mem::take(&mut self.tally);
         let (wait, hold) = Default::default();
         self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
@@ -1356,13 +1364,13 @@ impl<C, W> Ledger<C, W> {
     /// Sends a connection off to be closed.
     fn doom(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
         self.forget_lifetime(index);
-        self.bury(index, conn, reason, now);
+        self.tally.closed(reason);
+        self.send_off(index, conn, reason, now);
     }
 
-    /// `doom` for one that has no place among the lifetimes.
-    fn bury(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
+    /// Has the crew close it.
+    fn send_off(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
         self.close_row(index, now);
-        self.tally.closed(reason);
         let token = Token { index, id: self.rows[index as usize].id };
         self.outbox.orders.push(Order::Close(token, conn, reason));
     }

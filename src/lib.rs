@@ -6,16 +6,13 @@
 //! ```no_run
 //! # #[cfg(feature = "postgres")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use millpond::Pool;
-//! use r2d2_postgres::{PostgresConnectionManager, postgres::NoTls};
 //! use std::time::Duration;
 //!
-//! let manager = PostgresConnectionManager::new("host=127.0.0.1 user=app".parse()?, NoTls);
-//! let pool = Pool::builder()
+//! let pool = millpond::postgres::builder("host=127.0.0.1 user=app")?
 //!     .name("orders")
 //!     .max_size(16)
 //!     .max_idle(Duration::from_secs(60))
-//!     .build(manager)?; // opens one connection, or says why not
+//!     .open()?; // opens one connection, or says why not
 //! let _guard = pool.guard(); // closes the pool when main returns or unwinds
 //!
 //! let mut client = pool.get()?;
@@ -76,7 +73,8 @@
 //!
 //! # Features
 //!
-//! * `postgres` (default): what a pool can do when it knows that the other side is PostgreSQL.
+//! * `postgres` (default): [`millpond::postgres`](postgres), what a pool can do when it knows that the other side is
+//!   PostgreSQL.
 //!
 //! # Limits
 //!

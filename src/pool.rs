@@ -508,27 +508,41 @@ impl CloseReport {
 
 impl fmt::Display for CloseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}' closed in {}", self.pool, Short(self.elapsed))?;
-        if self.waiters > 0 {
-            write!(f, "; {} waiters turned away", self.waiters)?;
+        write!(f, "pool '{}' {}", self.pool, self.outcome())
+    }
+}
+
+impl CloseReport {
+    /// What a record says after the pool's name.
+    fn outcome(&self) -> impl fmt::Display + '_ {
+        struct Outcome<'a>(&'a CloseReport);
+        impl fmt::Display for Outcome<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let report = self.0;
+                write!(f, "closed in {}", Short(report.elapsed))?;
+                if report.waiters > 0 {
+                    write!(f, "; waiters turned away: {}", report.waiters)?;
+                }
+                if report.is_complete() {
+                    return write!(f, "; nothing is left");
+                }
+                if !report.workers_finished {
+                    write!(f, "; workers still run")?;
+                }
+                if report.lost > 0 {
+                    write!(f, "; jobs given up before and not back: {}", report.lost)?;
+                }
+                if report.threads > 0 {
+                    write!(f, "; threads that have not ended: {}", report.threads)?;
+                }
+                for (i, row) in report.left.iter().enumerate() {
+                    let cut = if report.cut.contains(&row.id) { " (cut)" } else { "" };
+                    write!(f, "{}{row}{cut}", if i == 0 { "; left: " } else { ", " })?;
+                }
+                Ok(())
+            }
         }
-        if self.is_complete() {
-            return write!(f, "; nothing is left");
-        }
-        if !self.workers_finished {
-            write!(f, "; workers still run")?;
-        }
-        if self.lost > 0 {
-            write!(f, "; {} jobs given up before are not back", self.lost)?;
-        }
-        if self.threads > 0 {
-            write!(f, "; {} threads have not ended", self.threads)?;
-        }
-        for (i, row) in self.left.iter().enumerate() {
-            let cut = if self.cut.contains(&row.id) { " (cut)" } else { "" };
-            write!(f, "{}{row}{cut}", if i == 0 { "; left: " } else { ", " })?;
-        }
-        Ok(())
+        Outcome(self)
     }
 }
 
@@ -574,7 +588,8 @@ fn close<M: Manage>(
     loop {
         let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
         let others = ledger.rows().any(|row| !mine(row));
-        let at_work = ledger.rows().any(|row| row.id == my_job);
+        // The reaper stays as long as a job has a limit, or this thread validates what it wants.
+        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         if !others && !reaper && shared.crew.threads() <= my_thread {
             break;
@@ -618,7 +633,7 @@ fn close<M: Manage>(
     };
     let level = if report.is_complete() { Level::Info } else { Level::Warn };
     if !shared.is_forked() && level <= log::max_level() {
-        shared.notice(level, || report.to_string());
+        shared.notice(level, || report.outcome().to_string());
         let until = Instant::now() + LAST_WORDS;
         let mut ledger = shared.lock();
         while shared.crew.threads() > report.threads + my_thread && Instant::now() < until {

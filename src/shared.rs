@@ -226,7 +226,8 @@ impl<M: Manage> Shared<M> {
 
     /// Leaves a record to a thread that the logger may block.
     pub(crate) fn notice(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
-        if level <= log::max_level() {
+        // A forked child has no such thread, and what it does is no news of the parent's pool.
+        if level <= log::max_level() && !self.is_forked() {
             let text = format!("pool '{}': {}", self.name, text());
             self.post(Kind::Notice, Job::Notice(Notice { level, text }));
         }
@@ -272,8 +273,9 @@ impl<M: Manage> Shared<M> {
     /// What a forked child is told.
     pub(crate) fn forked_error(&self) -> Error {
         let problem = format!(
-            "belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
+            "'{}' belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
              connections are the parent's. Build a pool after the fork",
+            self.name,
             self.pid,
             std::process::id()
         );

@@ -59,9 +59,10 @@ pub struct ConnectionInfo {
     pub age: Duration,
     /// How often it was checked out.
     pub uses: u64,
-    /// Where it was checked out, while it is: the line that called `get`.
+    /// Where it was checked out, while it is, or is being validated by the thread that wants it: the line that called
+    /// `get`.
     pub location: Option<&'static Location<'static>>,
-    /// Which thread checked it out, while it is.
+    /// Which thread that is.
     pub thread: Option<String>,
 }
 
@@ -95,15 +96,15 @@ impl ConnectionInfo {
     }
 }
 
-/// One line: `#7 (pid 4711) out for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
+/// One line: `#7 (server id 4711) out for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
 impl fmt::Display for ConnectionInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "#{}", self.id)?;
         if let Some(id) = self.server_id {
-            write!(f, " (server's {id})")?;
+            write!(f, " (server id {id})")?;
         }
         write!(f, " {} for {}, age {}", self.state, Short(self.since), Short(self.age))?;
-        write!(f, ", used {} {}", self.uses, if self.uses == 1 { "time" } else { "times" })?;
+        write!(f, ", used {}", Times(self.uses))?;
         if let Some(thread) = &self.thread {
             write!(f, ", by {thread}")?;
         }
@@ -137,7 +138,10 @@ impl IntoIterator for Connections {
 
 impl fmt::Display for Connections {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let head = ["id", "server's", "state", "for", "age", "uses", "thread", "checked out at"].map(String::from);
+        if self.is_empty() {
+            return writeln!(f, "no connections");
+        }
+        let head = ["id", "server id", "state", "for", "age", "uses", "thread", "checked out at"].map(String::from);
         let rows = self.0.iter().map(|c| {
             let or = |text: Option<String>| text.unwrap_or_else(|| "-".into());
             [
@@ -245,47 +249,45 @@ impl Stats {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let closed = if self.closed { ", closed" } else { "" };
-        writeln!(
-            f,
-            "pool '{}': {} of {} in use, age {}{closed}",
-            self.name,
-            self.size(),
-            self.max_size,
-            Short(self.age)
-        )?;
-        write!(f, "  now        {} idle, {} out, {} waiting", self.idle, self.out, self.waiting)?;
-        for (n, what) in
-            [(self.checking, "checking"), (self.opening, "opening"), (self.closing, "closing"), (self.lost, "lost")]
-        {
-            if n > 0 {
-                write!(f, ", {n} {what}")?;
-            }
-        }
-        write!(f, "\n  checkouts  {}, {} of them waited", self.checkouts, self.waits)?;
-        write!(f, ", {} timed out, {} turned away, {} leaks", self.timeouts, self.turned_away, self.leaks)?;
-        write!(f, "\n  opened     {}, {} failed", self.opens, self.failed_opens)?;
+        write!(f, "pool '{}': {} of {} connections", self.name, self.size(), self.max_size)?;
+        writeln!(f, ", built {} ago{closed}", Short(self.age))?;
+        write!(f, "  now        {} idle, {} out", self.idle, self.out)?;
+        let passing =
+            [(self.checking, "checking"), (self.opening, "opening"), (self.closing, "closing"), (self.lost, "lost")];
+        some(f, ", ", passing.map(|(n, what)| (u64::from(n), what)))?;
+        write!(f, "; {} waiting", self.waiting)?;
+        write!(f, "\n  checkouts  {}; {} had to wait, {} timed out", self.checkouts, self.waits, self.timeouts)?;
+        some(f, ", ", [(self.turned_away, "turned away"), (self.leaks, "held for too long")])?;
+        write!(f, "\n  opened     {}; {} failed", self.opens, self.failed_opens)?;
         write!(f, "\n  closed     {}", self.closes)?;
-        let mut lead = ": ";
-        for reason in CloseReason::ALL {
-            let n = self.closed_for(reason);
-            if n > 0 {
-                write!(f, "{lead}{n} {reason}")?;
-                lead = ", ";
-            }
-        }
-        if self.detached > 0 {
-            write!(f, "; {} detached", self.detached)?;
-        }
-        if self.written_off > 0 {
-            write!(f, "\n  given up   {} jobs past their limit", self.written_off)?;
-        }
-        if self.dropped_records > 0 {
-            write!(f, "\n  log        {} records dropped: the logger blocked", self.dropped_records)?;
-        }
+        some(f, ": ", CloseReason::ALL.map(|reason| (self.closed_for(reason), reason.as_str())))?;
+        some(f, "\n  detached   ", [(self.detached, "by their users")])?;
+        some(f, "\n  given up   ", [(self.written_off, "past their limit")])?;
+        some(f, "\n  log        ", [(self.dropped_records, "dropped: the logger blocked")])?;
         write!(f, "\n  waited     {}", self.wait_time)?;
         write!(f, "\n  held       {}", self.hold_time)?;
         write!(f, "\n  to open    {}", self.open_time)?;
-        writeln!(f, "\n  evictions  at most {} late", Short(self.max_lateness))
+        match self.max_lateness {
+            Duration::ZERO => writeln!(f, "\n  evictions  never late"),
+            late => writeln!(f, "\n  evictions  at most {} late", Short(late)),
+        }
+    }
+}
+
+/// `lead`, and then those of the numbers that are not zero; nothing if all are.
+fn some<const N: usize>(f: &mut fmt::Formatter<'_>, lead: &str, numbers: [(u64, &str); N]) -> fmt::Result {
+    for (i, (n, what)) in numbers.into_iter().filter(|&(n, _)| n > 0).enumerate() {
+        write!(f, "{}{n} {what}", if i == 0 { lead } else { ", " })?;
+    }
+    Ok(())
+}
+
+/// `1 time`, `2 times`.
+struct Times(u64);
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0, if self.0 == 1 { "time" } else { "times" })
     }
 }
 
@@ -467,7 +469,7 @@ impl fmt::Display for Distribution {
         if self.count == 0 {
             return f.write_str("never");
         }
-        write!(f, "{} times, mean {}, p50 {}", self.count, Short(self.mean()), Short(self.quantile(0.5)))?;
+        write!(f, "{}, mean {}, p50 {}", Times(self.count), Short(self.mean()), Short(self.quantile(0.5)))?;
         write!(f, ", p99 {}, max {}", Short(self.quantile(0.99)), Short(self.max()))
     }
 }

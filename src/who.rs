@@ -23,7 +23,7 @@ pub(crate) fn tag() -> u64 {
 
 /// The name of a thread by its number.
 pub(crate) fn name(tag: u64) -> String {
-    NAMES.lock().known.get(&tag).cloned().unwrap_or_else(|| format!("#{tag} (ended)"))
+    NAMES.lock().known.get(&tag).cloned().unwrap_or_else(|| format!("unnamed-{tag} (ended)"))
 }
 
 /// How many threads that have ended are still known by name: a connection may outlive the thread that took it.
@@ -44,7 +44,7 @@ fn introduce() -> u64 {
     let tag = NEXT.fetch_add(1, Ordering::Relaxed);
     TAG.set(tag);
     let thread = thread::current();
-    let name = thread.name().map_or_else(|| format!("#{tag}"), |name| format!("'{name}'"));
+    let name = thread.name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{name}'"));
     let mut names = NAMES.lock();
     names.known.insert(tag, name);
     // A thread that has begun to end cannot say farewell: it is counted as ended at once.

@@ -517,7 +517,7 @@ fn from_a_hook_that_was_written_off() {
     let of_hook = Arc::new(OnceLock::new());
     let _ = of_hook.set(pool.clone());
     fake.set(Call::OnAcquire, Act::Block);
-    assert!(pool.get_timeout(ms(1)).unwrap_err().is_timeout());
+    assert!(pool.get_timeout(ms(50)).unwrap_err().is_timeout());
     assert!(wait_until(within(SOON), || pool.stats().lost == 1));
     // What it closes in the end is the pool.
     fake.set(Call::OnRelease, run(move || drop(reports.send(of_hook.get().unwrap().close(ms(300))))));
@@ -705,7 +705,7 @@ fn what_hangs_is_cut_after_the_grace() {
     let pool = Pool::builder().name("hangs").build(fake.direct()).unwrap();
     let lent = pool.get().unwrap();
     fake.set(Call::Open, Act::Block);
-    assert!(pool.get_timeout(ms(1)).unwrap_err().is_timeout());
+    assert!(pool.get_timeout(ms(50)).unwrap_err().is_timeout());
     fake.wait_inside(Call::Open, 1);
     fake.set(Call::Close, Act::Block);
     PooledConnection::discard(lent);

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millpond::{Builder, CloseReason, Pool};
-use stock::{Manager, SOON, Use, assert_gone, burst, finish, manager, pid, take, use_one};
+use stock::{Manager, SEEN, SOON, Use, assert_gone, burst, finish, manager, pid, take, use_one};
 use support::{Database, EPSILON, History, alone, ms, sleep_until, wait_until};
 
 const MAX_IDLE: Duration = Duration::from_secs(2);
@@ -22,7 +22,7 @@ fn assert_each_in_time(seen: &History, uses: &[Use], max_idle: Duration) {
     for one in uses {
         let (there, gone) = seen.gone(one.pid);
         let late = there.saturating_duration_since(one.after + max_idle);
-        assert!(late < EPSILON, "backend {} is still there {late:?} after its time", one.pid);
+        assert!(late < SEEN, "backend {} is still there {late:?} after its time", one.pid);
         let early = (one.before + max_idle).saturating_duration_since(gone);
         assert!(early < EPSILON, "backend {} is gone {early:?} before its time", one.pid);
     }
@@ -39,7 +39,7 @@ fn a_burst_then_silence() {
     assert_eq!(Database::get().count("silence"), 17);
     sleep_until(last + MAX_IDLE + EPSILON);
     assert_eq!(pool.state().connections, 0);
-    assert_eq!(Database::get().wait_for("silence", 0, last + MAX_IDLE + EPSILON * 2), 0);
+    assert_eq!(Database::get().wait_for("silence", 0, last + MAX_IDLE + SEEN), 0);
 
     let seen = watch.end();
     assert_eq!(seen.pids().len(), 17);
@@ -48,7 +48,7 @@ fn a_burst_then_silence() {
     let first_gone = uses.iter().map(|one| seen.gone(one.pid).0).min().unwrap();
     let last_seen = uses.iter().map(|one| seen.gone(one.pid).0).max().unwrap();
     let spread = last.duration_since(uses[0].before);
-    assert!(last_seen - first_gone < spread + EPSILON, "{}", seen.counts(last));
+    assert!(last_seen - first_gone < spread + SEEN, "{}", seen.counts(last));
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closes, stats.closed_for(CloseReason::Idle)), (17, 17, 17), "{stats}");
     assert!(stats.max_lateness < EPSILON, "{stats}");
@@ -100,7 +100,7 @@ fn a_burst_then_a_trickle() {
     let seen = watch.end();
     let others: Vec<Use> = uses.into_iter().filter(|one| one.pid != kept).collect();
     assert_each_in_time(&seen, &others, MAX_IDLE);
-    for sample in seen.after(last + MAX_IDLE + EPSILON) {
+    for sample in seen.after(last + MAX_IDLE + SEEN) {
         assert_eq!(sample.pids().into_iter().collect::<Vec<_>>(), [kept], "{}", seen.counts(last));
     }
     let stats = pool.stats();
@@ -150,7 +150,7 @@ fn a_steady_load_of_four_keeps_at_most_four() {
     steady_load(&pool, || sleep_until(end));
 
     let seen = watch.end();
-    let later: Vec<usize> = seen.between(last + MAX_IDLE + EPSILON, end).map(|sample| sample.count()).collect();
+    let later: Vec<usize> = seen.between(last + MAX_IDLE + SEEN, end).map(|sample| sample.count()).collect();
     assert!(!later.is_empty() && later.iter().all(|n| (1..=4).contains(n)), "{}", seen.counts(last));
     let stats = pool.stats();
     assert_eq!(stats.opens, 17, "{stats}");
@@ -190,7 +190,7 @@ fn zero_keeps_nothing_idle() {
     assert_eq!(second.pid, first_pid);
 
     // Nobody waited for it this time.
-    assert_eq!(server.wait_for("zero", 0, second.after + EPSILON), 0);
+    assert_eq!(server.wait_for("zero", 0, second.after + SEEN), 0);
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closed_for(CloseReason::Idle)), (2, 2), "{stats}");
     finish(pool, "zero");
@@ -207,7 +207,7 @@ fn none_keeps_all() {
     let last = burst(&some, 5)[4].after;
     assert_eq!((server.count("some"), server.count("none")), (5, 5));
 
-    assert_eq!(server.wait_for("some", 0, last + SHORT + EPSILON), 0);
+    assert_eq!(server.wait_for("some", 0, last + SHORT + SEEN), 0);
     sleep_until(last + SHORT * 3);
     assert_eq!(server.count("none"), 5);
     let mut pids: Vec<i32> = take(&none, 5).iter_mut().map(|conn| pid(conn)).collect();

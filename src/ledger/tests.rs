@@ -345,7 +345,8 @@ impl World {
             }
             assert!(l.alarm <= row.limit);
             assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
-            assert_eq!(row.holder.is_some(), row.state == State::Out);
+            let own_check = row.state == State::Checking && row.check == Check::Own;
+            assert_eq!(row.holder.is_some(), row.state == State::Out || own_check);
         }
         for &(dies, index) in &l.lifetimes {
             let row = &l.rows[index as usize];
@@ -492,6 +493,9 @@ fn one_that_arrives_expired_is_a_failed_open() {
     assert!(!w.out.contains_key(&a));
     assert_eq!(w.ledger.tally.opens, 0);
     assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+    // The books balance: what was not opened is not closed.
+    assert_eq!(w.ledger.tally.closes.iter().sum::<u64>(), 0);
+    assert_eq!(w.closed_for(CloseReason::Lifetime), w.ledger.tally.failed_opens as usize);
 }
 
 #[test]
@@ -647,6 +651,19 @@ fn an_order_is_asked_again_before_it_dials() {
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
     assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "nobody wants it any longer");
     assert_eq!(l.counts().total(), 0);
+}
+
+#[test]
+fn an_order_is_wanted_again_by_one_who_does_not_wait() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(rules());
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, 1) else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    l.prepare(Moment::BIRTH);
+    let [Order::Open(_)] = l.outbox.orders[..] else { panic!("{:?}", l.outbox.orders) };
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
 }
 
 // ---------------------------------------------------------------------------------------------------- P7: the queue
@@ -869,6 +886,21 @@ fn one_who_checked_in_vain_keeps_its_place() {
 }
 
 #[test]
+fn who_checks_for_itself_is_known() {
+    let mut l: Ledger<Conn, Seat> = Ledger::new(Rules { validate: Validate::Always, ..rules() });
+    l.prepare(Moment::BIRTH);
+    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
+    let checking = |row: &Row| (row.state, row.holder.map(|h| h.thread));
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Checking, Some(1))]);
+    let (token, _) = l.cleared(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
+    l.checkin(Moment::BIRTH, token, conn, Back::Keep);
+    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Idle, None)]);
+}
+
+#[test]
 fn keepalive_one_at_a_time_and_back_in_place() {
     let mut w = World::new(Rules { keepalive: Some(secs(10)), max_idle: Some(secs(25)), ..rules() });
     w.check_time = ms(100);
@@ -1044,6 +1076,15 @@ fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
     w.run(secs(60));
     assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
     assert_eq!(w.written_off, 0);
+}
+
+#[test]
+fn what_build_did_is_nobodys_use() {
+    let mut w = World::new(rules());
+    w.use_once(ms(1));
+    w.ledger.forget_rehearsal();
+    assert!(w.ledger.rows().all(|row| row.uses == 0));
+    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 1), "but what it opened is there");
 }
 
 // ---------------------------------------------------------------------------------------------------- a year

@@ -15,7 +15,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A borrowed [`Connection`] derefs to [`postgres::Client`](::postgres::Client). The [`PostgresManager`] is better than the
+//! A borrowed [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the
 //! stock `r2d2_postgres` one, which keeps working, in these ways:
 //!
 //! * **Refusals are told from failures.** A wrong password, a missing database, an untrusted certificate fail within one

@@ -22,7 +22,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millpond::event::{AcquireEvent, CheckinEvent, CheckoutEvent, HandleEvent, ReleaseEvent, TimeoutEvent};
-use millpond::{Cause, CustomizeConnection, HandleError, Manage, ManageConnection, Opening, Returned, Settings};
+use millpond::{
+    Cause, CustomizeConnection, HandleError, Manage, ManageConnection, Opening, Pool, PooledConnection, Returned,
+    Settings,
+};
 use parking_lot::{Condvar, Mutex};
 
 /// Every call that a pool makes to what is not its own.
@@ -188,6 +191,33 @@ impl Fake {
     /// What a direct manager's `returned` says when it succeeds; [`Returned::Keep`] if not told.
     pub fn verdict(&self, verdict: Returned) {
         self.0.state.lock().verdict = Some(verdict);
+    }
+
+    /// A life in which every call is made, whatever becomes of it, on a pool of three with a short `max_idle` and
+    /// [`Validate::Always`](millpond::Validate): with waiting, timeouts, a failed open, a reset, discards, a recycle.
+    pub fn live<M: Manage<Connection = FakeConn, Error = FakeError>>(&self, pool: &Pool<M>) {
+        let get = || pool.get_timeout(Duration::from_millis(20)).ok();
+        for _ in 0..3 {
+            let all = [get(), get(), get(), get()];
+            drop(all);
+        }
+        self.verdict(Returned::Reset);
+        drop(get());
+        self.verdict(Returned::Keep);
+        drop(pool.try_get());
+        self.next(Call::Open, [Act::Fail]);
+        let held = [get(), get(), get()];
+        held.into_iter().flatten().for_each(PooledConnection::discard);
+        let held = [get(), get()];
+        pool.recycle();
+        drop(held);
+        drop(get());
+        // Until what is idle has gone.
+        let deadline = Instant::now() + PATIENCE;
+        while pool.state().idle_connections > 0 {
+            assert!(Instant::now() < deadline, "nothing is evicted: {}", pool.connections());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     // ---------------------------------------------------------------------------------------------- what is seen

@@ -1,6 +1,13 @@
 //! Pools of stock `r2d2_postgres` connections on the test's server, and how a test ends with one.
 
-#![allow(dead_code, unreachable_pub, reason = "compiled into each test on its own, none of which uses all of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "compiled into each test on its own, none of which uses all of it"
+)]
+
+mod counted;
 
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -11,10 +18,17 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use crate::support::{Database, EPSILON};
 
+pub use counted::{Account, Counting};
+
 pub type Manager = PostgresConnectionManager<NoTls>;
 
 /// For what the server or the system does in its own time, and is not what is measured.
 pub const SOON: Duration = Duration::from_secs(10);
+
+/// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it, and
+/// the rest for the crew, the network and the server's own processes, which get no processor at once on a busy machine,
+/// to see it through.
+pub const SEEN: Duration = EPSILON.saturating_mul(4);
 
 /// The stock manager, whose connections the server knows as `app`.
 pub fn manager(app: &str) -> Manager {
@@ -76,7 +90,7 @@ pub fn finish<M: Manage>(pool: Pool<M>, app: &str) {
     assert_gone(app);
 }
 
-/// The server has no connection of this name left, or none a moment from now.
+/// The server has no connection of this name left, or has none when its processes have ended.
 pub fn assert_gone(app: &str) {
-    assert_eq!(Database::get().wait_for(app, 0, Instant::now() + EPSILON), 0, "{app}");
+    assert_eq!(Database::get().wait_for(app, 0, Instant::now() + SOON), 0, "{app}");
 }

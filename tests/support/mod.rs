@@ -14,6 +14,7 @@ mod bouncer;
 mod database;
 #[cfg(target_os = "linux")]
 mod netns;
+pub mod picky;
 pub mod programs;
 mod proxy;
 mod server;

@@ -7,6 +7,7 @@ mod real;
 #[path = "../../../tests/support/mod.rs"]
 mod support;
 mod switch;
+#[path = "../../../tests/support/tls.rs"]
 mod tls;
 
 use super::*;

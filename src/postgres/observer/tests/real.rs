@@ -1,53 +1,18 @@
 //! Against PostgreSQL.
 
-use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
-use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ::postgres::fallible_iterator::FallibleIterator;
 use ::postgres::types::Type;
 
-use super::support::programs::User;
 use super::support::{Server, ms, wait_until};
-use super::tls::{Identity, wary};
+use super::tls::{Identity, wary, with_tls};
 use super::*;
 
 /// Bounds what must end; never how long something takes.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A server with TLS, where `scrammed` needs a password.
-fn with_tls() -> &'static Server {
-    static SERVER: LazyLock<Server> = LazyLock::new(|| {
-        let server = Server::start();
-        let write = |name: &str, text: &str| {
-            let path = server.socket_dir().join(name);
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-            if let Some(User { uid, gid }) = User::for_server() {
-                std::os::unix::fs::chown(&path, Some(uid), Some(gid)).unwrap();
-            }
-            path.display().to_string()
-        };
-        let identity = Identity::get();
-        let certificate = write("certificate.pem", &identity.certificate_pem());
-        let key = write("key.pem", &identity.key_pem());
-        write("data/pg_hba.conf", "host all scrammed 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n");
-        let mut client = server.connect();
-        client.batch_execute("CREATE ROLE scrammed LOGIN PASSWORD 'secret'").unwrap();
-        for (name, value) in [("ssl", "on".into()), ("ssl_cert_file", certificate), ("ssl_key_file", key)] {
-            client.batch_execute(&format!("ALTER SYSTEM SET {name} = '{value}'")).unwrap();
-        }
-        client.batch_execute("SELECT pg_reload_conf()").unwrap();
-        let config = config(&format!("host=db.test {} sslmode=require", to(&server)));
-        let up = wait_until(Instant::now() + PATIENCE, || config.connect(identity.trusting()).is_ok());
-        assert!(up, "no TLS: {}", server.log());
-        server
-    });
-    &SERVER
-}
 
 /// A server without TLS.
 fn without_tls() -> &'static Server {

@@ -1,6 +1,15 @@
-//! Certificates made for the occasion.
+//! Certificates made for the occasion, and a server that has one.
+//!
+//! Not part of the rest of the support, for it takes long to build: included by path, beside `support`.
 
+#![allow(dead_code, unreachable_pub, reason = "compiled into each test on its own, none of which uses all of it")]
+
+use super::support::programs::User;
+use super::support::{Server, wait_until};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
 use rustls::crypto::ring::default_provider;
@@ -28,21 +37,21 @@ impl Identity {
     }
 
     /// The one that all servers here have.
-    pub(super) fn get() -> &'static Identity {
+    pub fn get() -> &'static Identity {
         static IDENTITY: LazyLock<Identity> = LazyLock::new(|| Identity::signed_by("a friend"));
         &IDENTITY
     }
 
-    pub(super) fn certificate_pem(&self) -> String {
+    pub fn certificate_pem(&self) -> String {
         self.certificate.pem()
     }
 
-    pub(super) fn key_pem(&self) -> String {
+    pub fn key_pem(&self) -> String {
         self.key.serialize_pem()
     }
 
     /// The server's side of a handshake.
-    pub(super) fn server(&self) -> rustls::ServerConnection {
+    pub fn server(&self) -> rustls::ServerConnection {
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.serialize_der()));
         let config = rustls::ServerConfig::builder_with_provider(Arc::new(default_provider()))
             .with_safe_default_protocol_versions()
@@ -65,12 +74,44 @@ impl Identity {
     }
 
     /// A connector for clients that trust it.
-    pub(super) fn trusting(&self) -> MakeRustlsConnect {
+    pub fn trusting(&self) -> MakeRustlsConnect {
         Identity::connector_that_trusts(&self.authority)
     }
 }
 
 /// A connector that trusts somebody else.
-pub(super) fn wary() -> MakeRustlsConnect {
+pub fn wary() -> MakeRustlsConnect {
     Identity::connector_that_trusts(&Identity::signed_by("a stranger").authority)
+}
+
+/// A server with TLS as `db.test`, where `scrammed` needs a password.
+pub fn with_tls() -> &'static Server {
+    static SERVER: LazyLock<Server> = LazyLock::new(|| {
+        let server = Server::start();
+        let write = |name: &str, text: &str| {
+            let path = server.socket_dir().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+            if let Some(User { uid, gid }) = User::for_server() {
+                std::os::unix::fs::chown(&path, Some(uid), Some(gid)).unwrap();
+            }
+            path.display().to_string()
+        };
+        let identity = Identity::get();
+        let certificate = write("certificate.pem", &identity.certificate_pem());
+        let key = write("key.pem", &identity.key_pem());
+        write("data/pg_hba.conf", "host all scrammed 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n");
+        let mut client = server.connect();
+        client.batch_execute("CREATE ROLE scrammed LOGIN PASSWORD 'secret'").unwrap();
+        for (name, value) in [("ssl", "on".into()), ("ssl_cert_file", certificate), ("ssl_key_file", key)] {
+            client.batch_execute(&format!("ALTER SYSTEM SET {name} = '{value}'")).unwrap();
+        }
+        client.batch_execute("SELECT pg_reload_conf()").unwrap();
+        let params = format!("host=db.test hostaddr=127.0.0.1 port={} user=postgres sslmode=require", server.port());
+        let config: ::postgres::Config = params.parse().unwrap();
+        let up = wait_until(Instant::now() + Duration::from_secs(10), || config.connect(identity.trusting()).is_ok());
+        assert!(up, "no TLS: {}", server.log());
+        server
+    });
+    &SERVER
 }

@@ -1,0 +1,214 @@
+//! After a fork the child has the pool's memory and sockets, and none of its threads: it is told so, and does the parent
+//! no harm.
+
+#![cfg(target_os = "linux")]
+
+mod direct;
+mod fake;
+mod support;
+
+use std::os::unix::process::{CommandExt, parent_id};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use direct::Direct;
+use fake::{Call, Fake};
+use log::{LevelFilter, Log, Metadata, Record};
+use millpond::{Error, Manage, Pool, PooledConnection, Validate};
+use postgres::{Client, Config, NoTls};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
+use support::{Database, EPSILON, ms, threads_named, wait_until};
+
+/// Longer than anything takes that is not stuck.
+const SOON: Duration = Duration::from_secs(20);
+
+/// How to connect to the server, in the environment of a process that forks.
+const CONNINFO: &str = "FORK_TEST_CONNINFO";
+
+fn within(limit: Duration) -> Instant {
+    Instant::now() + limit
+}
+
+/// Runs a test of this file again, alone in a process of its own: there it finds `Some` way to connect. A process that
+/// does not end is ended, with whatever it forked.
+fn in_a_process(test: &str) -> Option<Config> {
+    if let Ok(conninfo) = std::env::var(CONNINFO) {
+        return Some(conninfo.parse().unwrap());
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(CONNINFO, Database::get().conninfo(test))
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    let mut status = None;
+    let ended = wait_until(within(2 * SOON), || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    if !ended {
+        let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+        let _ = child.wait();
+    }
+    assert!(status.is_some_and(|s| s.success()), "{test}, in its own process: {status:?}");
+    assert_eq!(Database::get().wait_for(test, 0, within(SOON)), 0);
+    None
+}
+
+/// Forks this process. `None` in the child, which is to end with [`end`].
+fn fork() -> Option<Pid> {
+    // SAFETY: the child has this thread only, and must not wait for a lock that another held when it was made. There are
+    // two others, which sleep by then (see `at_rest`), and the C library sees to its own locks.
+    match unsafe { libc::fork() } {
+        0 => None,
+        child => Some(Pid::from_raw(child).expect("a fork")),
+    }
+}
+
+/// The life of a child: `code`, and no return to what the parent does.
+fn end(code: impl FnOnce()) -> ! {
+    let passed = catch_unwind(AssertUnwindSafe(code)).is_ok();
+    std::process::exit(if passed { 0 } else { 1 })
+}
+
+fn assert_passed(child: Pid) {
+    let (_, status) = waitpid(Some(child), WaitOptions::empty()).unwrap().unwrap();
+    assert_eq!(status.exit_status(), Some(0), "the forked child");
+}
+
+/// Waits until nobody is left but this thread, the test harness, which waits for it, and the one that keeps the pool's
+/// time: those that linger after their work have left.
+fn at_rest<M: Manage>(pool: &Pool<M>) {
+    let mut threads = Vec::new();
+    let alone = wait_until(within(SOON), || {
+        threads = threads_named("");
+        threads.len() == 3
+    });
+    assert!(alone && threads.contains(&format!("{}-reaper", pool.name())), "{threads:?}");
+    std::thread::sleep(ms(20)); // until it sleeps
+}
+
+fn number(c: &mut Client) -> i32 {
+    c.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0)
+}
+
+#[track_caller]
+fn assert_forked(result: Result<impl Sized, Error>, began: Instant) {
+    let Err(error) = result else { panic!("a connection in the child") };
+    assert!(began.elapsed() <= EPSILON, "at once: {:?}", began.elapsed());
+    let (text, me) = (error.to_string(), std::process::id());
+    let start = format!("pool: 'fork' belongs to process {}, of which this process ({me}) is a fork: ", parent_id());
+    assert!(error.is_config() && text.starts_with(&start), "{text}");
+    assert!(text.ends_with("Build a pool after the fork"), "{text}");
+}
+
+struct Printing;
+
+impl Log for Printing {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if record.target() != "millpond" {
+            return;
+        }
+        println!("[{}] {}", std::process::id(), record.args());
+    }
+
+    fn flush(&self) {}
+}
+
+/// The child drops all that it has of the pool, in every way there is; the parent's connections live on.
+#[test]
+fn drops_in_the_child() {
+    let Some(config) = in_a_process("drops_in_the_child") else { return };
+    // A pool that says something of what the child does would need a thread for it.
+    log::set_logger(&Printing).map(|()| log::set_max_level(LevelFilter::Trace)).unwrap();
+    let manager = r2d2_postgres::PostgresConnectionManager::new(config, NoTls);
+    let pool = Pool::builder().name("fork").max_size(4).build(manager).unwrap();
+    let mut lent = [0; 3].map(|_| pool.get().unwrap());
+    let mut idle = pool.get().unwrap();
+    let (of_lent, of_idle) = (lent.each_mut().map(|c| number(c)), number(&mut idle));
+    drop(idle);
+    let guard = pool.guard();
+    at_rest(&pool);
+
+    let Some(child) = fork() else {
+        end(|| {
+            let [a, b, c] = lent;
+            drop(a);
+            PooledConnection::discard(b);
+            let panics = AssertUnwindSafe(|| {
+                let _c = c;
+                resume_unwind(Box::new("in the child"));
+            });
+            assert!(catch_unwind(panics).map(|(): ()| ()).is_err());
+            pool.recycle();
+            pool.resize(1).unwrap();
+            let began = Instant::now();
+            drop(guard);
+            let report = pool.close(SOON);
+            assert!(began.elapsed() <= EPSILON, "there is nothing to wait for: {report}");
+            drop(pool);
+            assert_eq!(threads_named("").len(), 1, "no thread is started: {:?}", threads_named(""));
+        })
+    };
+    assert_passed(child);
+    assert!(!pool.is_closed());
+    assert_eq!(lent.each_mut().map(|c| number(c)), of_lent, "what was lent works, and is the same");
+    assert_eq!(number(&mut pool.get().unwrap()), of_idle, "and so is what was idle");
+    drop(lent);
+    assert_eq!(pool.stats().idle, 4);
+    let report = guard.close();
+    assert!(report.is_complete(), "{report}");
+}
+
+/// What would need a thread of the pool's says so at once.
+#[test]
+fn gets_in_the_child() {
+    let Some(config) = in_a_process("gets_in_the_child") else { return };
+    let manager = Direct::new(config);
+    let pool = Pool::builder().name("fork").max_size(2).validate(Validate::Always).build(manager).unwrap();
+    let mut lent = pool.get().unwrap();
+    let mut idle = pool.get().unwrap();
+    let numbers = [number(&mut lent.0), number(&mut idle.0)];
+    drop(idle);
+    at_rest(&pool);
+    let Some(child) = fork() else {
+        end(|| {
+            // It would be validated first, on this very thread: over the parent's socket.
+            let began = Instant::now();
+            assert_forked(pool.get(), began);
+            // And now there is none left.
+            assert_forked(pool.get_timeout(SOON), began);
+            assert!(pool.try_get().is_none());
+            assert_eq!(threads_named("").len(), 1);
+        })
+    };
+    assert_passed(child);
+    assert_eq!([number(&mut lent.0), number(&mut pool.get().unwrap().0)], numbers);
+    assert_eq!(pool.stats().failed_opens, 0);
+    drop(lent);
+    assert!(pool.close(SOON).is_complete());
+}
+
+/// A pool that is built in the child is a pool.
+#[test]
+fn a_pool_of_the_childs_own() {
+    let Some(_) = in_a_process("a_pool_of_the_childs_own") else { return };
+    let fake = Fake::new();
+    let pool = Pool::builder().name("fork").build(fake.direct()).unwrap();
+    at_rest(&pool);
+    let Some(child) = fork() else {
+        end(|| {
+            let own = Pool::builder().name("own").build(fake.direct()).unwrap();
+            drop(own.get().unwrap());
+            assert!(own.close(SOON).is_complete());
+            assert_eq!((fake.calls(Call::Close), fake.alive()), (1, 1), "its own is closed, and the parent's is not");
+        })
+    };
+    assert_passed(child);
+    assert!(pool.close(SOON).is_complete());
+}
