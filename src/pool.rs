@@ -82,7 +82,8 @@ impl<M: Manage> Pool<M> {
         drop(self.get_timeout(timeout)?);
         self.lay_floor();
         let deadline = shared.clock.instant(deadline);
-        let stands = shared.watch(deadline, |ledger| {
+        let stands = shared.watch(deadline, || {
+            let ledger = shared.lock();
             if ledger.is_closed() || ledger.floor_stands() {
                 return Some(true);
             }
@@ -574,13 +575,15 @@ fn close<M: Manage>(
     // A forked child has none of the threads it could wait for.
     let deadline = if shared.is_forked() { Some(begun) } else { deadline };
 
-    shared.watch(deadline, |ledger| {
+    shared.watch(deadline, || {
+        let threads = shared.crew.threads();
+        let ledger = shared.lock();
         let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
         let others = ledger.rows().any(|row| !mine(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
         let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
-        (!others && !reaper && shared.crew.threads() <= my_thread).then_some(())
+        (!others && !reaper && threads <= my_thread).then_some(())
     });
     let lost = shared.counts().lost;
     // Before others are started that cut.
@@ -613,7 +616,7 @@ fn close<M: Manage>(
     if !shared.is_forked() && level <= log::max_level() {
         shared.notice(level, || report.outcome().to_string());
         let until = Instant::now() + LAST_WORDS;
-        shared.watch(Some(until), |_| (shared.crew.threads() <= report.threads + my_thread).then_some(()));
+        shared.watch(Some(until), || (shared.crew.threads() <= report.threads + my_thread).then_some(()));
     }
     report.elapsed = begun.elapsed();
     report

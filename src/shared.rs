@@ -146,13 +146,13 @@ impl<M: Manage> Shared<M> {
         orders.into_iter().for_each(|order| self.dispatch(order));
     }
 
-    /// Looks at the ledger until `look` finds what it looks for, again after each change. `None`: the deadline came first.
-    pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut(&Book<M>) -> Option<R>) -> Option<R> {
+    /// Looks until `look` finds what it looks for, again after each change. `None`: the deadline came first.
+    pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut() -> Option<R>) -> Option<R> {
         self.ledger.lock().watchers += 1;
         let found = loop {
             // Before the look: a change after it is heard.
             let heard = self.changed.count();
-            let found = look(&self.ledger.lock());
+            let found = look();
             if found.is_some() || deadline.is_some_and(|at| Instant::now() >= at) {
                 break found;
             }
