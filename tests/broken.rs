@@ -195,6 +195,26 @@ fn six_stale_ones_cost_one_connect() {
     }
 }
 
+/// Six that do not answer at all cost one `validation_timeout`, and not six in a row.
+#[test]
+fn six_that_hang_cost_one_timeout() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let builder = Pool::builder().max_size(12).validate(Validate::Always).validation_timeout(ms(200));
+    let pool = builder.build(fake.r2d2()).unwrap();
+    let all: Vec<_> = (0..6).map(|_| pool.get().unwrap()).collect();
+    drop(all);
+    fake.set(Call::Validate, Act::Block);
+    let began = Instant::now();
+    let served = pool.get().unwrap();
+    let took = began.elapsed();
+    assert!(ms(200) <= took && took <= ms(200) + EPSILON, "{took:?}");
+    assert_eq!((served.id, fake.opened()), (7, 7), "one connect");
+    drop(served);
+    drop(fake);
+    assert!(pool.close(SOON).is_complete());
+}
+
 #[test]
 fn a_restart() {
     let _alone = alone();
