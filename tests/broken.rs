@@ -208,7 +208,7 @@ fn six_that_hang_cost_one_timeout() {
     let began = Instant::now();
     let served = pool.get().unwrap();
     let took = began.elapsed();
-    assert!(ms(200) <= took && took <= ms(200) + EPSILON, "{took:?}");
+    assert!(ms(200) <= took && took < ms(400) - EPSILON, "less than a second timeout: {took:?}");
     assert_eq!((served.id, fake.opened()), (7, 7), "one connect");
     drop(served);
     drop(fake);
