@@ -147,6 +147,8 @@ fn many_users_at_once() {
         for _ in 0..10 {
             let all: Vec<_> = (0..10).map(|_| pool.get().unwrap()).collect();
             drop(all);
+            // With all that they need, so that no connection comes between the two questions that follow.
+            assert!(wait_until(within(SOON), || pool.stats().opening == 0));
             let mine: Vec<_> = server.backends(app).iter().map(|b| b.pid).collect();
             let from = Instant::now();
             assert!(server.terminate(app) >= 10);
