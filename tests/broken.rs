@@ -147,6 +147,8 @@ fn many_users_at_once() {
         for _ in 0..10 {
             let all: Vec<_> = (0..10).map(|_| pool.get().unwrap()).collect();
             drop(all);
+            // With all that they need, so that no connection comes between the two questions that follow.
+            assert!(wait_until(within(SOON), || pool.stats().opening == 0));
             let mine: Vec<_> = server.backends(app).iter().map(|b| b.pid).collect();
             let from = Instant::now();
             assert!(server.terminate(app) >= 10);
@@ -208,7 +210,7 @@ fn six_that_hang_cost_one_timeout() {
     let began = Instant::now();
     let served = pool.get().unwrap();
     let took = began.elapsed();
-    assert!(ms(200) <= took && took <= ms(200) + EPSILON, "{took:?}");
+    assert!(ms(200) <= took && took < ms(400) - EPSILON, "less than a second timeout: {took:?}");
     assert_eq!((served.id, fake.opened()), (7, 7), "one connect");
     drop(served);
     drop(fake);
