@@ -73,6 +73,9 @@ const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
 /// The first pause after a permanent refusal. A password is not mended in milliseconds, and a server may lock the
 /// account of those who hammer it.
 const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
+/// How long those who wait count on a check or a reset that goes on. One that takes longer may hang: then another
+/// connection is checked or opened for them beside it, where there is room.
+const CHECK_PATIENCE: Duration = Duration::from_millis(100);
 /// The least time between two dials once as many jobs as the pool has slots are written off and have not come back.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
@@ -620,7 +623,7 @@ impl<C, W> Ledger<C, W> {
         let row = &self.rows[index as usize];
         debug_assert_eq!(row.id, token.id, "a job begins with the slot it was given");
         let limit = match row.state {
-            State::Opening if self.closed || !self.is_wanted(index) => {
+            State::Opening if self.closed || !self.is_wanted(index, now) => {
                 self.opening -= 1;
                 self.release(index);
                 return None;
@@ -641,6 +644,9 @@ impl<C, W> Ledger<C, W> {
             }
             _ => self.limit_of(row),
         };
+        if self.rows[index as usize].state == State::Checking && !self.queue.is_empty() {
+            self.arm(now.plus(CHECK_PATIENCE));
+        }
         self.start_limit(index, now.plus(limit));
         Some(token)
     }
@@ -821,7 +827,7 @@ impl<C, W> Ledger<C, W> {
         if let Some(&(limit, _)) = self.limits.first() {
             next = next.min(limit);
         }
-        if self.has_demand() {
+        if self.has_demand(now) {
             next = next.min(self.dial_at(now));
         }
         next.min(self.keepalive_due().0).min(self.leak_due())
@@ -1019,6 +1025,8 @@ impl<C, W> Ledger<C, W> {
         }
         // Those who wait. After a check that failed more is under way than there are waiters, doubling with every
         // further failure, and an open among it: six dead connections cost one connect, not six timeouts in a row.
+        let (slow, next_slow) = self.slow_checks(now);
+        self.arm(next_slow);
         while !self.queue.is_empty() {
             let ahead = if self.misses == 0 { 0 } else { 1u32.checked_shl(self.misses - 1).unwrap_or(u32::MAX) };
             let wanted = (self.queue.len() as u32).saturating_add(ahead);
@@ -1026,7 +1034,7 @@ impl<C, W> Ledger<C, W> {
                 self.order_open(now);
                 continue;
             }
-            if self.opening + self.crew_checking >= wanted {
+            if self.opening + self.crew_checking - slow >= wanted {
                 break;
             }
             if !self.start_next_check(now) {
@@ -1040,9 +1048,28 @@ impl<C, W> Ledger<C, W> {
         while self.floor_is_short() && self.dial_at(now) <= now {
             self.order_open(now);
         }
-        if (self.failure.is_some() || self.lost > 0) && self.has_demand() {
+        if (self.failure.is_some() || self.lost > 0) && self.has_demand(now) {
             self.arm(self.dial_at(now));
         }
+    }
+
+    /// How many checks and resets go on for so long that those who wait do not count on them any longer, and when the next
+    /// of them does.
+    fn slow_checks(&self, now: Moment) -> (u32, Moment) {
+        if self.queue.is_empty() || self.crew_checking == 0 {
+            return (0, Moment::NEVER);
+        }
+        let (mut slow, mut next) = (0, Moment::NEVER);
+        for &(_, index) in &self.limits {
+            let row = &self.rows[index as usize];
+            if row.state == State::Checking {
+                match row.since.plus(CHECK_PATIENCE) {
+                    until if until <= now => slow += 1,
+                    until => next = next.min(until),
+                }
+            }
+        }
+        (slow, next)
     }
 
     /// Idle connections that outlive the replacement lead, and those that come without anybody waiting for them, are
@@ -1052,13 +1079,14 @@ impl<C, W> Ledger<C, W> {
         !self.closed && self.idle.len() as u32 - self.fading + coming < self.rules.min_idle
     }
 
-    fn has_demand(&self) -> bool {
-        !self.closed && (self.opening + self.crew_checking < self.queue.len() as u32 || self.floor_is_short())
+    fn has_demand(&self, now: Moment) -> bool {
+        let coming = self.opening + self.crew_checking - self.slow_checks(now).0;
+        !self.closed && (coming < self.queue.len() as u32 || self.floor_is_short())
     }
 
     /// Whether an open that has been ordered is still needed: asked right before it dials.
-    fn is_wanted(&self, index: u32) -> bool {
-        let others = self.opening - 1 + self.crew_checking;
+    fn is_wanted(&self, index: u32, now: Moment) -> bool {
+        let others = self.opening - 1 + self.crew_checking - self.slow_checks(now).0;
         let wanted = self.queue.len() as u32 + self.rules.min_idle;
         let wanted = if self.rows[index as usize].unawaited { wanted.max(1) } else { wanted };
         let ahead = self.misses > 0 && !self.queue.is_empty();

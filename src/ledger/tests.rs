@@ -986,6 +986,31 @@ fn a_leak_is_reported_once_per_checkout() {
 }
 
 #[test]
+fn a_reset_or_a_keepalive_that_hangs_holds_up_nobody() {
+    for reset in [true, false] {
+        let mut w = World::new(Rules { keepalive: (!reset).then_some(secs(10)), ..rules() });
+        w.open_time = ms(10);
+        w.burst(1);
+        w.check_time = Duration::MAX;
+        if reset {
+            let a = w.get();
+            w.put_back(a, Back::Reset);
+        } else {
+            w.run(secs(10));
+        }
+        assert_eq!(w.counts().checking, 1);
+        w.run(ms(30));
+        let b = w.get();
+        w.run(ms(69));
+        assert!(!w.out.contains_key(&b) && w.dials.len() == 1, "it may come any moment");
+        w.run(ms(11));
+        assert!(w.out.contains_key(&b), "there is room for another");
+        assert_eq!(w.counts().checking, 1, "which is not written off for that");
+        w.put(b);
+    }
+}
+
+#[test]
 fn try_get_prepares_one_at_a_time() {
     let mut w = World::new(rules());
     w.open_time = ms(100);
