@@ -200,7 +200,8 @@ fn a_logger_that_blocks() {
         (0..500).for_each(|_| pool.recycle());
         assert_eq!(pool.stats().dropped_records, 501);
         assert!(pool.stats().to_string().contains("log        501 dropped: the logger blocked"), "{}", pool.stats());
-        assert!(threads_named("mum").len() <= 1 + 4 + 3 + 1, "{:?}", threads_named("mum"));
+        // Hundreds of records wait for one thread. (How many the connections took depends on how fast theirs finished.)
+        assert!(threads_named("mum").len() <= 20, "{:?}", threads_named("mum"));
 
         // The close waits for the logger as long as it waits for anything.
         let begun = Instant::now();
