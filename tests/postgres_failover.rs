@@ -130,7 +130,7 @@ fn connections_to_a_node_that_turned_read_only_are_replaced() {
     let pair = Pair::start();
     let pool = pair.pool(pair.primary.port(), "fo-readonly").open().unwrap();
     let load = Load::start(&pool);
-    assert!(wait_until(within(SOON), || pair.primary.count("fo-readonly") == WRITERS as i64), "{}", pool.stats());
+    assert!(wait_until(within(SOON), || pair.primary.count("fo-readonly") > 1), "{}", pool.stats());
     thread::sleep(ms(300));
     assert_eq!(pair.standby.count("fo-readonly"), 0);
     assert_eq!(pool.stats().closed_for(CloseReason::Outdated), 0);
@@ -164,7 +164,7 @@ fn a_primary_that_is_gone_is_replaced() {
     let pair = Pair::start();
     let pool = pair.pool(pair.primary.port(), "fo-gone").open().unwrap();
     let load = Load::start(&pool);
-    assert!(wait_until(within(SOON), || pair.primary.count("fo-gone") == WRITERS as i64), "{}", pool.stats());
+    assert!(wait_until(within(SOON), || pair.primary.count("fo-gone") > 1), "{}", pool.stats());
     thread::sleep(ms(300));
 
     pair.primary.kill();
