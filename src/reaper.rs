@@ -59,15 +59,16 @@ fn keep_time<M: Manage>(shared: &Arc<Shared<M>>) {
     loop {
         // Before the look: a ring after it is heard.
         let heard = shared.alarm.count();
+        // Both before the lock, under which nothing but the ledger runs.
+        let (now, chance) = (shared.clock.precise(), shared.chance());
         let mut ledger = shared.lock();
-        let now = shared.clock.precise();
         if ledger.is_over() && !stranded {
             // Under the lock: whoever needs it from now on sees that it is gone.
             shared.reaper_lives.store(false, Ordering::SeqCst);
             return;
         }
         if ledger.alarm() <= now {
-            ledger.reap(now, shared.chance());
+            ledger.reap(now, chance);
             shared.settle(ledger);
             stranded = !shared.crew.nudge(shared);
             continue;
