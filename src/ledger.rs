@@ -6,7 +6,8 @@
 //!
 //! | rule | where |
 //! |---|---|
-//! | who gets a connection next | [`supply`](Ledger::supply): the first in the queue, else the idle stack |
+//! | who gets a connection next | [`supply`](Ledger::supply): the first in the queue, or the idle stack |
+//! | who may pass those who wait | [`has_right_of_way`](Ledger::has_right_of_way), [`is_passable`](Ledger::is_passable) |
 //! | what is opened, and when | [`provision`](Ledger::provision): for those who wait, then for the floor |
 //! | whether the server may be dialled | [`dial_at`](Ledger::dial_at): the bound, the back-off, the jobs written off |
 //! | what is closed for idleness | [`idle_deadline`](Ledger::idle_deadline): what lies above the floor in the stack |
@@ -16,6 +17,20 @@
 //! What is to be done comes out in two ways: as the return value, where it concerns the caller alone, and in the
 //! [`Outbox`], for everybody else (grants to waiters, orders to the crew, a bell for the reaper). The caller empties the
 //! outbox before it lets go of the lock, so a waiter is at any time either queued or granted, never in between.
+//!
+//! # Those who wait, and those who run
+//!
+//! To hand every connection that comes back to the first in the queue is fair, and slow where connections are held
+//! for less time than it takes to wake a thread: each then lies unused until its new holder runs. To let whoever runs
+//! take it is fast, and starves those who sleep. The rule here lies between. A connection that comes back is **handed
+//! over** if the first in the queue has the right of way: it was passed [`PASSES`] times and has been first for
+//! [`FIRST_FOR`], or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the connection goes to the idle
+//! stack and the next waiter is **called**: it keeps its place, is woken, and comes to [`claim`](Ledger::claim) what
+//! is there. Not more of them are called than there are connections for, so that nobody is woken in vain more than
+//! others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
+//! `right_of_way`. Zero is strict: everything is handed over, nobody passes.
+//!
+//! One who is called and gives up, or gets another connection before it came, leaves the call to the next.
 //!
 //! A slot of the pool is a linear [`Token`]: made by an order to open, not cloneable, and spent by exactly one of
 //! `checkin`, `detach`, `opened`, `checked` or `free`. A job that took too long loses its slot; the token it comes back
@@ -57,6 +72,8 @@ pub(crate) struct Rules {
     pub(crate) max_waiting: Option<u32>,
     pub(crate) keepalive: Option<Duration>,
     pub(crate) leak_threshold: Option<Duration>,
+    /// Once the first in the queue has waited for so long nobody passes it. Zero: nobody ever does.
+    pub(crate) right_of_way: Duration,
     /// How far behind the true time a `now` may be. Folded into every test for age, so that nothing is served late.
     pub(crate) resolution: Duration,
 }
@@ -76,6 +93,10 @@ const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
 /// How long those who wait count on a check or a reset that goes on. One that takes longer may hang: then another
 /// connection is checked or opened for them beside it, where there is room.
 const CHECK_PATIENCE: Duration = Duration::from_millis(100);
+/// How often the first in the queue may be passed before it has the right of way...
+const PASSES: u32 = 4;
+/// ... once it has been first for so long.
+const FIRST_FOR: Duration = Duration::from_micros(20);
 /// The least time between two dials once as many jobs as the pool has slots are written off and have not come back.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
@@ -187,6 +208,8 @@ pub(crate) enum Order<C> {
 #[derive(Debug)]
 pub(crate) struct Outbox<C, W> {
     pub(crate) grants: Vec<(W, Grant<C>)>,
+    /// Those who are called to [`claim`](Ledger::claim) a connection.
+    pub(crate) calls: Vec<W>,
     pub(crate) orders: Vec<Order<C>>,
     /// The reaper sleeps too long: wake it.
     pub(crate) bell: bool,
@@ -197,6 +220,11 @@ pub(crate) struct Outbox<C, W> {
 impl<C, W> Outbox<C, W> {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
+        self.calls.is_empty() && self.is_empty_but_for_calls()
+    }
+
+    #[inline]
+    pub(crate) fn is_empty_but_for_calls(&self) -> bool {
         !self.bell && !self.changed && self.orders.is_empty() && self.grants.is_empty()
     }
 }
@@ -239,6 +267,18 @@ struct Waiter<W> {
     seat: W,
     holder: Holder,
     since: Moment,
+}
+
+/// The first in the queue.
+#[derive(Clone, Copy, Debug)]
+struct Front {
+    ticket: Ticket,
+    /// When it joined.
+    since: Moment,
+    /// When it became the first.
+    first_since: Moment,
+    /// How often others got a connection since then.
+    passed: u32,
 }
 
 /// A run of failed opens.
@@ -290,7 +330,12 @@ pub(crate) struct Ledger<C, W> {
     idle: Vec<(u32, C)>,
     /// How many of the idle are `fading`.
     fading: u32,
+    /// Those who wait and are not called.
     queue: BTreeMap<Ticket, Waiter<W>>,
+    /// Those who wait and are called.
+    called: BTreeMap<Ticket, Waiter<W>>,
+    /// The first of both, if anybody waits.
+    front: Option<Front>,
     /// The end of life of every connection that has one, touched at its birth and death only.
     lifetimes: BTreeSet<(Moment, u32)>,
     /// When the stack last changed other than at its top: what is due for that reason only is due since then.
@@ -327,7 +372,7 @@ pub(crate) struct Ledger<C, W> {
     pub(crate) tally: Tally,
 }
 
-impl<C, W> Ledger<C, W> {
+impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn new(rules: Rules) -> Self {
         Ledger {
             rules,
@@ -337,6 +382,8 @@ impl<C, W> Ledger<C, W> {
             idle: Vec::new(),
             fading: 0,
             queue: BTreeMap::new(),
+            called: BTreeMap::new(),
+            front: None,
             lifetimes: BTreeSet::new(),
             restacked: Moment::BIRTH,
             faded: Moment::BIRTH,
@@ -358,7 +405,7 @@ impl<C, W> Ledger<C, W> {
             alarm: Moment::NEVER,
             closed: false,
             watchers: 0,
-            outbox: Outbox { grants: Vec::new(), orders: Vec::new(), bell: false, changed: false },
+            outbox: Outbox { grants: Vec::new(), calls: Vec::new(), orders: Vec::new(), bell: false, changed: false },
             tally: Tally::default(),
         }
     }
@@ -380,9 +427,14 @@ impl<C, W> Ledger<C, W> {
             checking: self.checking,
             opening: self.opening,
             closing: self.closing,
-            waiting: self.queue.len() as u32,
+            waiting: self.waiting(),
             lost: self.lost,
         }
+    }
+
+    /// How many wait, called or not.
+    pub(crate) fn waiting(&self) -> u32 {
+        (self.queue.len() + self.called.len()) as u32
     }
 
     /// The slots in use.
@@ -428,35 +480,45 @@ impl<C, W> Ledger<C, W> {
     #[inline]
     pub(crate) fn take(&mut self, now: Moment, holder: Holder, here: bool) -> Take<C> {
         let now = self.tick(now);
-        if self.closed || !self.queue.is_empty() {
+        if self.closed || !self.is_passable(now) {
             return Take::Nothing;
         }
+        let Some((index, check)) = self.top(now) else { return Take::Nothing };
+        // What others wait for is not taken out for a check by one who came later.
+        if check && (!here || self.front.is_some()) {
+            return Take::Nothing;
+        }
+        let conn = self.pop_idle();
+        let token = Token { index, id: self.rows[index as usize].id };
+        let taken = if check {
+            self.start_check(index, now, Check::Own);
+            self.rows[index as usize].holder = Some(holder);
+            Take::Check(token, conn, self.ticket())
+        } else {
+            if let Some(front) = &mut self.front {
+                front.passed += 1;
+            }
+            self.lend(index, now, holder);
+            Take::Ready(token, conn)
+        };
+        if self.rules.min_idle > 0 {
+            self.provision(now);
+        }
+        taken
+    }
+
+    /// The idle connection that would be handed out next, and whether it needs a check. Those before it that have
+    /// expired are closed.
+    #[inline]
+    fn top(&mut self, now: Moment) -> Option<(u32, bool)> {
         while let Some(&(index, _)) = self.idle.last() {
             let row = &self.rows[index as usize];
-            if self.is_expired(row, now) {
-                self.bury_expired(index, now);
-                continue;
+            if !self.is_expired(row, now) {
+                return Some((index, self.needs_check(row, now)));
             }
-            let check = self.needs_check(row, now);
-            if check && !here {
-                break;
-            }
-            let conn = self.pop_idle();
-            let token = Token { index, id: self.rows[index as usize].id };
-            let taken = if check {
-                self.start_check(index, now, Check::Own);
-                self.rows[index as usize].holder = Some(holder);
-                Take::Check(token, conn, self.ticket())
-            } else {
-                self.lend(index, now, holder);
-                Take::Ready(token, conn)
-            };
-            if self.rules.min_idle > 0 {
-                self.provision(now);
-            }
-            return taken;
+            self.bury_expired(index, now);
         }
-        Take::Nothing
+        None
     }
 
     /// Queues for a connection, at `ticket` if the caller has held a place before. Asks for what it takes to serve it.
@@ -477,7 +539,7 @@ impl<C, W> Ledger<C, W> {
         if self.is_refused(now) {
             return (Join::Refused, Some(seat));
         }
-        let waiting = self.queue.len() as u32;
+        let waiting = self.waiting();
         if self.rules.max_waiting.is_some_and(|max| waiting >= max) {
             self.tally.turned_away += 1;
             self.prepare(now);
@@ -488,6 +550,9 @@ impl<C, W> Ledger<C, W> {
         }
         let ticket = ticket.unwrap_or_else(|| self.ticket());
         self.queue.insert(ticket, Waiter { seat, holder, since: now });
+        if self.front.is_none_or(|front| ticket < front.ticket) {
+            self.front = Some(Front { ticket, since: now, first_since: now, passed: 0 });
+        }
         self.tally.waits += 1;
         self.provision(now);
         (Join::Queued(ticket), None)
@@ -499,13 +564,59 @@ impl<C, W> Ledger<C, W> {
         Ticket(self.next_ticket)
     }
 
+    /// One who was called has come. `None`: somebody was faster, or it was not called, or no longer waits; if it still
+    /// does, it has its place.
+    pub(crate) fn claim(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
+        let now = self.tick(now);
+        let waiter = self.called.remove(&ticket)?;
+        let holder = waiter.holder;
+        self.queue.insert(ticket, waiter);
+        let is_first = self.front.is_some_and(|front| front.ticket == ticket);
+        // With two there the first is not passed by one who takes one.
+        if is_first || self.is_passable(now) || self.idle.len() > 1 {
+            if let Some((index, false)) = self.top(now) {
+                let conn = self.pop_idle();
+                let (waiter, _) = self.unqueue(now, ticket).expect("it has its place");
+                if let Some(front) = self.front.as_mut().filter(|_| !is_first) {
+                    front.passed += 1;
+                }
+                self.tally.wait.record(now.nanos_since(waiter.since));
+                self.lend(index, now, holder);
+                if self.rules.min_idle > 0 {
+                    self.provision(now);
+                }
+                return Some((Token { index, id: self.rows[index as usize].id }, conn));
+            }
+        }
+        self.provision(now);
+        None
+    }
+
     /// Gives up a place. `Some`: it was still queued, and this is its seat. `None`: its seat is filled.
     pub(crate) fn leave(&mut self, now: Moment, ticket: Ticket) -> Option<W> {
         let now = self.tick(now);
-        let waiter = self.queue.remove(&ticket)?;
+        let (waiter, was_called) = self.unqueue(now, ticket)?;
         self.tally.timeouts += 1;
         self.tally.wait.record(now.nanos_since(waiter.since));
+        if was_called {
+            self.call(now);
+        }
         Some(waiter.seat)
+    }
+
+    /// Takes one out of the queue; with whether it was called.
+    fn unqueue(&mut self, now: Moment, ticket: Ticket) -> Option<(Waiter<W>, bool)> {
+        let removed = match self.queue.remove(&ticket) {
+            Some(waiter) => (waiter, false),
+            None => (self.called.remove(&ticket)?, true),
+        };
+        if self.front.is_some_and(|front| front.ticket == ticket) {
+            let first = [self.queue.first_key_value(), self.called.first_key_value()];
+            let first = first.into_iter().flatten().min_by_key(|&(ticket, _)| ticket);
+            self.front =
+                first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, passed: 0 });
+        }
+        Some(removed)
     }
 
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
@@ -516,8 +627,12 @@ impl<C, W> Ledger<C, W> {
         }
         // One at a time: what is under way and not spoken for is the one. It may have been ordered for somebody who
         // gave up, and not have dialled: it is wanted again.
-        if self.opening + self.crew_checking > self.queue.len() as u32 {
+        if self.opening + self.crew_checking > self.unserved() {
             self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Opening).for_each(|r| r.unawaited = true);
+            return;
+        }
+        // What is ready is for those who are called.
+        if matches!(self.top(now), Some((_, false))) {
             return;
         }
         self.kick(now);
@@ -644,7 +759,7 @@ impl<C, W> Ledger<C, W> {
             }
             _ => self.limit_of(row),
         };
-        if self.rows[index as usize].state == State::Checking && !self.queue.is_empty() {
+        if self.rows[index as usize].state == State::Checking && self.front.is_some() {
             self.arm(now.plus(CHECK_PATIENCE));
         }
         self.start_limit(index, now.plus(limit));
@@ -908,7 +1023,7 @@ impl<C, W> Ledger<C, W> {
             return None;
         }
         self.closed = true;
-        let waiting = self.queue.len() as u32;
+        let waiting = self.waiting();
         self.turn_out(now, || Grant::Closed);
         for (index, conn) in self.drain_idle(0, self.idle.len()) {
             self.doom(index, conn, CloseReason::Closed, now);
@@ -977,20 +1092,44 @@ impl<C, W> Ledger<C, W> {
         }
     }
 
+    /// Whether the first in the queue gets what comes back now.
+    #[inline]
+    fn has_right_of_way(&self, front: Front, now: Moment) -> bool {
+        let was_passed = front.passed >= PASSES && now.since(front.first_since) >= FIRST_FOR;
+        was_passed || now.since(front.since) >= self.rules.right_of_way
+    }
+
+    /// Whether one who came later may take what is idle.
+    #[inline]
+    fn is_passable(&self, now: Moment) -> bool {
+        self.front.is_none_or(|front| now.since(front.since) < self.rules.right_of_way)
+    }
+
+    /// Calls those who come next, if more connections are ready than are called for.
+    fn call(&mut self, now: Moment) {
+        // (Those above it in the stack were proven or used later.)
+        while let Some(next) = self.idle.len().checked_sub(self.called.len() + 1) {
+            let row = &self.rows[self.idle[next].0 as usize];
+            if self.queue.is_empty() || self.is_expired(row, now) || self.needs_check(row, now) {
+                return;
+            }
+            if let Some((ticket, waiter)) = self.queue.pop_first() {
+                self.outbox.calls.push(waiter.seat.clone());
+                self.called.insert(ticket, waiter);
+            }
+        }
+    }
+
+    /// How many wait for whom nothing is ready.
+    fn unserved(&self) -> u32 {
+        self.waiting() - self.called.len().min(self.idle.len()) as u32
+    }
+
     /// Gives a connection to the first in the queue, or keeps it. `fresh`: it was proven well just now.
     #[inline]
     fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
-        let token = Token { index, id: self.rows[index as usize].id };
-        if !self.queue.is_empty() {
-            if !fresh && self.needs_check(&self.rows[index as usize], now) {
-                self.start_check(index, now, Check::Crew);
-                self.outbox.orders.push(Order::Check(token, conn));
-            } else if let Some((_, waiter)) = self.queue.pop_first() {
-                self.tally.wait.record(now.nanos_since(waiter.since));
-                self.lend(index, now, waiter.holder);
-                self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
-            }
-            return;
+        if let Some(front) = self.front {
+            return self.supply_those_who_wait(front, index, conn, now, fresh);
         }
         let floor = self.rules.min_idle as usize;
         let since = self.rows[index as usize].unused_since;
@@ -998,6 +1137,31 @@ impl<C, W> Ledger<C, W> {
             return self.doom(index, conn, CloseReason::Idle, now);
         }
         self.push_idle(index, conn, now);
+    }
+
+    fn supply_those_who_wait(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
+        if !fresh && self.needs_check(&self.rows[index as usize], now) {
+            let token = Token { index, id: self.rows[index as usize].id };
+            self.start_check(index, now, Check::Crew);
+            self.outbox.orders.push(Order::Check(token, conn));
+            return;
+        }
+        // What the crew brings, it brings for them. What would not stay for as long as they may be passed, they get.
+        let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.right_of_way);
+        if fresh || !lasts || self.has_right_of_way(front, now) {
+            if let Some((waiter, was_called)) = self.unqueue(now, front.ticket) {
+                let token = Token { index, id: self.rows[index as usize].id };
+                self.tally.wait.record(now.nanos_since(waiter.since));
+                self.lend(index, now, waiter.holder);
+                self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
+                if was_called {
+                    self.call(now);
+                }
+            }
+            return;
+        }
+        self.push_idle(index, conn, now);
+        self.call(now);
     }
 
     #[inline]
@@ -1020,16 +1184,17 @@ impl<C, W> Ledger<C, W> {
         if self.closed {
             return;
         }
-        if !self.queue.is_empty() && self.is_refused(now) {
+        if self.front.is_some() && self.is_refused(now) {
             self.turn_out(now, || Grant::Refused);
         }
+        self.call(now);
         // Those who wait. After a check that failed more is under way than there are waiters, doubling with every
         // further failure, and an open among it: six dead connections cost one connect, not six timeouts in a row.
         let (slow, next_slow) = self.slow_checks(now);
         self.arm(next_slow);
-        while !self.queue.is_empty() {
+        while self.unserved() > 0 {
             let ahead = if self.misses == 0 { 0 } else { 1u32.checked_shl(self.misses - 1).unwrap_or(u32::MAX) };
-            let wanted = (self.queue.len() as u32).saturating_add(ahead);
+            let wanted = self.unserved().saturating_add(ahead);
             if self.misses > 0 && self.opening == 0 && self.dial_at(now) <= now {
                 self.order_open(now);
                 continue;
@@ -1038,7 +1203,7 @@ impl<C, W> Ledger<C, W> {
                 break;
             }
             if !self.start_next_check(now) {
-                if self.opening >= self.queue.len() as u32 || self.dial_at(now) > now {
+                if self.opening >= self.unserved() || self.dial_at(now) > now {
                     break;
                 }
                 self.order_open(now);
@@ -1056,7 +1221,7 @@ impl<C, W> Ledger<C, W> {
     /// How many checks and resets go on for so long that those who wait do not count on them any longer, and when the next
     /// of them does.
     fn slow_checks(&self, now: Moment) -> (u32, Moment) {
-        if self.queue.is_empty() || self.crew_checking == 0 {
+        if self.front.is_none() || self.crew_checking == 0 {
             return (0, Moment::NEVER);
         }
         let (mut slow, mut next) = (0, Moment::NEVER);
@@ -1075,21 +1240,22 @@ impl<C, W> Ledger<C, W> {
     /// Idle connections that outlive the replacement lead, and those that come without anybody waiting for them, are
     /// fewer than `min_idle`. The one rule for refill and for replacement.
     fn floor_is_short(&self) -> bool {
-        let coming = (self.opening + self.crew_checking).saturating_sub(self.queue.len() as u32);
-        !self.closed && self.idle.len() as u32 - self.fading + coming < self.rules.min_idle
+        let coming = (self.opening + self.crew_checking).saturating_sub(self.unserved());
+        let idle = (self.idle.len() as u32 - self.fading).saturating_sub(self.called.len() as u32);
+        !self.closed && idle + coming < self.rules.min_idle
     }
 
     fn has_demand(&self, now: Moment) -> bool {
         let coming = self.opening + self.crew_checking - self.slow_checks(now).0;
-        !self.closed && (coming < self.queue.len() as u32 || self.floor_is_short())
+        !self.closed && (coming < self.unserved() || self.floor_is_short())
     }
 
     /// Whether an open that has been ordered is still needed: asked right before it dials.
     fn is_wanted(&self, index: u32, now: Moment) -> bool {
         let others = self.opening - 1 + self.crew_checking - self.slow_checks(now).0;
-        let wanted = self.queue.len() as u32 + self.rules.min_idle;
+        let wanted = self.waiting() + self.rules.min_idle;
         let wanted = if self.rows[index as usize].unawaited { wanted.max(1) } else { wanted };
-        let ahead = self.misses > 0 && !self.queue.is_empty();
+        let ahead = self.misses > 0 && self.front.is_some();
         ahead || self.idle.len() as u32 - self.fading + others < wanted
     }
 
@@ -1141,7 +1307,7 @@ impl<C, W> Ledger<C, W> {
             _ => 1,
         };
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
-        let longest = if permanent || self.queue.is_empty() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
+        let longest = if permanent || self.front.is_none() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
         // Up to a fifth is taken off, so that many pools do not come back in step.
         let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
@@ -1171,7 +1337,7 @@ impl<C, W> Ledger<C, W> {
 
     /// Empties the queue.
     fn turn_out(&mut self, now: Moment, grant: impl Fn() -> Grant<C>) {
-        while let Some((_, waiter)) = self.queue.pop_first() {
+        while let Some((waiter, _)) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
             self.tally.wait.record(now.nanos_since(waiter.since));
             self.outbox.grants.push((waiter.seat, grant()));
         }
@@ -1433,15 +1599,20 @@ impl<C, W> Ledger<C, W> {
         }
     }
 
-    /// Has the crew check the idle connection that would be handed out next. `false`: there is none.
+    /// Has the crew check the idle connection that would be handed out next. `false`: there is none that needs it.
     fn start_next_check(&mut self, now: Moment) -> bool {
         while let Some(&(index, _)) = self.idle.last() {
-            let conn = self.pop_idle();
-            if self.is_expired(&self.rows[index as usize], now) {
-                self.tally.evicted_late(now.since(self.rows[index as usize].dies));
+            let row = &self.rows[index as usize];
+            if self.is_expired(row, now) {
+                self.tally.evicted_late(now.since(row.dies));
+                let conn = self.pop_idle();
                 self.doom(index, conn, CloseReason::Lifetime, now);
                 continue;
             }
+            if !self.needs_check(row, now) {
+                return false;
+            }
+            let conn = self.pop_idle();
             self.start_check(index, now, Check::Crew);
             let token = Token { index, id: self.rows[index as usize].id };
             self.outbox.orders.push(Order::Check(token, conn));

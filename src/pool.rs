@@ -13,6 +13,7 @@ use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
 use crate::shared::{Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::waiter::News;
 use crate::{reaper, who};
 use log::Level;
 use std::cmp::Reverse;
@@ -146,7 +147,7 @@ impl<M: Manage> Pool<M> {
     /// Borrows a connection if one is idle and needs no check. Waits for nothing, neither for a connection nor for the
     /// network; but asks for one to be made ready, so that a later call finds it.
     ///
-    /// `None` as well if the pool is closed, or others wait.
+    /// `None` as well if the pool is closed, or others have waited for [`right_of_way`](Builder::right_of_way).
     #[track_caller]
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = &self.0.shared;
@@ -232,22 +233,31 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// Sits until the seat is filled. `None`: the deadline came first.
+    /// Sits until there is a connection, or an end. `None`: the deadline came first.
     fn wait(&self, seat: &WaitingSeat<M>, ticket: Ticket, deadline: Moment) -> Option<Grant<Box<Conn<M>>>> {
         let shared = &self.0.shared;
-        if let Some(grant) = seat.wait(shared.clock.instant(deadline)) {
-            return Some(grant);
-        }
-        let now = shared.clock.precise();
-        let left = shared.with(|l| {
-            let left = l.leave(now, ticket);
-            shared.note_crowd(l);
-            left
-        });
-        match left {
-            Some(_) => None,
-            // No longer queued: then its seat was filled, under the same lock.
-            None => seat.take(),
+        let until = shared.clock.instant(deadline);
+        loop {
+            let over = match seat.wait(until) {
+                News::Full(grant) => return Some(grant),
+                News::Called => false,
+                News::None => true,
+            };
+            let now = shared.clock.precise();
+            let (claimed, left) = shared.with(|l| {
+                let claimed = l.claim(now, ticket);
+                // Even at the last moment: what it was called for is there, perhaps.
+                let left = if over && claimed.is_none() { l.leave(now, ticket) } else { None };
+                shared.note_crowd(l);
+                (claimed, left)
+            });
+            match (claimed, left) {
+                (Some((token, conn)), _) => return Some(Grant::Lent(token, conn)),
+                (None, Some(_)) => return None,
+                // No longer queued: then its seat was filled, under the same lock.
+                (None, None) if over => return seat.take(),
+                (None, None) => {}
+            }
         }
     }
 

@@ -38,6 +38,8 @@ pub struct Settings {
     pub keepalive: Option<Duration>,
     /// See [`Builder::leak_threshold`](crate::Builder::leak_threshold).
     pub leak_threshold: Option<Duration>,
+    /// See [`Builder::right_of_way`](crate::Builder::right_of_way).
+    pub right_of_way: Duration,
 }
 
 impl Settings {
@@ -57,6 +59,7 @@ impl Settings {
             max_waiting: self.max_waiting,
             keepalive: self.keepalive,
             leak_threshold: self.leak_threshold,
+            right_of_way: self.right_of_way,
             resolution,
         }
     }

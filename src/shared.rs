@@ -118,6 +118,14 @@ impl<M: Manage> Shared<M> {
     /// Fills seats, releases the lock, wakes and posts.
     #[cold]
     pub(crate) fn settle(self: &Arc<Self>, mut ledger: MutexGuard<'_, Book<M>>) {
+        if ledger.outbox.is_empty_but_for_calls() && ledger.outbox.calls.len() == 1 {
+            // What a busy pool does all the time. (Popped, so that the list keeps its memory.)
+            if let Some(seat) = ledger.outbox.calls.pop() {
+                drop(ledger);
+                return seat.call();
+            }
+        }
+        let calls = std::mem::take(&mut ledger.outbox.calls);
         let grants = std::mem::take(&mut ledger.outbox.grants);
         let orders = std::mem::take(&mut ledger.outbox.orders);
         let bell = std::mem::take(&mut ledger.outbox.bell);
@@ -130,6 +138,7 @@ impl<M: Manage> Shared<M> {
         self.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
         drop(ledger);
         seats.iter().for_each(|seat| seat.wake());
+        calls.iter().for_each(|seat| seat.call());
         if bell {
             reaper::wake(self);
         }

@@ -2,53 +2,81 @@
 //!
 //! It is filled under the ledger's lock, by whoever has something for this thread, and woken after that lock is
 //! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or its seat is full.
+//! A call, which promises nothing, may come to a seat at any time.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Where one thread waits for one `T`. (On the standard library's lock, for the reason that [`Bell`](crate::bell) gives.)
 pub(crate) struct Seat<T> {
-    full: Mutex<Option<T>>,
+    news: Mutex<News<T>>,
     bell: Condvar,
+}
+
+/// What a thread in its seat hears.
+#[derive(Debug)]
+pub(crate) enum News<T> {
+    /// Nothing, until its deadline had come.
+    None,
+    /// There is something to be had, first come, first served.
+    Called,
+    /// This is for it.
+    Full(T),
 }
 
 impl<T> Seat<T> {
     pub(crate) fn new() -> Self {
-        Seat { full: Mutex::new(None), bell: Condvar::new() }
+        Seat { news: Mutex::new(News::None), bell: Condvar::new() }
     }
 
     /// Puts `what` there for the thread to find. Does not wake it.
     pub(crate) fn fill(&self, what: T) {
-        let before = self.lock().replace(what);
-        debug_assert!(before.is_none(), "a seat is filled once");
+        let before = std::mem::replace(&mut *self.lock(), News::Full(what));
+        debug_assert!(!matches!(before, News::Full(_)), "a seat is filled once");
     }
 
     pub(crate) fn wake(&self) {
         self.bell.notify_one();
     }
 
-    /// Sleeps until the seat is full or the deadline has come; `None`: without a deadline.
-    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Option<T> {
-        let mut full = self.lock();
-        while full.is_none() {
-            full = match deadline {
-                None => self.bell.wait(full).unwrap_or_else(PoisonError::into_inner),
+    /// Tells the thread that there is something, and wakes it.
+    pub(crate) fn call(&self) {
+        let mut news = self.lock();
+        if let News::None = *news {
+            *news = News::Called;
+            drop(news);
+            self.wake();
+        }
+    }
+
+    /// Sleeps until there is news or the deadline has come; `None`: without a deadline.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> News<T> {
+        let mut news = self.lock();
+        while let News::None = *news {
+            news = match deadline {
+                None => self.bell.wait(news).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
-                    let left = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero())?;
-                    self.bell.wait_timeout(full, left).unwrap_or_else(PoisonError::into_inner).0
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        break;
+                    }
+                    self.bell.wait_timeout(news, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
-        full.take()
+        std::mem::replace(&mut *news, News::None)
     }
 
     /// What the seat holds.
     pub(crate) fn take(&self) -> Option<T> {
-        self.lock().take()
+        match std::mem::replace(&mut *self.lock(), News::None) {
+            News::Full(what) => Some(what),
+            News::None | News::Called => None,
+        }
     }
 
-    /// It is either full or not, whatever its last holder came to.
-    fn lock(&self) -> MutexGuard<'_, Option<T>> {
-        self.full.lock().unwrap_or_else(PoisonError::into_inner)
+    /// It holds one thing or another, whatever its last holder came to.
+    fn lock(&self) -> MutexGuard<'_, News<T>> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,6 +13,10 @@ fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
+fn us(n: u64) -> Duration {
+    Duration::from_micros(n)
+}
+
 fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
@@ -37,6 +41,7 @@ fn rules() -> Rules {
         max_waiting: None,
         keepalive: None,
         leak_threshold: None,
+        right_of_way: Duration::ZERO,
         resolution: Duration::ZERO,
     }
 }
@@ -64,8 +69,12 @@ struct World {
     server: BTreeMap<Conn, (Moment, Moment)>,
     /// Lent connections, and to whom.
     out: HashMap<Seat, (Token, Conn)>,
-    /// Who waits, in order of arrival.
-    waiting: VecDeque<(Seat, Ticket)>,
+    /// Who waits, in order of arrival, and since when.
+    waiting: VecDeque<(Seat, Ticket, Moment)>,
+    /// Who has been called, and is on the way.
+    awake: BTreeMap<(Moment, u64), Seat>,
+    /// How often somebody came and found nothing.
+    in_vain: u32,
     refused: Vec<Seat>,
     turned_out: Vec<Seat>,
     closes: Vec<(Moment, Conn, CloseReason)>,
@@ -77,6 +86,8 @@ struct World {
     open_time: Duration,
     close_time: Duration,
     check_time: Duration,
+    /// How long one who is called takes to come.
+    wake_time: Duration,
     /// `Some(permanent)`: opens fail.
     refuse: Option<bool>,
     /// What is drawn for the pause after that.
@@ -99,6 +110,8 @@ impl World {
             server: BTreeMap::new(),
             out: HashMap::new(),
             waiting: VecDeque::new(),
+            awake: BTreeMap::new(),
+            in_vain: 0,
             refused: Vec::new(),
             turned_out: Vec::new(),
             closes: Vec::new(),
@@ -109,6 +122,7 @@ impl World {
             open_time: Duration::ZERO,
             close_time: Duration::ZERO,
             check_time: Duration::ZERO,
+            wake_time: Duration::ZERO,
             refuse: None,
             jitter: 0.0,
             dead: Vec::new(),
@@ -125,13 +139,17 @@ impl World {
             self.ledger.outbox.changed = false;
             for (seat, grant) in std::mem::take(&mut self.ledger.outbox.grants) {
                 // First come, first served, whatever is granted.
-                let (first, _) = self.waiting.pop_front().expect("a grant without a waiter");
+                let (first, ..) = self.waiting.pop_front().expect("a grant without a waiter");
                 assert_eq!(first, seat, "passed over");
                 match grant {
                     Grant::Lent(token, conn) => self.lent(seat, token, conn),
                     Grant::Closed => self.turned_out.push(seat),
                     Grant::Refused => self.refused.push(seat),
                 }
+            }
+            for seat in std::mem::take(&mut self.ledger.outbox.calls) {
+                self.serial += 1;
+                self.awake.insert((self.now.plus(self.wake_time), self.serial), seat);
             }
             for order in std::mem::take(&mut self.ledger.outbox.orders) {
                 self.carry_out(order);
@@ -224,12 +242,16 @@ impl World {
         loop {
             let job = self.jobs.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let alarm = self.ledger.alarm();
-            let next = job.min(alarm).max(self.now);
+            let wake = self.awake.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
+            let next = job.min(alarm).min(wake).max(self.now);
             if next > until || next == Moment::NEVER {
                 break;
             }
             self.now = next;
-            if job <= alarm {
+            if wake <= next {
+                let (_, seat) = self.awake.pop_first().unwrap();
+                self.come(seat);
+            } else if job <= alarm {
                 let (_, (event, job)) = self.jobs.pop_first().unwrap();
                 self.report(event, job);
             } else {
@@ -244,16 +266,45 @@ impl World {
         self.run_to(self.now.plus(d));
     }
 
+    /// One who was called comes, if it has not been served or given up since.
+    fn come(&mut self, seat: Seat) {
+        if let Some(at) = self.waiting.iter().position(|w| w.0 == seat) {
+            match self.ledger.claim(self.now, self.waiting[at].1) {
+                Some((token, conn)) => {
+                    self.waiting.remove(at);
+                    // Not if it took from the first what there is: that one was first when it came.
+                    if at > 0 && self.ledger.idle.is_empty() {
+                        self.assert_passable();
+                    }
+                    self.lent(seat, token, conn);
+                }
+                None => self.in_vain += 1,
+            }
+            self.settle();
+        }
+    }
+
+    /// P7: nobody is served before one who has waited for longer than that.
+    fn assert_passable(&self) {
+        if let Some(&(first, _, since)) = self.waiting.front() {
+            let waited = self.now.since(since);
+            assert!(waited < self.ledger.rules.right_of_way, "{first} was passed after {waited:?}");
+        }
+    }
+
     /// One thread asks for a connection: it has one at once (and is then in `out`), or waits, or is turned away.
     fn get(&mut self) -> Seat {
         self.next_seat += 1;
         let seat = self.next_seat;
         match self.ledger.take(self.now, here(), false) {
-            Take::Ready(token, conn) => self.lent(seat, token, conn),
+            Take::Ready(token, conn) => {
+                self.assert_passable();
+                self.lent(seat, token, conn);
+            }
             Take::Check(..) => unreachable!("it did not offer to"),
             Take::Nothing => match self.ledger.join(self.now, here(), None, seat).0 {
                 Join::Ready(token, conn) => self.lent(seat, token, conn),
-                Join::Queued(ticket) => self.waiting.push_back((seat, ticket)),
+                Join::Queued(ticket) => self.waiting.push_back((seat, ticket, self.now)),
                 Join::Refused | Join::Crowded(_) => self.refused.push(seat),
                 Join::Closed => self.turned_out.push(seat),
             },
@@ -280,9 +331,9 @@ impl World {
 
     /// Whether the waiter was still queued when it gave up.
     fn leave(&mut self, seat: Seat) -> bool {
-        let at = self.waiting.iter().position(|&(s, _)| s == seat);
+        let at = self.waiting.iter().position(|w| w.0 == seat);
         let left = at.and_then(|at| {
-            let (_, ticket) = self.waiting.remove(at).unwrap();
+            let (_, ticket, _) = self.waiting.remove(at).unwrap();
             self.ledger.leave(self.now, ticket)
         });
         self.settle();
@@ -331,11 +382,20 @@ impl World {
         assert!(l.rows().all(|r| !r.fading || r.state == State::Idle));
         assert_eq!(counts.total() as usize + l.free.len(), l.rows.len());
         assert!(self.server.len() <= (counts.total() + counts.lost) as usize, "the server sees more than is counted");
-        // The stack is sorted, and where somebody waits beside it, something is under way for each who does.
+        // The stack is sorted, and where somebody waits beside it, they are called, or something is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
         assert!(since.is_sorted());
-        if counts.waiting > 0 {
-            assert!(l.idle.is_empty() || l.opening + l.crew_checking >= counts.waiting, "idle, while somebody waits");
+        assert_eq!(
+            l.front.map(|f| (f.ticket, f.since)),
+            self.waiting.front().map(|&(_, ticket, since)| (ticket, since))
+        );
+        if counts.waiting > 0 && !l.idle.is_empty() {
+            let called = l.called.len() as u32;
+            assert!(called > 0 || l.opening + l.crew_checking >= counts.waiting, "idle, while somebody waits");
+        }
+        for ticket in l.called.keys() {
+            let seat = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
+            assert!(self.awake.values().any(|&s| Some(s) == seat), "called, and nobody comes");
         }
         // What is due has an alarm not later than itself.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
@@ -705,6 +765,197 @@ fn max_waiting() {
     assert_eq!(w.ledger.tally.turned_away, 1);
 }
 
+/// A pool of `size`, all lent to the first of the seats, and threads that take a while to wake.
+fn busy(size: u32) -> (World, Vec<Seat>) {
+    let mut w = World::new(Rules { max_size: size, right_of_way: ms(1), ..rules() });
+    let seats = (0..size).map(|_| w.get()).collect();
+    w.wake_time = us(30);
+    (w, seats)
+}
+
+#[test]
+fn one_who_runs_may_pass_until_the_first_has_the_right_of_way() {
+    let (mut w, seats) = busy(1);
+    let first = w.get();
+    let mut running = seats[0];
+    for passed in 0..PASSES {
+        assert_eq!(w.ledger.front.unwrap().passed, passed);
+        w.run(us(1));
+        w.put(running);
+        assert!(!w.out.contains_key(&first), "left to whoever runs, {passed}");
+        running = w.get();
+        assert!(w.out.contains_key(&running));
+    }
+    assert_eq!(w.awake.len(), 1, "called once, however often it was there");
+    w.run(FIRST_FOR - us(u64::from(PASSES)));
+    w.put(running);
+    assert!(w.out.contains_key(&first), "passed often enough, and first for long enough");
+    assert_eq!(w.in_vain, 0);
+}
+
+#[test]
+fn being_passed_is_counted_anew_by_the_next() {
+    let (mut w, seats) = busy(1);
+    let (first, second) = (w.get(), w.get());
+    let mut running = seats[0];
+    for _ in 0..PASSES {
+        w.run(us(10));
+        w.put(running);
+        running = w.get();
+    }
+    w.put(running);
+    w.put(first);
+    assert!(!w.out.contains_key(&second), "nobody has passed it since it became the first");
+    running = w.get();
+    w.run(us(10));
+    w.put(running);
+    assert!(!w.out.contains_key(&second), "nor often enough");
+}
+
+#[test]
+fn nobody_passes_one_who_has_waited_for_long() {
+    let (mut w, seats) = busy(2);
+    w.wake_time = secs(1); // as good as never
+    let first = w.get();
+    w.run(us(999));
+    w.put(seats[0]);
+    let faster = w.get();
+    assert!(w.out.contains_key(&faster), "at the last moment");
+    w.put(faster);
+    w.run(us(1));
+    let later = w.get();
+    assert!(!w.out.contains_key(&later), "though one is idle");
+    assert_eq!(w.counts().idle, 1);
+    w.put(seats[1]);
+    assert!(w.out.contains_key(&first), "what comes back is handed over");
+    // And the idle one is for the next, who has not waited for so long.
+    w.run(secs(1));
+    assert!(w.out.contains_key(&later));
+}
+
+#[test]
+fn who_comes_in_vain_keeps_its_place_and_is_called_again() {
+    let (mut w, seats) = busy(1);
+    let first = w.get();
+    w.put(seats[0]);
+    let faster = w.get();
+    w.run(us(30));
+    assert_eq!((w.in_vain, w.awake.len(), w.counts().waiting), (1, 0, 1));
+    let second = w.get();
+    w.put(faster);
+    w.run(us(30));
+    assert!(w.out.contains_key(&first) && !w.out.contains_key(&second));
+}
+
+#[test]
+fn not_more_are_called_than_there_are_connections_for() {
+    let (mut w, seats) = busy(3);
+    let waiting: Vec<_> = (0..10).map(|_| w.get()).collect();
+    for seat in &seats {
+        w.put(*seat);
+        let again = w.get();
+        w.put(again);
+    }
+    assert_eq!((w.awake.len(), w.counts().idle), (3, 3));
+    w.run(us(30));
+    assert!(waiting[..3].iter().all(|seat| w.out.contains_key(seat)), "in order");
+    assert_eq!((w.in_vain, w.counts().waiting), (0, 7));
+}
+
+#[test]
+fn a_call_to_one_who_gives_up_goes_to_the_next() {
+    let (mut w, seats) = busy(1);
+    let (first, second) = (w.get(), w.get());
+    w.put(seats[0]);
+    w.run(us(10));
+    assert!(w.leave(first));
+    w.run(us(30));
+    assert!(w.out.contains_key(&second));
+}
+
+#[test]
+fn a_call_to_one_who_was_served_meanwhile_goes_to_the_next() {
+    let (mut w, seats) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.run(us(990));
+    w.put(seats[0]);
+    w.run(us(10));
+    w.put(seats[1]);
+    assert!(w.out.contains_key(&first), "handed over, on its way to the other one");
+    w.run(us(30));
+    assert!(w.out.contains_key(&second));
+    assert_eq!(w.in_vain, 0);
+}
+
+#[test]
+fn one_who_is_called_later_does_not_pass_the_first_either() {
+    let (mut w, seats) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.run(us(995));
+    // Both are called, and somebody is faster than both.
+    w.put(seats[0]);
+    w.put(seats[1]);
+    let faster = [w.get(), w.get()];
+    w.run(us(2));
+    w.put(faster[0]);
+    // The first is slow to wake.
+    let &at = w.awake.iter().find(|&(_, &seat)| seat == first).unwrap().0;
+    w.awake.remove(&at);
+    w.awake.insert((w.now.plus(ms(5)), 0), first);
+    w.run(ms(1));
+    assert_eq!((w.in_vain, w.counts().idle), (1, 1), "the second has left it to the first");
+    w.run(ms(5));
+    assert!(w.out.contains_key(&first) && !w.out.contains_key(&second));
+}
+
+#[test]
+fn what_became_suspect_is_checked_for_those_who_were_called() {
+    let (mut w, seats) = busy(2);
+    w.ledger.rules.validate = Validate::AfterIdle(secs(1));
+    w.check_time = us(5);
+    let first = w.get();
+    w.put(seats[0]);
+    w.run(us(1));
+    w.put_back(seats[1], Back::Broken);
+    w.run(us(29));
+    assert!(!w.out.contains_key(&first), "called, and it must not be had");
+    w.run(us(5));
+    assert!(w.out.contains_key(&first));
+}
+
+#[test]
+fn those_who_are_called_are_turned_out_in_order() {
+    let (mut w, seats) = busy(2);
+    let waiting: Vec<_> = (0..4).map(|_| w.get()).collect();
+    w.put(seats[0]);
+    assert_eq!(w.ledger.close(w.now), Some(4));
+    w.settle();
+    assert_eq!(w.turned_out, waiting);
+    w.run(ms(1));
+}
+
+#[test]
+fn what_would_not_stay_is_handed_over() {
+    let (mut w, seats) = busy(1);
+    w.ledger.rules.max_idle = Some(Duration::ZERO);
+    let first = w.get();
+    w.put(seats[0]);
+    assert!(w.out.contains_key(&first) && w.closes.is_empty());
+}
+
+#[test]
+fn try_get_takes_nothing_out_that_others_are_called_for() {
+    let (mut w, seats) = busy(1);
+    w.ledger.rules.validate = Validate::AfterIdle(secs(1));
+    let first = w.get();
+    w.put(seats[0]);
+    w.ledger.prepare(w.now);
+    w.settle();
+    assert_eq!((w.counts().idle, w.counts().checking), (1, 0));
+    w.run(us(30));
+    assert!(w.out.contains_key(&first));
+}
+
 // ---------------------------------------------------------------------------------------------------- P8: back-off
 
 #[test]
@@ -879,7 +1130,7 @@ fn one_who_checked_in_vain_keeps_its_place() {
     w.jobs.insert((w.now.plus(ms(10)), u64::MAX), (Event::Closed, Job { token, conn, begun: w.now }));
     let (Join::Queued(got), _) = w.ledger.join(w.now, here(), Some(ticket), 77) else { panic!() };
     assert_eq!(got, ticket);
-    w.waiting.push_front((77, ticket)); // the naive account: ahead of `later`
+    w.waiting.push_front((77, ticket, w.now)); // the naive account: ahead of `later`
     w.settle();
     w.run(ms(10));
     assert!(w.out.contains_key(&77) && !w.out.contains_key(&later));
@@ -1164,6 +1415,10 @@ mod property {
         /// The nth that waits gives up.
         Leave(usize),
         Run(u64),
+        /// Microseconds pass, in which those who are called come or do not come yet.
+        Blink(u64),
+        /// How long those who are called take to come, in microseconds.
+        Sleepy(u64),
         Resize(u32),
         Recycle,
         Prepare,
@@ -1189,6 +1444,8 @@ mod property {
             1 => any::<usize>().prop_map(Op::Detach),
             2 => any::<usize>().prop_map(Op::Leave),
             6 => (0u64..3_000).prop_map(Op::Run),
+            6 => (0u64..2_000).prop_map(Op::Blink),
+            1 => (0u64..3_000).prop_map(Op::Sleepy),
             1 => (1u32..8).prop_map(Op::Resize),
             1 => Just(Op::Recycle),
             2 => Just(Op::Prepare),
@@ -1205,8 +1462,10 @@ mod property {
             Just(Validate::AfterIdle(Duration::from_secs(1)))
         ];
         let some = |range| prop_oneof![1 => Just(None), 3 => Strategy::prop_map(range, |n| Some(ms(n)))];
-        (1u32..8, 0u32..8, some(0u64..10_000), some(1u64..20_000), validate, 1u32..5, some(1u64..5_000)).prop_map(
-            |(max_size, min_idle, max_idle, max_lifetime, validate, parallel_opens, keepalive)| Rules {
+        let right_of_way = prop_oneof![Just(0), Just(1_000), 1u64..50_000];
+        let limits = (1u32..8, 0u32..8, some(0u64..10_000), some(1u64..20_000));
+        (limits, validate, 1u32..5, some(1u64..5_000), right_of_way).prop_map(
+            |((max_size, min_idle, max_idle, max_lifetime), validate, parallel_opens, keepalive, right_of_way)| Rules {
                 max_size,
                 min_idle: if max_idle == Some(Duration::ZERO) { 0 } else { min_idle.min(max_size) },
                 max_idle,
@@ -1215,6 +1474,7 @@ mod property {
                 parallel_opens,
                 keepalive,
                 leak_threshold: Some(secs(2)),
+                right_of_way: us(right_of_way),
                 ..rules()
             },
         )
@@ -1287,6 +1547,8 @@ mod property {
                         assert!(w.leave(seat));
                     },
                     Op::Run(n) => w.run(ms(n)),
+                    Op::Blink(n) => w.run(us(n)),
+                    Op::Sleepy(n) => w.wake_time = us(n),
                     Op::Resize(n) if n >= floor => w.ledger.resize(w.now, n),
                     Op::Resize(_) => {}
                     Op::Recycle => w.ledger.recycle(w.now),
