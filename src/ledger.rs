@@ -631,10 +631,6 @@ impl<C, W: Clone> Ledger<C, W> {
             self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Opening).for_each(|r| r.unawaited = true);
             return;
         }
-        // What is ready is for those who are called.
-        if matches!(self.top(now), Some((_, false))) {
-            return;
-        }
         self.kick(now);
         if !self.start_next_check(now) && self.dial_at(now) <= now {
             let index = self.order_open(now);
@@ -1241,8 +1237,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// fewer than `min_idle`. The one rule for refill and for replacement.
     fn floor_is_short(&self) -> bool {
         let coming = (self.opening + self.crew_checking).saturating_sub(self.unserved());
-        let idle = (self.idle.len() as u32 - self.fading).saturating_sub(self.called.len() as u32);
-        !self.closed && idle + coming < self.rules.min_idle
+        !self.closed && self.idle.len() as u32 - self.fading + coming < self.rules.min_idle
     }
 
     fn has_demand(&self, now: Moment) -> bool {

@@ -284,6 +284,13 @@ impl World {
         }
     }
 
+    /// One who was called comes only after `time`.
+    fn oversleeps(&mut self, seat: Seat, time: Duration) {
+        self.awake.retain(|_, &mut called| called != seat);
+        self.serial += 1;
+        self.awake.insert((self.now.plus(time), self.serial), seat);
+    }
+
     /// P7: nobody is served before one who has waited for longer than that.
     fn assert_passable(&self) {
         if let Some(&(first, _, since)) = self.waiting.front() {
@@ -787,6 +794,9 @@ fn one_who_runs_may_pass_until_the_first_has_the_right_of_way() {
         assert!(w.out.contains_key(&running));
     }
     assert_eq!(w.awake.len(), 1, "called once, however often it was there");
+    w.put(running);
+    assert!(!w.out.contains_key(&first), "passed often enough, but in no time");
+    running = w.get();
     w.run(FIRST_FOR - us(u64::from(PASSES)));
     w.put(running);
     assert!(w.out.contains_key(&first), "passed often enough, and first for long enough");
@@ -806,10 +816,16 @@ fn being_passed_is_counted_anew_by_the_next() {
     w.put(running);
     w.put(first);
     assert!(!w.out.contains_key(&second), "nobody has passed it since it became the first");
+    for _ in 0..PASSES {
+        running = w.get();
+        w.run(us(3));
+        w.put(running);
+        assert!(!w.out.contains_key(&second), "nor has it been the first for long");
+    }
     running = w.get();
-    w.run(us(10));
+    w.run(us(8));
     w.put(running);
-    assert!(!w.out.contains_key(&second), "nor often enough");
+    assert!(w.out.contains_key(&second));
 }
 
 #[test]
@@ -898,14 +914,42 @@ fn one_who_is_called_later_does_not_pass_the_first_either() {
     let faster = [w.get(), w.get()];
     w.run(us(2));
     w.put(faster[0]);
-    // The first is slow to wake.
-    let &at = w.awake.iter().find(|&(_, &seat)| seat == first).unwrap().0;
-    w.awake.remove(&at);
-    w.awake.insert((w.now.plus(ms(5)), 0), first);
+    w.oversleeps(first, ms(5));
     w.run(ms(1));
     assert_eq!((w.in_vain, w.counts().idle), (1, 1), "the second has left it to the first");
     w.run(ms(5));
     assert!(w.out.contains_key(&first) && !w.out.contains_key(&second));
+}
+
+#[test]
+fn what_is_left_to_the_first_it_is_called_for() {
+    let (mut w, seats) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.put(seats[0]);
+    w.put(seats[1]);
+    w.oversleeps(second, ms(2));
+    let faster = [w.get(), w.get()];
+    w.run(us(30));
+    assert_eq!(w.in_vain, 1, "the first was called in vain, and is asleep again");
+    w.put(faster[0]);
+    w.run(ms(2));
+    assert_eq!(w.in_vain, 2, "the second came, and the first had the right of way");
+    assert!(w.out.contains_key(&first) && !w.out.contains_key(&second));
+}
+
+#[test]
+fn with_one_left_for_the_first_it_is_not_passed() {
+    let (mut w, seats) = busy(2);
+    w.wake_time = ms(2);
+    let (first, second) = (w.get(), w.get());
+    w.put(seats[1]);
+    w.put(seats[0]);
+    w.oversleeps(first, ms(5));
+    w.run(ms(2));
+    assert!(w.out.contains_key(&second) && !w.out.contains_key(&first));
+    assert_eq!((w.in_vain, w.counts().idle, w.ledger.front.unwrap().passed), (0, 1, 1));
+    w.run(ms(3));
+    assert!(w.out.contains_key(&first));
 }
 
 #[test]
@@ -917,6 +961,7 @@ fn what_became_suspect_is_checked_for_those_who_were_called() {
     w.put(seats[0]);
     w.run(us(1));
     w.put_back(seats[1], Back::Broken);
+    assert!(matches!(w.ledger.take(w.now, here(), true), Take::Nothing), "nor taken out by one who came later");
     w.run(us(29));
     assert!(!w.out.contains_key(&first), "called, and it must not be had");
     w.run(us(5));
