@@ -3,6 +3,7 @@
 use crate::clock::Moment;
 use crate::event::CheckinEvent;
 use crate::jobs::{catch, shielded};
+use crate::keep;
 use crate::ledger::{Back, Token};
 use crate::manage::{Manage, Returned};
 use crate::shared::Shared;
@@ -15,9 +16,7 @@ use std::thread;
 
 /// A connection in its box, which is made at its birth and moved from then on.
 pub(crate) struct Conn<M: Manage> {
-    /// Counted, because whoever returns a connection needs the pool's lock while the box moves into what it guards.
-    /// (Each connection's own count: it is touched by one thread at a time.)
-    link: Arc<Link<M>>,
+    link: Link<M>,
     conn: M::Connection,
     extensions: Extensions,
     /// Whether a customizer's `on_acquire` has succeeded: only then `on_release` is called.
@@ -37,7 +36,6 @@ pub(crate) struct Link<M: Manage> {
 
 impl<M: Manage> Conn<M> {
     pub(crate) fn new(link: Link<M>, conn: M::Connection, acquired: bool) -> Self {
-        let link = Arc::new(link);
         Conn { link, conn, extensions: Extensions::new(), acquired, token: None, panicking: false }
     }
 
@@ -100,12 +98,12 @@ impl<M: Manage> PooledConnection<M> {
     /// in its place. A customizer's `on_release` is not called for it, and its extensions are dropped.
     pub fn detach(mut this: Self) -> M::Connection {
         let mut conn = this.conn.take().expect(TAKEN);
-        let link = Arc::clone(&conn.link);
         if let Some(token) = conn.token.take() {
-            let now = link.shared.now();
-            link.shared.with(|l| l.detach(now, token));
+            let shared = &conn.link.shared;
+            let now = shared.now();
+            shared.with(|l| l.detach(now, token));
         }
-        let opening = link.shared.openings.lock().remove(&link.id);
+        let opening = conn.link.shared.openings.lock().remove(&conn.link.id);
         shielded(|| drop(opening));
         let (conn, extensions, _) = conn.into_parts();
         shielded(|| drop(extensions));
@@ -139,8 +137,7 @@ impl<M: Manage> PooledConnection<M> {
     fn put_back(&mut self, back: Option<Back>) {
         let Some(mut conn) = self.conn.take() else { return };
         let Some(token) = conn.token.take() else { return };
-        let link = Arc::clone(&conn.link);
-        let shared = &link.shared;
+        let shared = &conn.link.shared;
         let back = match back {
             Some(back) => back,
             None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
@@ -154,16 +151,19 @@ impl<M: Manage> PooledConnection<M> {
             },
         };
         if shared.hooks.events.is_some() {
-            tell_checkin(shared, link.id, &token);
+            tell_checkin(shared, &token);
         }
         let now = shared.now();
-        shared.with(|l| l.checkin(now, token, conn, back));
+        let core = keep::hold(&shared.core);
+        core.checkin(now, token, conn, back);
+        keep::stow(core);
     }
 }
 
 #[cold]
-fn tell_checkin<M: Manage>(shared: &Arc<Shared<M>>, id: u64, token: &Token) {
+fn tell_checkin<M: Manage>(shared: &Shared<M>, token: &Token) {
     if let Some(events) = &shared.hooks.events {
+        let id = token.id();
         let since = shared.lock().held_since(token);
         let duration = shared.now().since(since);
         shielded(|| events.handle_checkin(CheckinEvent { id, duration }));

@@ -92,6 +92,7 @@ mod error;
 pub mod event;
 mod guard;
 mod jobs;
+mod keep;
 mod ledger;
 mod manage;
 mod pool;

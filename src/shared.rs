@@ -10,7 +10,7 @@ use crate::connection::Conn;
 use crate::crew::{Crew, Kind};
 use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot};
-use crate::ledger::{Counts, Grant, Holder, Ledger, Order, Row, Token};
+use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 /// The ledger of a pool of `M`'s connections.
@@ -41,9 +41,7 @@ pub(crate) struct Shared<M: Manage> {
     pub(crate) crew: Crew<Job<M>>,
     /// [`Manage::keeps_limits`], asked once.
     pub(crate) keeps_limits: bool,
-    ledger: Mutex<Book<M>>,
-    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
-    crowd: AtomicU32,
+    pub(crate) core: Arc<Core<M>>,
     /// What the reaper sleeps on.
     pub(crate) alarm: Bell,
     pub(crate) reaper_lives: AtomicBool,
@@ -58,6 +56,45 @@ pub(crate) struct Shared<M: Manage> {
     pub(crate) starting: AtomicBool,
     /// The process that built the pool.
     pid: u32,
+}
+
+/// The lock and what it guards. It may outlive the pool: see [`keep`](crate::keep).
+pub(crate) struct Core<M: Manage> {
+    ledger: Mutex<Book<M>>,
+    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
+    crowd: AtomicU32,
+    pool: Weak<Shared<M>>,
+}
+
+impl<M: Manage> Core<M> {
+    /// Returns a connection. What owns the pool on its behalf has moved into the ledger with it.
+    #[inline]
+    pub(crate) fn checkin(&self, now: Moment, token: Token, conn: Box<Conn<M>>, back: Back) {
+        let mut ledger = self.ledger.lock();
+        ledger.checkin(now, token, conn, back);
+        if !ledger.outbox.is_empty() {
+            self.settle(ledger);
+        }
+    }
+
+    #[cold]
+    fn settle(&self, mut ledger: MutexGuard<'_, Book<M>>) {
+        if let Some(seat) = only_call(&mut ledger) {
+            drop(ledger);
+            return seat.call();
+        }
+        // The connection is in the ledger or in its outbox, and both are locked: so it is there.
+        if let Some(pool) = self.pool.upgrade() {
+            pool.settle(ledger);
+        }
+    }
+}
+
+/// The seat of the one who is to be called, if there is nothing else to be done: what a busy pool does all the time.
+fn only_call<M: Manage>(ledger: &mut Book<M>) -> Option<Arc<WaitingSeat<M>>> {
+    let alone = ledger.outbox.is_empty_but_for_calls() && ledger.outbox.calls.len() == 1;
+    // Popped, so that the list keeps its memory.
+    if alone { ledger.outbox.calls.pop() } else { None }
 }
 
 /// Who closed the pool.
@@ -76,12 +113,15 @@ pub(crate) fn by(holder: Option<Holder>) -> String {
 impl<M: Manage> Shared<M> {
     pub(crate) fn new(settings: Settings, hooks: Hooks<M>, manager: M) -> Arc<Self> {
         let clock = Clock::new();
-        Arc::new(Shared {
+        Arc::new_cyclic(|pool| Shared {
             name: settings.name.as_str().into(),
             crew: Crew::new(settings.name.clone()),
             keeps_limits: manager.keeps_limits(),
-            ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
-            crowd: AtomicU32::new(0),
+            core: Arc::new(Core {
+                ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
+                crowd: AtomicU32::new(0),
+                pool: Weak::clone(pool),
+            }),
             alarm: Bell::new(),
             reaper_lives: AtomicBool::new(false),
             changed: Bell::new(),
@@ -102,7 +142,7 @@ impl<M: Manage> Shared<M> {
     /// Asks the ledger, and settles what it leaves to be done.
     #[inline]
     pub(crate) fn with<R>(self: &Arc<Self>, ask: impl FnOnce(&mut Book<M>) -> R) -> R {
-        let mut ledger = self.ledger.lock();
+        let mut ledger = self.core.ledger.lock();
         let answer = ask(&mut ledger);
         if !ledger.outbox.is_empty() {
             self.settle(ledger);
@@ -112,18 +152,15 @@ impl<M: Manage> Shared<M> {
 
     /// The lock itself: the outbox must be empty, or [settled](Shared::settle), when it is released.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Book<M>> {
-        self.ledger.lock()
+        self.core.ledger.lock()
     }
 
     /// Fills seats, releases the lock, wakes and posts.
     #[cold]
     pub(crate) fn settle(self: &Arc<Self>, mut ledger: MutexGuard<'_, Book<M>>) {
-        if ledger.outbox.is_empty_but_for_calls() && ledger.outbox.calls.len() == 1 {
-            // What a busy pool does all the time. (Popped, so that the list keeps its memory.)
-            if let Some(seat) = ledger.outbox.calls.pop() {
-                drop(ledger);
-                return seat.call();
-            }
+        if let Some(seat) = only_call(&mut ledger) {
+            drop(ledger);
+            return seat.call();
         }
         let calls = std::mem::take(&mut ledger.outbox.calls);
         let grants = std::mem::take(&mut ledger.outbox.grants);
@@ -135,7 +172,7 @@ impl<M: Manage> Shared<M> {
             seat.fill(grant);
             seats.push(seat);
         }
-        self.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
+        self.core.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
         drop(ledger);
         seats.iter().for_each(|seat| seat.wake());
         calls.iter().for_each(|seat| seat.call());
@@ -157,7 +194,7 @@ impl<M: Manage> Shared<M> {
 
     /// Looks until `look` finds what it looks for, again after each change. `None`: the deadline came first.
     pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut() -> Option<R>) -> Option<R> {
-        self.ledger.lock().watchers += 1;
+        self.core.ledger.lock().watchers += 1;
         let found = loop {
             // Before the look: a change after it is heard.
             let heard = self.changed.count();
@@ -167,19 +204,19 @@ impl<M: Manage> Shared<M> {
             }
             self.changed.wait(heard, deadline);
         };
-        self.ledger.lock().watchers -= 1;
+        self.core.ledger.lock().watchers -= 1;
         found
     }
 
     /// Tells those who wait, and the clock, that the queue has changed.
     pub(crate) fn note_crowd(&self, ledger: &Book<M>) {
-        self.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
+        self.core.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
     }
 
     /// The time: coarse, and precise while somebody waits.
     #[inline]
     pub(crate) fn now(&self) -> Moment {
-        if self.crowd.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
+        if self.core.crowd.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
     }
 
     /// A number between 0 and 1, at random.
@@ -312,12 +349,12 @@ impl<M: Manage> Shared<M> {
     // ---------------------------------------------------------------------------------------------- looking
 
     pub(crate) fn counts(&self) -> Counts {
-        self.ledger.lock().counts()
+        self.core.ledger.lock().counts()
     }
 
     /// Copies of the rows that `pick` picks. What they say in words is looked up later, without the lock.
     pub(crate) fn rows(&self, pick: impl Fn(&Row) -> bool) -> Vec<Row> {
-        self.ledger.lock().rows().filter(|row| pick(row)).cloned().collect()
+        self.core.ledger.lock().rows().filter(|row| pick(row)).cloned().collect()
     }
 
     /// The rows as the user sees them, by number.
