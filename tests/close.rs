@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use direct::Direct;
 use fake::{Act, Call, DirectFake, Fake, run};
-use millpond::{CloseReport, Closed, ConnectionState, Error, ErrorKind, Pool, PoolGuard, PooledConnection, Validate};
+use millpond::{
+    CloseReport, Closed, ConnectionState, Error, ErrorKind, HandleError, Pool, PoolGuard, PooledConnection, Validate,
+};
 use postgres::NoTls;
 use postgres::error::SqlState;
 use support::{Database, EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
@@ -744,4 +746,38 @@ fn a_close_that_hangs() {
     assert!(pool.close(SOON).is_complete());
     assert_eq!(fake.alive(), 0);
     assert_threads("stuck", &[]);
+}
+
+/// Whoever returned a connection last keeps nothing of the user's alive: hooks and manager go with the pool.
+#[test]
+fn hooks_and_manager_go_with_the_pool() {
+    #[derive(Debug)]
+    struct Hook(#[expect(dead_code, reason = "counted")] Arc<()>);
+    impl<E> HandleError<E> for Hook {
+        fn handle_error(&self, _: E) {}
+    }
+    let fake = Fake::new();
+    let alive = Arc::new(());
+    let pools = ["first", "second"].map(|name| {
+        let hook = Box::new(Hook(Arc::clone(&alive)));
+        Pool::builder().name(name).error_handler(hook).build(fake.direct()).unwrap()
+    });
+    let late = pools[0].get().unwrap();
+    // By turns, and on another thread as well, which does not end before.
+    let (go, going) = bounded::<()>(0);
+    thread::scope(|s| {
+        let [first, second] = pools;
+        s.spawn(move || {
+            drop(first.get().unwrap());
+            drop(second.get().unwrap());
+            drop(first.get().unwrap());
+            assert!(second.close(SOON).is_complete());
+            drop((first, second));
+            let _ = going.recv();
+        });
+        assert!(wait_until(within(SOON), || Arc::strong_count(&alive) == 2), "{}", Arc::strong_count(&alive));
+        drop(late);
+        assert!(wait_until(within(SOON), || Arc::strong_count(&alive) == 1), "{}", Arc::strong_count(&alive));
+        drop(go);
+    });
 }
