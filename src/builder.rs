@@ -216,7 +216,7 @@ impl<M: Manage> Builder<M> {
 
     /// How long the first of those who wait for a connection may be passed by a thread that does not have to wait.
     ///
-    /// Once it has waited for so long, nobody is served before it. Until then a connection that comes back is handed over
+    /// Once it has waited for so long, nobody is served in its place. Until then a connection that comes back is handed over
     /// to it if it was passed four times and has been first for 20 µs; otherwise whoever runs may take it, while a
     /// waiter is woken that does. A thread takes microseconds to wake, in which a connection that is held for less than
     /// that would lie unused.

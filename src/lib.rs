@@ -55,14 +55,16 @@
 //! * **Workers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
 //!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
 //! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
-//!   leaves, or has its connection. Those who wait are served in order of arrival.
+//!   leaves, or has its connection. Those who wait are served in order of arrival. To hand over every connection that
+//!   comes back would make each return a context switch, so a thread that runs may pass the first of them, but only
+//!   while that one has waited less than [`right_of_way`](Builder::right_of_way).
 //!
 //! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; borrowed connections and the pool's threads do not.
 //!
 //! # Times
 //!
-//! Times are measured with the monotonic clock, which stands still while the machine is suspended. A checkout that need
-//! not wait reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its resolution
+//! Times are measured with the monotonic clock, which stands still while the machine is suspended. A checkout while
+//! nobody waits reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its resolution
 //! counts against a connection's lifetime, so that nothing is handed out late. Everything the reaper does is timed
 //! precisely.
 //!

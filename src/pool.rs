@@ -109,7 +109,8 @@ impl<M: Manage> Pool<M> {
     /// Borrows a connection, waiting for one for at most `connection_timeout`.
     ///
     /// The one used last is taken first. If none is idle, waits in order of arrival for one to be returned or opened,
-    /// whichever comes first.
+    /// whichever comes first; so it does if the first of those who wait has the
+    /// [right of way](Builder::right_of_way).
     ///
     /// # Errors
     ///
