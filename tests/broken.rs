@@ -11,7 +11,7 @@ use fake::{Act, Call, Fake};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Returned, Validate};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
-use support::{Database, EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
+use support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, threads_named, wait_until};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
 
@@ -51,7 +51,7 @@ fn end_all(server: &Database, app: &str, n: usize) {
 
 fn close(pool: Pool<Pg>, server: &Database, app: &str) {
     assert!(pool.close(SOON).is_complete());
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert!(wait_until(within(EPSILON), || threads_named(&format!("{}-", pool.name())).is_empty()));
 }
 
@@ -306,7 +306,7 @@ fn keepalive_finds_the_dead() {
         let found = || pool.stats().closed_for(CloseReason::Invalid) == 3;
         assert!(wait_until(deadline, found), "{}", pool.stats());
         let floor = i64::from(min_idle);
-        assert_eq!(server.wait_for(app, floor, within(2 * EPSILON)), floor);
+        assert_eq!(server.wait_for(app, floor, within(SEEN)), floor);
         assert!(wait_until(within(EPSILON), || pool.stats().idle == min_idle), "{}", pool.stats());
         close(pool, server, app);
     }

@@ -144,7 +144,9 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
     fake.next(Call::Validate, [Act::Block]);
     // Whoever waits does not count on it for long: another is checked beside it.
     drop(pool.get_timeout(PATIENT).expect("the others are well"));
-    assert_eq!((fake.inside(Call::Validate), pool.stats().checking), (1, 1));
+    // (Perhaps more than one, if this machine is slow, but no other hangs.)
+    let one_hangs = || (fake.inside(Call::Validate), pool.stats().checking) == (1, 1);
+    assert!(wait_until(within(EPSILON), one_hangs), "{}", pool.connections());
 
     // And so it is with two who wait.
     thread::scope(|s| {

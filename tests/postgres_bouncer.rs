@@ -92,7 +92,7 @@ fn assert_no_threads(pool: &str) {
 
 #[test]
 fn many_threads_share_few() {
-    let _beside = beside_others();
+    let _alone = alone();
     for mode in [Session, Transaction] {
         let bouncer = Bouncer::start(Server::shared(), mode, &[("default_pool_size", "4")]);
         let pool = manager(&bouncer.conninfo("bouncer-share")).builder().name("bshare").max_size(4).open().unwrap();
