@@ -97,7 +97,7 @@ fn what_was_idle_for_long_is_checked_first() {
         let pool = builder.build(stock(&server.conninfo(app))).unwrap();
         fill(&pool, 6);
         end_all(server, app, 6);
-        thread::sleep(ms(120)); // to be idle for long, by a clock that is up to 10 ms behind
+        thread::sleep(ms(100) + EPSILON); // to be idle for long, by a clock that is behind
         assert_eq!(dead_among(&pool, 6), 0);
         close(pool, server, app);
     }
