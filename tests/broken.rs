@@ -52,7 +52,7 @@ fn end_all(server: &Database, app: &str, n: usize) {
 fn close(pool: Pool<Pg>, server: &Database, app: &str) {
     assert!(pool.close(SOON).is_complete());
     assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
-    assert!(wait_until(within(EPSILON), || threads_named(&format!("{}-", pool.name())).is_empty()));
+    assert!(wait_until(within(SEEN), || threads_named(&format!("{}-", pool.name())).is_empty()));
 }
 
 /// Dead connections among `n` that are taken one after the other and held, each found out and returned before the next

@@ -39,11 +39,11 @@ fn closed(error: Error) -> Closed {
     }
 }
 
-/// The system takes a moment to end a thread.
+/// A thread takes a moment to end, and the system to say so.
 #[track_caller]
 fn assert_threads(pool: &str, expected: &[&str]) {
     let mut seen = Vec::new();
-    let there = wait_until(within(EPSILON), || {
+    let there = wait_until(within(SEEN), || {
         seen = threads_named(&format!("{pool}-"));
         seen == expected
     });
