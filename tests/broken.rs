@@ -11,7 +11,7 @@ use fake::{Act, Call, Fake};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Returned, Validate};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
-use support::{Database, EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
+use support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, threads_named, wait_until};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
 
@@ -51,8 +51,8 @@ fn end_all(server: &Database, app: &str, n: usize) {
 
 fn close(pool: Pool<Pg>, server: &Database, app: &str) {
     assert!(pool.close(SOON).is_complete());
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
-    assert!(wait_until(within(EPSILON), || threads_named(&format!("{}-", pool.name())).is_empty()));
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
+    assert!(wait_until(within(SEEN), || threads_named(&format!("{}-", pool.name())).is_empty()));
 }
 
 /// Dead connections among `n` that are taken one after the other and held, each found out and returned before the next
@@ -97,7 +97,7 @@ fn what_was_idle_for_long_is_checked_first() {
         let pool = builder.build(stock(&server.conninfo(app))).unwrap();
         fill(&pool, 6);
         end_all(server, app, 6);
-        thread::sleep(ms(120)); // to be idle for long, by a clock that is up to 10 ms behind
+        thread::sleep(ms(100) + EPSILON); // to be idle for long, by a clock that is behind
         assert_eq!(dead_among(&pool, 6), 0);
         close(pool, server, app);
     }
@@ -306,7 +306,7 @@ fn keepalive_finds_the_dead() {
         let found = || pool.stats().closed_for(CloseReason::Invalid) == 3;
         assert!(wait_until(deadline, found), "{}", pool.stats());
         let floor = i64::from(min_idle);
-        assert_eq!(server.wait_for(app, floor, within(2 * EPSILON)), floor);
+        assert_eq!(server.wait_for(app, floor, within(SEEN)), floor);
         assert!(wait_until(within(EPSILON), || pool.stats().idle == min_idle), "{}", pool.stats());
         close(pool, server, app);
     }

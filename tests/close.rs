@@ -18,7 +18,7 @@ use millpond::{
 };
 use postgres::NoTls;
 use postgres::error::SqlState;
-use support::{Database, EPSILON, Proxy, Server, alone, ms, threads_named, wait_until};
+use support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, threads_named, wait_until};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
 
@@ -41,11 +41,11 @@ fn closed(error: Error) -> Closed {
     }
 }
 
-/// The system takes a moment to end a thread.
+/// A thread takes a moment to end, and the system to say so.
 #[track_caller]
 fn assert_threads(pool: &str, expected: &[&str]) {
     let mut seen = Vec::new();
-    let there = wait_until(within(EPSILON), || {
+    let there = wait_until(within(SEEN), || {
         seen = threads_named(&format!("{pool}-"));
         seen == expected
     });
@@ -233,7 +233,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     // ---- and what is left of the pool
     let left = if lent == Lent::Returned { 0 } else { 2 };
     assert_within(gone - began, GRACE, GRACE + EPSILON);
-    assert_eq!(server.wait_for(&app, left, began + GRACE + EPSILON), left, "backends after the grace");
+    assert_eq!(server.wait_for(&app, left, began + GRACE + SEEN), left, "backends after the grace");
     assert_threads(&name, &[&format!("{name}-crew")]);
     for waiter in waiters {
         let (at, error) = waiter.join().unwrap();
@@ -264,7 +264,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     // ---- and in the end nothing is
     drop(end);
     holder.join().unwrap();
-    assert_eq!(server.wait_for(&app, 0, within(EPSILON)), 0, "backends after the return");
+    assert_eq!(server.wait_for(&app, 0, within(SEEN)), 0, "backends after the return");
     assert_threads(&name, &[&format!("{name}-crew")]);
     proxy.cut();
     assert_threads(&name, &[]);
@@ -378,7 +378,7 @@ fn idle_ones_go_at_once() {
     assert_eq!((pool.stats().idle, server.count(app)), (17, 17));
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert_threads("idle", &[]);
 }
 
@@ -608,13 +608,13 @@ fn the_last_handle_closes_without_waiting() {
     let began = Instant::now();
     drop(other);
     assert!(began.elapsed() <= EPSILON);
-    assert_eq!(server.wait_for(app, 1, began + EPSILON), 1, "the idle one goes");
+    assert_eq!(server.wait_for(app, 1, began + SEEN), 1, "the idle one goes");
 
     // The other one outlives the pool, and works.
     assert_eq!(lent.query_one("SELECT 7", &[]).unwrap().get::<_, i32>(0), 7);
     assert_threads("last", &[]);
     drop(lent);
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0, "closed as it came back");
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0, "closed as it came back");
     assert_threads("last", &[]);
 }
 
@@ -635,7 +635,7 @@ fn a_connection_outlives_its_pool() {
     }
     assert_eq!(PooledConnection::info(&lent).state, ConnectionState::Out);
     drop(lent);
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert_threads("outlives", &[]);
 }
 
@@ -665,7 +665,7 @@ fn a_connect_in_flight_is_closed_when_it_arrives() {
             }
         });
         assert_threads("flight", &[]);
-        assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+        assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
         assert_eq!((pool.stats().opening, pool.stats().opens), (0, 1), "it did arrive");
     }
 }
@@ -700,8 +700,8 @@ fn what_is_lent_is_cut_after_the_grace() {
     let (at, error) = busy.join().unwrap();
     assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
     assert_within(at - began, ms(200), ms(200) + EPSILON);
-    assert_eq!(server.wait_for(app, 0, began + ms(200) + 2 * EPSILON), 0);
-    assert!(wait_until(within(EPSILON), || cuts.load(SeqCst) == 1), "cancelled first, and then cut");
+    assert_eq!(server.wait_for(app, 0, began + ms(200) + SEEN), 0);
+    assert!(wait_until(within(SEEN), || cuts.load(SeqCst) == 1), "cancelled first, and then cut");
     assert_threads("cut", &[]);
 }
 

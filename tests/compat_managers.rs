@@ -80,20 +80,20 @@ fn an_error_need_not_be_send() {
     let pool = Pool::builder()
         .name("store")
         .max_size(2)
-        .connection_timeout(Duration::from_millis(200))
+        .connection_timeout(Duration::from_secs(1))
         .error_handler(Box::new(texts.clone()))
         .build(store.clone())
         .unwrap();
     thread::scope(|scope| {
         for n in 0..10 {
             let pool = &pool;
-            scope.spawn(move || pool.get().unwrap().rows.lock().unwrap().insert(n.to_string(), "x".into()));
+            scope.spawn(move || pool.get_timeout(SOON).unwrap().rows.lock().unwrap().insert(n.to_string(), "x".into()));
         }
     });
-    assert_eq!(pool.get().unwrap().rows.lock().unwrap().len(), 10);
+    assert_eq!(pool.get_timeout(SOON).unwrap().rows.lock().unwrap().len(), 10);
     assert_eq!(*texts.0.lock().unwrap(), []);
 
-    let mut all = [pool.get().unwrap(), pool.get().unwrap()];
+    let mut all = [pool.get_timeout(SOON).unwrap(), pool.get_timeout(SOON).unwrap()];
     store.down.store(true, Ordering::SeqCst);
     all.iter_mut().for_each(|view| view.alive = false);
     drop(all);

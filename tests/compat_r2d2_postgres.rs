@@ -274,8 +274,9 @@ fn aged_and_idle_ones_go_by_themselves() {
         .max_lifetime(None)
         .build(manager(APP))
         .unwrap();
-    drop(take(&pool, 3));
+    let all = take(&pool, 3);
     assert_eq!(Database::get().count(APP), 3);
+    drop(all);
     assert_eq!(Database::get().wait_for(APP, 1, Instant::now() + ms(2000)), 1);
     assert!(wait_until(soon(), || pool.state().connections == 1), "{:?}", pool.state());
     finish(pool, APP);

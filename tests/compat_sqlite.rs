@@ -79,6 +79,6 @@ fn one_in_memory_is_shared() {
 #[test]
 fn what_sqlite_says_is_the_cause() {
     let manager = SqliteConnectionManager::file("/no/such/folder/mill.db");
-    let error = Pool::builder().connection_timeout(Duration::from_millis(200)).build(manager).unwrap_err();
+    let error = Pool::builder().connection_timeout(Duration::from_secs(1)).build(manager).unwrap_err();
     assert!(error.is_timeout() && error.to_string().contains("unable to open database file"), "{error}");
 }

@@ -18,7 +18,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use millpond::{Error, Manage, Pool, PooledConnection, Validate};
 use postgres::{Client, Config, NoTls};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
-use support::{Database, EPSILON, ms, threads_named, wait_until};
+use support::{Database, EPSILON, alone, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -36,6 +36,8 @@ fn in_a_process(test: &str) -> Option<Config> {
     if let Ok(conninfo) = std::env::var(CONNINFO) {
         return Some(conninfo.parse().unwrap());
     }
+    // There it asserts on time.
+    let _alone = alone();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(CONNINFO, Database::get().conninfo(test))

@@ -11,7 +11,7 @@ use millpond::postgres::{Error, Pool, PostgresManager, Reset};
 use millpond::{Builder, PooledConnection, Validate};
 use postgres::{Client, NoTls, SimpleQueryMessage};
 use support::PoolMode::{Session, Transaction};
-use support::{Bouncer, EPSILON, Server, alone, beside_others, ms, threads_named, wait_until};
+use support::{Bouncer, EPSILON, SEEN, Server, alone, beside_others, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -81,7 +81,7 @@ fn assert_ends(pool: &Pool, bouncer: &Bouncer) {
 #[track_caller]
 fn assert_no_threads(pool: &str) {
     let mut seen = Vec::new();
-    let gone = wait_until(within(EPSILON), || {
+    let gone = wait_until(within(SEEN), || {
         seen = threads_named(&format!("{pool}-"));
         seen.is_empty()
     });
@@ -92,7 +92,7 @@ fn assert_no_threads(pool: &str) {
 
 #[test]
 fn many_threads_share_few() {
-    let _beside = beside_others();
+    let _alone = alone();
     for mode in [Session, Transaction] {
         let bouncer = Bouncer::start(Server::shared(), mode, &[("default_pool_size", "4")]);
         let pool = manager(&bouncer.conninfo("bouncer-share")).builder().name("bshare").max_size(4).open().unwrap();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReason};
 use postgres::NoTls;
-use support::{EPSILON, Proxy, Server, alone, beside_others, ms, threads_named, wait_until};
+use support::{Proxy, SEEN, Server, alone, beside_others, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -112,7 +112,7 @@ fn assert_ends(pool: &Pool, servers: &[&Server]) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
     let mut seen = Vec::new();
-    let gone = wait_until(within(EPSILON), || {
+    let gone = wait_until(within(SEEN), || {
         seen = threads_named(&format!("{}-", pool.name()));
         seen.is_empty()
     });

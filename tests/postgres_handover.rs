@@ -247,6 +247,7 @@ fn a_transaction_left_open_is_told_of_with_the_line_that_left_it() {
         // And a clean one is not worth a word.
         pool.get_timeout(ms(20_000)).unwrap().batch_execute("SELECT 1").unwrap();
         assert!(pool.close(Duration::from_secs(10)).is_complete());
-        assert_eq!(RECORDS.0.lock().iter().filter(|r| r.contains(&*app)).count(), 1, "{:?}", RECORDS.0.lock());
+        let records = RECORDS.0.lock();
+        assert_eq!(records.iter().filter(|r| r.contains(&*app)).count(), 1, "{records:?}");
     }
 }

@@ -13,7 +13,7 @@ use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReport, PooledConnection, Validate};
 use postgres::NoTls;
 use rustix::process::{Pid, Signal, kill_process};
-use support::{Cable, EPSILON, Proxy, Server, alone, ms, skipped, threads_named, wait_until};
+use support::{Cable, EPSILON, Proxy, SEEN, Server, alone, ms, skipped, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -74,7 +74,7 @@ fn assert_works(pool: &Pool) {
 fn assert_ends(pool: &Pool, server: &Server, app: &str) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
-    assert_no_threads(pool.name(), within(EPSILON));
+    assert_no_threads(pool.name(), within(SEEN));
     assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
 }
 
@@ -169,7 +169,7 @@ fn a_query_ends_when_the_pool_has_closed() {
             let error = sleeper.ended(&report, begun + GRACE + EPSILON);
             assert_eq!(error.code().map(|code| code.code()), Some("57014"), "cancelled before it was cut: {error}");
         }
-        assert_no_threads("silquery", within(EPSILON));
+        assert_no_threads("silquery", within(SEEN));
         proxy.resume();
         assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
     }
@@ -329,7 +329,7 @@ fn a_stopped_backend_costs_its_connection_only() {
     let report = pool.close(GRACE);
     assert_within(begun.elapsed(), GRACE, GRACE + EPSILON);
     sleeper.ended(&report, begun + GRACE + CANCEL + EPSILON);
-    assert_no_threads("silback", within(EPSILON));
+    assert_no_threads("silback", within(SEEN));
     drop(stopped);
     assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
 }
@@ -385,7 +385,7 @@ fn a_black_hole() {
         let report = pool.close(GRACE);
         assert_within(begun.elapsed(), GRACE, GRACE + EPSILON);
         sleeper.ended(&report, begun + GRACE + CANCEL + EPSILON);
-        assert_no_threads("hole", within(EPSILON));
+        assert_no_threads("hole", within(SEEN));
     });
 
     cable.mend();
@@ -393,7 +393,7 @@ fn a_black_hole() {
         let pool = impatient(&params, "hole2").open().unwrap();
         assert_works(&pool);
         assert!(pool.close(SOON).is_complete());
-        assert_no_threads("hole2", within(EPSILON));
+        assert_no_threads("hole2", within(SEEN));
     });
 }
 
@@ -418,6 +418,6 @@ fn tcp_user_timeout_ends_a_query_in_a_black_hole() {
         assert_at_rest(&pool, within(EPSILON));
         assert_eq!(pool.state().connections, 0);
         assert!(pool.close(SOON).is_complete());
-        assert_no_threads("usertime", within(EPSILON));
+        assert_no_threads("usertime", within(SEEN));
     });
 }

@@ -9,7 +9,7 @@ use postgres::{NoTls, SimpleQueryMessage};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
-use support::{Bouncer, EPSILON, PoolMode, Proxy, Server, ms};
+use support::{Bouncer, EPSILON, PoolMode, Proxy, Server, alone, beside_others, ms};
 
 /// How a connection reaches the server, which decides what is known of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,6 +76,7 @@ fn code(e: &postgres::Error) -> &str {
 
 #[test]
 fn repeated_sql_takes_one_round_trip() {
+    let _beside = beside_others();
     for way in [Way::Observed, Way::Unobserved] {
         let proxy = Proxy::to(Server::shared().addr());
         let pool = pool(through(&proxy, way, "trips"));
@@ -111,6 +112,7 @@ fn repeated_sql_takes_one_round_trip() {
 
 #[test]
 fn within_a_transaction_too() {
+    let _beside = beside_others();
     for way in [Way::Observed, Way::Unobserved] {
         let proxy = Proxy::to(Server::shared().addr());
         let pool = pool(through(&proxy, way, "trips-tx"));
@@ -185,6 +187,7 @@ fn it_is_careful_where_an_error_does_not_tell() {
 
 #[test]
 fn a_changed_table_costs_what_it_must() {
+    let _beside = beside_others();
     for (way, expected) in [(Way::Observed, 3), (Way::Unobserved, 4)] {
         let table = format!("cost_{way:?}");
         meanwhile(&format!("DROP TABLE IF EXISTS {table}; CREATE TABLE {table} (id int)"));
@@ -346,6 +349,7 @@ fn what_may_have_run_is_not_run_again() {
 
 #[test]
 fn the_least_used_is_closed_and_nothing_is_left_behind() {
+    let _beside = beside_others();
     for way in [Way::Observed, Way::Unobserved] {
         let proxy = Proxy::to(Server::shared().addr());
         let pool = pool(through(&proxy, way, "evict").statement_cache(2));
@@ -369,6 +373,7 @@ fn the_least_used_is_closed_and_nothing_is_left_behind() {
 
 #[test]
 fn its_end_does_not_wait_for_the_server() {
+    let _beside = beside_others();
     for way in [Way::Observed, Way::Unobserved] {
         let proxy = Proxy::to(Server::shared().addr());
         let pool = pool(through(&proxy, way, "end").statement_cache(8));
@@ -488,6 +493,7 @@ fn a_connection_that_cannot_look_up_types_is_replaced() {
 
 #[test]
 fn off_it_leaves_nothing_on_the_server_and_takes_one_round_trip() {
+    let _beside = beside_others();
     for (way, first) in [(Way::Observed, 4), (Way::Unobserved, 5)] {
         let proxy = Proxy::to(Server::shared().addr());
         let pool = pool(through(&proxy, way, "off").statement_cache(0));
@@ -567,6 +573,7 @@ fn off_a_changed_table_does_not_show() {
 /// Many clients on two servers, in transaction mode.
 #[test]
 fn off_it_works_behind_a_transaction_pooler() {
+    let _alone = alone();
     let bouncer = Bouncer::start(Server::shared(), PoolMode::Transaction, &[("default_pool_size", "2")]);
     for (way, cache) in [(Way::Observed, 0), (Way::Unobserved, 0), (Way::Observed, 256)] {
         let manager = PostgresManager::parse(&bouncer.conninfo("pooler"), NoTls).unwrap();

@@ -187,7 +187,9 @@ fn a_logger_that_blocks() {
         assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
         let gone = wait_until(last_use + MAX_IDLE + EPSILON, || pool.state().connections == 0);
         assert!(gone, "no evictions: {}", pool.connections());
-        fake.wait_alive(0);
+        // With it the slot is free, and that it was closed is on record.
+        assert!(wait_until(within(LONG), || pool.stats().size() == 0), "{}", pool.stats());
+        assert_eq!(fake.alive(), 0);
         assert!(pool.stats().max_lateness < EPSILON, "{}", pool.stats());
 
         // As many records wait as may; the rest is counted.
@@ -413,7 +415,8 @@ fn what_cuts_a_connection_may_use_and_close_the_pool() {
         let held: Vec<_> = pool.try_get().into_iter().chain(pool.get()).collect();
         fake.next(Open, [Act::Block]);
         let another = pool.get_timeout(LONG).unwrap();
-        assert!(wait_until(within(LONG), || used.load(SeqCst) == 1));
+        // More often, if this machine takes longer than the limit to open one.
+        assert!(wait_until(within(LONG), || used.load(SeqCst) >= 1));
         drop((held, another));
         whole(&pool);
 
@@ -438,7 +441,8 @@ fn last_handle_goes_in<M: Manage<Connection = FakeConn, Error = FakeError>>(
     manager: M,
 ) {
     println!("{call:?}");
-    let pool = builder.build(manager).unwrap();
+    // What is idle stays until the call is made, however long this machine takes to come to that.
+    let pool = builder.max_idle(None).build(manager).unwrap();
     let name = pool.name().to_owned();
     let it: Handle<M> = Arc::new(Mutex::new(None));
     let (go, gone) = bounded::<()>(0);

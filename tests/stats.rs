@@ -16,7 +16,7 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use millpond::{CloseReason, ConnectionState, Manage, Pool, PooledConnection, Returned, Stats, Validate};
 use parking_lot::Mutex;
 use postgres::NoTls;
-use support::{Database, EPSILON, Proxy, Server, alone, ms, wait_until};
+use support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, wait_until};
 
 /// Longer than anything takes that is not stuck.
 const SOON: Duration = Duration::from_secs(20);
@@ -221,8 +221,8 @@ fn times() {
     assert_within(s.open_time.max(), ms(50), ms(50) + EPSILON);
     assert_within(s.wait_time.max(), ms(100), ms(100) + EPSILON);
     assert_eq!(s.wait_time.sum(), s.wait_time.mean());
-    // In steps of the coarse clock, which are at most 10 ms.
-    assert_within(s.hold_time.max(), ms(90), ms(100) + EPSILON);
+    // In steps of the coarse clock, which are at most 10 ms, unless a busy machine comes late to take one.
+    assert_within(s.hold_time.max(), ms(100) - EPSILON, ms(100) + EPSILON);
     assert!(s.hold_time.quantile(0.5) <= ms(20) && s.hold_time.quantile(1.0) == s.hold_time.max(), "{s}");
     assert_within(s.hold_time.sum(), s.hold_time.max(), s.hold_time.max() + EPSILON);
 }
@@ -267,8 +267,8 @@ fn rows() {
     ] {
         assert_eq!((row.state, row.thread.as_deref(), row.uses), (ConnectionState::Out, thread, uses), "{row}");
         assert_eq!(row.location.map(|at| (at.file(), at.line())), Some((file!(), line)), "{row}");
-        // Since a tick of the coarse clock, which is up to 10 ms behind.
-        assert_within(row.held_for().unwrap(), ms(100), began.elapsed() + ms(10));
+        // Since a tick of the coarse clock, which is behind.
+        assert_within(row.held_for().unwrap(), ms(100), began.elapsed() + EPSILON);
         assert!(row.age >= ms(100) && row.idle_for().is_none(), "{row}");
     }
     let info = PooledConnection::info(&mine);
@@ -283,11 +283,11 @@ fn rows() {
     let row = rows.iter().find(|row| row.server_id == Some(theirs)).unwrap();
     assert_eq!((row.state, row.uses), (ConnectionState::Idle, 1), "{row}");
     assert!(row.thread.is_none() && row.location.is_none() && row.held_for().is_none(), "{row}");
-    assert_within(row.idle_for().unwrap(), ms(100), began.elapsed() + ms(10));
+    assert_within(row.idle_for().unwrap(), ms(100), began.elapsed() + EPSILON);
     drop(mine);
     assert!(pool.close(SOON).is_complete());
     assert!(pool.connections().is_empty());
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
 }
 
 // ---------------------------------------------------------------------------------------------------- texts
@@ -529,8 +529,9 @@ fn a_life_in_the_log() {
         *level == Level::Warn && text.starts_with("cannot open #N: error connecting to server: ")
     };
     assert!(wait_until(within(SOON), || records("life").iter().any(refused)), "{:#?}", records("life"));
-    proxy.accept();
+    // In this order: nobody is let in who would be served.
     proxy.silent(true);
+    proxy.accept();
     assert!(pool.get_timeout(ms(300)).is_err());
     see_record("life", Level::Warn, "gave up opening #N, which took longer than T");
     proxy.silent(false);
@@ -550,7 +551,7 @@ fn a_life_in_the_log() {
     see_record("life", Level::Debug, "closed #N: pool closed, age T");
     assert!(pool.close(SOON).is_complete());
     see_record("life", Level::Info, "closed in T; nothing is left");
-    assert_eq!(server.wait_for(app, 0, within(EPSILON)), 0);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
 
     // In order, as far as it is one.
     let all = records("life");

@@ -10,7 +10,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
-use support::{Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, Server, Silent, ms, threads_named, wait_until};
+use support::{
+    Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, Server, Silent, alone, beside_others, ms, threads_named,
+    wait_until,
+};
 
 /// For what another process does in its own time.
 const SOON: Duration = Duration::from_secs(10);
@@ -63,6 +66,7 @@ fn told<'a>(printed: &'a str, name: &str) -> &'a str {
 
 #[test]
 fn smoke() {
+    let _beside = beside_others();
     let server = Server::start();
     assert_eq!(server.count("smoke"), 0);
 
@@ -90,12 +94,14 @@ fn smoke() {
 
 #[test]
 fn settings_are_the_callers() {
+    let _beside = beside_others();
     let server = Server::with(&[("max_connections", "17")]);
     assert_eq!(server.connect().query_one("SHOW max_connections", &[]).unwrap().get::<_, &str>(0), "17");
 }
 
 #[test]
 fn waiting_gives_up_at_its_deadline() {
+    let _alone = alone();
     let start = Instant::now();
     assert!(!wait_until(start + ms(100), || false));
     assert!((ms(100)..ms(100) + EPSILON).contains(&start.elapsed()), "{:?}", start.elapsed());
@@ -104,6 +110,7 @@ fn waiting_gives_up_at_its_deadline() {
 
 #[test]
 fn restart_keeps_the_port_and_the_data() {
+    let _beside = beside_others();
     let server = Server::start();
     let port = server.port();
     server.connect().batch_execute("CREATE TABLE kept AS SELECT 42 AS n").unwrap();
@@ -127,6 +134,7 @@ fn restart_keeps_the_port_and_the_data() {
 
 #[test]
 fn kill_leaves_no_process() {
+    let _beside = beside_others();
     let server = Server::start();
     let dir = server.socket_dir().to_owned();
     // A backend that does not look up from its work, and so does not see its postmaster die.
@@ -152,6 +160,7 @@ fn kill_leaves_no_process() {
 
 #[test]
 fn a_killed_server_leaves_no_shared_memory() {
+    let _beside = beside_others();
     let server = Server::start();
     let file = std::fs::read_to_string(server.socket_dir().join("data/postmaster.pid")).unwrap();
     let id = file.lines().nth(6).and_then(|key_and_id| key_and_id.split_whitespace().nth(1)).expect("its id");
@@ -176,6 +185,7 @@ fn children() -> Vec<String> {
 
 #[test]
 fn drop_after_a_panic_leaves_nothing() {
+    let _beside = beside_others();
     if !is_child() {
         // Alone in its process: other tests have children, too.
         in_a_process("drop_after_a_panic_leaves_nothing", &[], None);
@@ -198,6 +208,7 @@ fn drop_after_a_panic_leaves_nothing() {
 
 #[test]
 fn the_shared_server_ends_with_its_process() {
+    let _beside = beside_others();
     if is_child() {
         let server = Server::shared();
         assert!(std::ptr::eq(server, Server::shared()));
@@ -218,6 +229,7 @@ fn the_shared_server_ends_with_its_process() {
 
 #[test]
 fn a_bouncer_bounces_and_ends_with_its_process() {
+    let _beside = beside_others();
     if is_child() {
         let bouncer = Bouncer::start(Server::shared(), PoolMode::Transaction, &[("default_pool_size", "1")]);
         let mut client = connect(&bouncer.conninfo("bounced"));
@@ -260,6 +272,7 @@ fn a_bouncer_bounces_and_ends_with_its_process() {
 
 #[test]
 fn a_standby_follows_and_is_promoted() {
+    let _beside = beside_others();
     let primary = Server::with(Server::STREAMING);
     let standby = Server::standby_of(&primary);
     let mut client = connect(&primary.conninfo("standby"));
@@ -278,6 +291,7 @@ fn a_standby_follows_and_is_promoted() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_cut_cable_loses_packets_and_nobody_is_told() {
+    let _beside = beside_others();
     let cable = match support::Cable::lay() {
         Ok(cable) => cable,
         Err(why) => return support::skipped("a_cut_cable_loses_packets_and_nobody_is_told", &why),
@@ -309,6 +323,7 @@ fn a_cut_cable_loses_packets_and_nobody_is_told() {
 
 #[test]
 fn a_database_of_the_users_serves_instead() {
+    let _beside = beside_others();
     if is_child() {
         let database = Database::get();
         let mut client = connect(&database.conninfo("given"));
@@ -327,6 +342,7 @@ fn a_database_of_the_users_serves_instead() {
 
 #[test]
 fn no_postgresql_is_one_clear_message() {
+    let _beside = beside_others();
     let half = tempfile::tempdir().unwrap();
     std::fs::write(half.path().join("initdb"), "").unwrap();
     let nowhere = [PathBuf::from("/nowhere"), half.path().to_owned()];
@@ -337,6 +353,7 @@ fn no_postgresql_is_one_clear_message() {
 
 #[test]
 fn threads_are_found_by_name() {
+    let _beside = beside_others();
     let (end, ended) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::Builder::new().name("looked-for-very-long".into());
     let thread = thread.spawn(move || ended.recv()).unwrap();
@@ -372,6 +389,7 @@ fn echoes(client: &mut TcpStream, limit: Duration) -> bool {
 
 #[test]
 fn a_proxy_forwards_pauses_and_resumes() {
+    let _beside = beside_others();
     let server = Server::start();
     let proxy = Proxy::to(server.addr());
     let mut client = connect(&proxy.conninfo("paused"));
@@ -389,7 +407,8 @@ fn a_proxy_forwards_pauses_and_resumes() {
     let connecting = std::thread::spawn(move || connected.send(Client::connect(&conninfo, NoTls)).unwrap());
     assert!(answer.recv_timeout(ms(300)).is_err(), "no answer while paused, and no error either");
     assert!(late.try_recv().is_err(), "no connection either");
-    assert_eq!((proxy.accepted(), proxy.open(), server.count("paused")), (2, 2, 1));
+    assert!(wait_until(within(SOON), || (proxy.accepted(), proxy.open()) == (2, 2)));
+    assert_eq!(server.count("paused"), 1);
 
     proxy.resume();
     assert!(answer.recv_timeout(SOON).unwrap());
@@ -404,6 +423,7 @@ fn a_proxy_forwards_pauses_and_resumes() {
 
 #[test]
 fn a_proxy_carries_much_both_ways() {
+    let _beside = beside_others();
     let proxy = Proxy::to(echo());
     let client = TcpStream::connect(proxy.addr()).unwrap();
     let much: Vec<u8> = (0..40_000_000_u32).map(|i| (i % 251) as u8).collect();
@@ -423,6 +443,7 @@ fn a_proxy_carries_much_both_ways() {
 
 #[test]
 fn a_proxy_cuts_with_a_reset() {
+    let _beside = beside_others();
     let proxy = Proxy::to(echo());
     for paused in [false, true] {
         let mut client = TcpStream::connect(proxy.addr()).unwrap();
@@ -451,6 +472,7 @@ fn a_proxy_cuts_with_a_reset() {
 
 #[test]
 fn a_proxy_refuses_and_accepts_on_the_same_port() {
+    let _beside = beside_others();
     let proxy = Proxy::to(echo());
     let mut old = TcpStream::connect(proxy.addr()).unwrap();
     assert!(echoes(&mut old, SOON));
@@ -466,6 +488,7 @@ fn a_proxy_refuses_and_accepts_on_the_same_port() {
 
 #[test]
 fn a_silent_proxy_never_answers_and_a_delayed_one_late() {
+    let _beside = beside_others();
     let proxy = Proxy::to(echo());
     proxy.silent(true);
     let mut silent = TcpStream::connect(proxy.addr()).unwrap();
@@ -490,6 +513,7 @@ fn a_silent_proxy_never_answers_and_a_delayed_one_late() {
 
 #[test]
 fn a_dropped_proxy_leaves_no_thread_and_no_port() {
+    let _beside = beside_others();
     if !is_child() {
         // Alone in its process: other tests have proxies, too.
         in_a_process("a_dropped_proxy_leaves_no_thread_and_no_port", &[], None);

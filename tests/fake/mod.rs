@@ -202,7 +202,8 @@ impl Fake {
             drop(all);
         }
         self.verdict(Returned::Reset);
-        drop(get());
+        // On a busy machine there may be none in time, and without one there is no reset.
+        drop((0..10).find_map(|_| get()));
         self.verdict(Returned::Keep);
         drop(pool.try_get());
         self.next(Call::Open, [Act::Fail]);

@@ -16,19 +16,15 @@ use millpond::{Manage, Pool, PooledConnection};
 use postgres::{Client, NoTls};
 use r2d2_postgres::PostgresConnectionManager;
 
-use crate::support::{Database, EPSILON};
+use crate::support::Database;
 
+pub use crate::support::SEEN;
 pub use counted::{Account, Counting};
 
 pub type Manager = PostgresConnectionManager<NoTls>;
 
 /// For what the server or the system does in its own time, and is not what is measured.
 pub const SOON: Duration = Duration::from_secs(10);
-
-/// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it, and
-/// the rest for the crew, the network and the server's own processes, which get no processor at once on a busy machine,
-/// to see it through.
-pub const SEEN: Duration = EPSILON.saturating_mul(4);
 
 /// The stock manager, whose connections the server knows as `app`.
 pub fn manager(app: &str) -> Manager {

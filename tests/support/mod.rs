@@ -29,5 +29,5 @@ pub use database::{Backend, Database};
 pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched};
+pub use wait::{EPSILON, SEEN, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched};
 pub use watch::{History, Sample, Watch};

@@ -191,11 +191,12 @@ impl Line {
                 thread::sleep(ms(10)); // Out of file descriptors, as a rule.
                 continue;
             };
-            self.accepted.fetch_add(1, SeqCst);
-            self.open.fetch_add(1, SeqCst);
             let link = Arc::new(Link { client, server: OnceLock::new(), cut: AtomicBool::new(false) });
             let watched = Arc::downgrade(&link);
+            // Before it is counted, so that a cut by one who has seen the count does not miss it.
             let mut mode = self.mode.lock();
+            self.accepted.fetch_add(1, SeqCst);
+            self.open.fetch_add(1, SeqCst);
             let (silent, served_from) = (mode.silent, Instant::now() + mode.delay);
             let line = Arc::clone(self);
             let thread = thread::Builder::new().name("proxy-link".into()).spawn(move || {

@@ -355,8 +355,9 @@ fn kill_wholly(postmaster: &mut Child) {
     if !matches!(postmaster.try_wait(), Ok(None)) {
         return;
     }
-    // Stopped first, so that it has no more children while they are counted.
+    // Stopped first, so that it has no more children while they are counted. It may have one more before it obeys.
     let _ = kill_process(Pid::from_child(postmaster), Signal::STOP);
+    let _ = wait_until(Instant::now() + PATIENCE, || !runs(Pid::from_child(postmaster)));
     let children = children_of(postmaster.id());
     for &child in &children {
         let _ = kill_process(child, Signal::KILL);
@@ -379,6 +380,11 @@ fn children_of(parent: u32) -> Vec<Pid> {
 fn is_alive(pid: Pid) -> bool {
     // A zombie is a matter between it and its parent.
     stat(pid).is_some_and(|(state, _)| state != "Z" && state != "X")
+}
+
+#[cfg(target_os = "linux")]
+fn runs(pid: Pid) -> bool {
+    stat(pid).is_some_and(|(state, _)| !["T", "Z", "X"].contains(&state.as_str()))
 }
 
 /// A process's state and parent.
@@ -404,4 +410,10 @@ fn children_of(parent: u32) -> Vec<Pid> {
 #[cfg(not(target_os = "linux"))]
 fn is_alive(pid: Pid) -> bool {
     rustix::process::test_kill_process(pid).is_ok()
+}
+
+/// Not to be told here.
+#[cfg(not(target_os = "linux"))]
+fn runs(_: Pid) -> bool {
+    false
 }

@@ -9,6 +9,11 @@ use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost.
 pub const EPSILON: Duration = Duration::from_millis(50);
 
+/// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it, and
+/// the rest for the crew, the network and the server's own processes, which get no processor at once on a busy machine,
+/// to see it through.
+pub const SEEN: Duration = EPSILON.saturating_mul(4);
+
 /// Short enough to see what happened within [`EPSILON`], long enough to leave the machine to what is being watched.
 pub(super) const STEP: Duration = Duration::from_millis(5);
 
