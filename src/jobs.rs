@@ -151,7 +151,7 @@ fn start<M: Manage>(
     if shared.starting.load(Ordering::Acquire) {
         let verdict = catch(|| shared.manager.started(conn.get_mut(), &shared.settings));
         if let Err(cause) = verdict.unwrap_or_else(Err) {
-            shared.set_cause(Some(cause));
+            shared.set_cause(cause);
             slot.report_failure(true);
             return close(shared, slot, *conn, CloseReason::Discarded);
         }
@@ -164,7 +164,6 @@ fn start<M: Manage>(
     }
     match slot.settle(|l, now, token| l.opened(now, token, conn)) {
         Ok(()) => {
-            shared.set_cause(None);
             shared.notice(Level::Debug, || {
                 let server = opening.server_id().map(|id| format!(" (server id {id})")).unwrap_or_default();
                 format!("opened #{id}{server} in {}", Short(took))
@@ -194,7 +193,7 @@ fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
     shared.notice(Level::Warn, || {
         format!("cannot open #{id}: {cause}{}", if permanent { " (will not be tried again soon)" } else { "" })
     });
-    shared.set_cause(Some(cause));
+    shared.set_cause(cause);
     slot.report_failure(permanent);
 }
 

@@ -247,7 +247,7 @@ impl<M: Manage> Shared<M> {
                 };
                 if job == ConnectionState::Opening {
                     let within = Short(limit);
-                    self.set_cause(Some(Cause::message(format!("no answer to an attempt to connect within {within}"))));
+                    self.set_cause(Cause::message(format!("no answer to an attempt to connect within {within}")));
                 }
                 self.crew.write_off(self, kind);
                 self.cut(id, false);
@@ -265,7 +265,7 @@ impl<M: Manage> Shared<M> {
             // The reaper nudges the crew after each look.
             Ok(false) => self.with(|l| l.look_again()),
             Err((error, Job::Open(slot))) => {
-                self.set_cause(Some(Cause::message(format!("cannot start a thread to connect on: {error}"))));
+                self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
                 slot.fail(false);
             }
             // The reaper runs no job; anybody else has nobody to leave it to.
@@ -299,9 +299,10 @@ impl<M: Manage> Shared<M> {
 
     // ---------------------------------------------------------------------------------------------- causes, errors
 
-    /// Remembers why the last open failed, or that the last one did not.
-    pub(crate) fn set_cause(&self, cause: Option<Cause>) {
-        let before = std::mem::replace(&mut *self.cause.lock(), cause);
+    /// Remembers why the last open failed: before the ledger is told that it did. It stays when another succeeds, for that
+    /// one may be slow to say so; whether it still tells anything is the ledger's to know.
+    pub(crate) fn set_cause(&self, cause: Cause) {
+        let before = self.cause.lock().replace(cause);
         drop(before);
     }
 

@@ -114,6 +114,20 @@ fn wrong_password_with_a_manager_that_can_tell() {
     assert_eq!(refused_logins(server) - before, 1);
 }
 
+/// Not even if an open that succeeded before it is slow to say so.
+#[test]
+fn a_refusal_keeps_its_words() {
+    let _alone = alone();
+    for _ in 0..500 {
+        let fake = Fake::new();
+        fake.next(Call::Open, [Act::Succeed]);
+        fake.set(Call::Open, Act::Refuse);
+        let error = refusal(Pool::builder().name("floor").min_idle(3).build(fake.direct()));
+        assert_eq!(error.to_string(), "pool 'floor' cannot connect: Open refused on purpose");
+        fake.wait_alive(0);
+    }
+}
+
 /// A password is changed under a pool that works.
 #[test]
 fn a_refusal_is_remembered_and_told_to_all_who_wait() {
