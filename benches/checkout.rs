@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::peers::{self, Nil};
+use common::peers;
 use common::{Hold, Load, Subject, ms, us};
 use criterion::{Criterion, SamplingMode};
 use millpond::event::NopEventHandler;
@@ -27,7 +27,7 @@ fn main() {
     criterion.final_summary();
 }
 
-fn measure(criterion: &mut Criterion, group: &str, load: &Load<Nil>, subjects: &[Box<dyn Subject<Nil>>]) {
+fn measure(criterion: &mut Criterion, group: &str, load: &Load, subjects: &[Box<dyn Subject>]) {
     let mut group = criterion.benchmark_group(group);
     if load.threads > 1 {
         group.sampling_mode(SamplingMode::Flat);

@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::peers::{self, Nil};
+use common::peers;
 use common::report::Part;
 use common::svg::{Axis, plot};
 use common::{Hold, Load, Outcome, Subject, Waits, is_picked, is_quick, median, ms, rounds, short, us};
@@ -23,7 +23,7 @@ fn main() {
          test; medians of rounds. Waits of all rounds together, the clock read around each get.\n",
         time.as_millis()
     ));
-    let scenarios: [(&str, &str, usize, Hold<Nil>); 5] = [
+    let scenarios: [(&str, &str, usize, Hold); 5] = [
         ("nothing", "16 threads on 4, no hold", 16, Hold::Nothing),
         ("work", "16 threads on 4, 20 us of work", 16, Hold::Spin(us(20))),
         ("asleep", "16 threads on 4, 50 us asleep", 16, Hold::Sleep(us(50))),
@@ -35,14 +35,14 @@ fn main() {
             continue;
         }
         let subjects = peers::everybody(4);
-        let list: Vec<&dyn Subject<Nil>> = subjects.iter().map(|s| &**s).collect();
+        let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
         let outcomes = rounds(&Load { threads, hold }, &list, n, time, true);
         show(&mut part, name, title, &list, &outcomes);
     }
     part.finish();
 }
 
-fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject<Nil>], outcomes: &[Vec<Outcome>]) {
+fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject], outcomes: &[Vec<Outcome>]) {
     let r2d2 = &outcomes[peers::R2D2];
     let (mut rows, mut lines) = (Vec::new(), Vec::new());
     for (subject, mine) in subjects.iter().zip(outcomes) {

@@ -504,7 +504,11 @@ fn a_dropped_proxy_leaves_no_thread_and_no_port() {
     let _late = TcpStream::connect(addr).unwrap();
     assert!(wait_until(within(SOON), || proxy.open() == 6));
     // A thread gives itself its name, some time after it began.
-    assert!(wait_until(within(SOON), || threads_named("proxy-").len() == 1 + 2 * 5 + 1), "{:?}", threads_named("proxy-"));
+    assert!(
+        wait_until(within(SOON), || threads_named("proxy-").len() == 1 + 2 * 5 + 1),
+        "{:?}",
+        threads_named("proxy-")
+    );
 
     let start = Instant::now();
     drop(proxy);
