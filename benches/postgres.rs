@@ -11,6 +11,7 @@ mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use common::report::Agenda;
 use common::{Hold, Load, ms, sessions};
 use criterion::{Criterion, SamplingMode};
 use support::Server;
@@ -25,21 +26,25 @@ fn main() {
         .warm_up_time(ms(200))
         .measurement_time(ms(800))
         .configure_from_args();
+    let mut agenda = Agenda::default();
     let server = Server::start();
     let unix = server.unix_conninfo("bench").parse().expect("an address");
     for (network, config) in [("TCP", server.config("bench")), ("unix socket", unix)] {
         for threads in [1, 4, 16] {
             let load = Load { threads, hold: Hold::Use };
-            let mut group = criterion.benchmark_group(format!("SELECT 1, {network}, {threads} threads on 4"));
+            let title = format!("SELECT 1, {network}, {threads} threads on 4");
+            let mut group = criterion.benchmark_group(&title);
             group.sampling_mode(SamplingMode::Flat);
             let mut subjects = vec![sessions::bare(&config, threads)];
             subjects.extend(sessions::millponds(&config, 4, network == "TCP"));
             subjects.extend([true, false].map(|test| sessions::stock(&config, 4, test)));
             subjects.extend([true, false].map(|test| sessions::r2d2(&config, 4, test)));
             for subject in &subjects {
+                agenda.add(&title, subject.name());
                 group.bench_function(subject.name(), |b| b.iter_custom(|n| load.time(&**subject, n)));
             }
         }
     }
     criterion.final_summary();
+    agenda.finish("postgres");
 }

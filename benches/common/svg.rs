@@ -25,7 +25,9 @@ impl Axis {
         let power = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|&s| s >= rough).unwrap_or(rough);
         let n = (max / step).ceil().max(1.0) as u32;
-        let ticks = (0..=n).map(|i| (f64::from(i) * step, format!("{}", f64::from(i) * step)));
+        // 3 x 0.2 is 0.6000000000000001.
+        let digits = (-step.log10().floor()).max(0.0) as usize;
+        let ticks = (0..=n).map(|i| f64::from(i) * step).map(|v| (v, format!("{v:.digits$}")));
         Axis { label: label.into(), ticks: ticks.collect() }
     }
 
