@@ -96,11 +96,12 @@ fn knobs(bench: &mut Bench) {
     ];
     subjects.iter().for_each(|subject| subject.fill(4));
     for threads in [1, 4] {
+        let title = if threads == 1 { "knobs, 1 thread" } else { "knobs, 4 threads" };
         let load = Load { threads, hold: Hold::Nothing };
-        measure(bench, &format!("knobs, {threads} threads"), &load, &subjects);
+        measure(bench, title, &load, &subjects);
 
         let pool = peers::millpond_pool(4, |b| b);
         let subject = [common::named("stats read every 10 ms", pool.clone())];
-        peers::watched(&pool, || measure(bench, &format!("knobs, {threads} threads"), &load, &subject));
+        peers::watched(&pool, || measure(bench, title, &load, &subject));
     }
 }

@@ -22,8 +22,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// In the order of the page.
 const BENCHES: [&str; 7] = ["track", "eviction", "waits", "checkout", "postgres", "statements", "rest"];
-/// Those that criterion runs and remembers.
-const CRITERION: [&str; 2] = ["checkout", "postgres"];
 
 fn main() {
     if !is_bench() {
@@ -35,7 +33,7 @@ fn main() {
     for bench in BENCHES.into_iter().filter(|bench| named("all") || named(bench)) {
         run(bench);
     }
-    CRITERION.into_iter().for_each(collect);
+    collect("checkout", "A checkout");
     let page = page(&load, begun.elapsed());
     let path = folder().join("README.md");
     fs::write(&path, page).expect("the page");
@@ -58,7 +56,7 @@ fn run(bench: &'static str) {
 }
 
 /// Makes a part of what criterion has remembered of a bench, in the order of its agenda.
-fn collect(bench: &'static str) {
+fn collect(bench: &'static str, title: &str) {
     let Some((command, groups)) = Agenda::read(bench) else { return };
     let root = folder().parent().expect("the target folder").join("criterion");
     let found: BTreeMap<(String, String), ([f64; 3], SystemTime)> =
@@ -67,7 +65,7 @@ fn collect(bench: &'static str) {
     let times = groups.iter().flat_map(|(group, names)| names.iter().filter_map(|name| look(group, name)));
     let times: Vec<SystemTime> = times.map(|(_, when)| *when).collect();
     let (Some(first), Some(last)) = (times.iter().min(), times.iter().max()) else { return };
-    let mut part = Part::new(bench, if bench == "postgres" { "A query" } else { "A checkout" });
+    let mut part = Part::new(bench, title);
     part.made(format!("{command}, {} to {}", utc(*first), utc(*last)));
     part.say("Per get and return, all threads together, as criterion finds it: the median and its 95 % interval.\n");
     for (group, names) in groups {
