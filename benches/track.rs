@@ -39,7 +39,8 @@ fn main() {
     let mut part = Part::new("track", "Goals");
     part.say(
         "Ratios to r2d2 without its test in the same run, unless it says otherwise; medians of interleaved rounds. \"Bests\" is \
-         the ratio of the best rounds of both, which tells on a machine that others use.\n",
+         the ratio of the best rounds of both, which tells on a machine that others use. On PostgreSQL millpond has its own \
+         manager and keeps the statement by `query_one_cached`; \"stock\" is millpond with that of `r2d2_postgres`.\n",
     );
     let head = ["scenario", "what", "goal", "measured", "least", "most", "bests", "rival", "millpond", ""];
     part.table(&head, &goals.rows);
