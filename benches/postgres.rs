@@ -1,12 +1,12 @@
 //! A prepared `SELECT 1` through each pool: `cargo bench --bench postgres [-- --quick] [words of a scenario]`.
 //!
-//! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections where
-//! the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the rivals take
-//! turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the statement, and
-//! why bb8 and deadpool are missing, says `common/sessions.rs`.
+//! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections
+//! where the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the rivals
+//! take turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the
+//! statement, and why bb8 and deadpool are missing, says `common/sessions.rs`.
 //!
-//! A unix socket cannot be observed: there Millpond asks each connection that comes back whether it is in a transaction.
-//! That is one round trip more, unless it is told not to ("no reset").
+//! A unix socket cannot be observed: there Millpond asks each connection that comes back whether it is in a
+//! transaction. That is one round trip more, unless it is told not to ("no reset").
 
 mod common;
 #[path = "../tests/support/mod.rs"]
@@ -27,8 +27,8 @@ fn main() {
     let unix = server.unix_conninfo("bench").parse().expect("an address");
     let mut part = Part::new("postgres", "A query");
     part.say(&format!(
-        "A prepared `SELECT 1` per get and return. Costs are per query, all threads together: medians of {n} interleaved \
-         rounds of {} ms, the ratios to a client per thread and to r2d2 without its test.\n",
+        "A prepared `SELECT 1` per get and return. Costs are per query, all threads together: medians of {n} \
+         interleaved rounds of {} ms, the ratios to a client per thread and to r2d2 without its test.\n",
         time.as_millis()
     ));
     for (network, config) in [("TCP", server.config("bench")), ("unix socket", unix)] {

@@ -4,8 +4,8 @@
 //! The page is `target/report/README.md`, with its plots beside it. The benches named are run first, one after the other
 //! (`all` takes minutes, and the page says how many); of the others the last results are taken, with the date of each.
 //!
-//! Where `PYTHON` (or `python3`) has `psycopg_pool`, that takes part in `eviction`. A page made again differs from the last
-//! in its figures only, and in the parts that were run.
+//! Where `PYTHON` (or `python3`) has `psycopg_pool`, that takes part in `eviction`. A page made again differs from the
+//! last in its figures only, and in the parts that were run.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
@@ -146,8 +146,8 @@ fn page(load: &str, took: Duration) -> String {
     let postgres = support::programs::find().join("postgres");
     fact("Server", output(&postgres.to_string_lossy(), &["--version"]));
     fact("Peers", peers());
-    page += "\nThe whole page is made again by `cargo bench --bench report -- all`, and copied with its plots to a folder by \
-             `--to=FOLDER`. Each part says by which command it was made, and when. Only figures of one run compare.\n\n";
+    page += "\nThe whole page is made again by `cargo bench --bench report -- all`, and copied with its plots to a \
+             folder by `--to=FOLDER`. Each part says by which command it was made, and when. Only figures of one run compare.\n\n";
     for bench in BENCHES {
         let path = folder().join(format!("{bench}.part.md"));
         match fs::read_to_string(&path) {

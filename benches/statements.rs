@@ -62,9 +62,9 @@ fn main() {
 
     let mut part = Part::new("statements", "The same SQL again");
     part.say(&format!(
-        "One thread, one borrowed connection, TCP. Times per call and the ratios to a statement prepared by hand: medians of \
-         {near} interleaved rounds of {} ms; {far} rounds where each answer is under way for {} ms more. Round trips are counted \
-         per call.\n",
+        "One thread, one borrowed connection, TCP. Times per call and the ratios to a statement prepared by hand: \
+         medians of {near} interleaved rounds of {} ms; {far} rounds where each answer is under way for {} ms more. \
+         Round trips are counted per call.\n",
         time.as_millis(),
         AWAY.as_millis(),
     ));
