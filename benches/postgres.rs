@@ -1,8 +1,8 @@
 //! A prepared `SELECT 1` through each pool: `cargo bench --bench postgres [-- --quick] [words of a scenario]`.
 //!
 //! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections
-//! where the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the rivals
-//! take turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the
+//! where the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the
+//! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the
 //! statement, and why bb8 and deadpool are missing, says `common/sessions.rs`.
 //!
 //! A unix socket cannot be observed: there Millpond asks each connection that comes back whether it is in a

@@ -3,8 +3,8 @@
 //!
 //! * A client per thread and the stock manager: prepared by hand when the connection is opened, and kept beside the
 //!   client in a [`Session`]. The stock manager lends bare clients, with no room for it, so [`Sessions`] is a manager
-//!   around it, as one writes it for the purpose. Nothing is looked up: it is the least that can be done, for Millpond's
-//!   rivals above all.
+//!   around it, as one writes it for the purpose. Nothing is looked up: it is the least that can be done, and
+//!   Millpond's rivals have it.
 //! * Millpond's own manager: `query_one_cached`, as its documentation says. The look-up in the cache is on its account.
 //!
 //! The statements are prepared before anything is measured.
