@@ -5,7 +5,8 @@
 
 mod common;
 
-use common::peers::{self, Nil};
+use common::peers;
+use common::report::Agenda;
 use common::{Hold, Load, Subject, ms, us};
 use criterion::{Criterion, SamplingMode};
 use millpond::event::NopEventHandler;
@@ -15,34 +16,42 @@ fn main() {
     if !common::is_bench() {
         return;
     }
-    let mut criterion = Criterion::default()
+    let criterion = Criterion::default()
         .without_plots()
         .sample_size(10)
         .warm_up_time(ms(200))
         .measurement_time(ms(600))
         .configure_from_args();
-    threads(&mut criterion);
-    sizes(&mut criterion);
-    knobs(&mut criterion);
-    criterion.final_summary();
+    let mut bench = Bench { criterion, agenda: Agenda::default() };
+    threads(&mut bench);
+    sizes(&mut bench);
+    knobs(&mut bench);
+    bench.criterion.final_summary();
+    bench.agenda.finish("checkout");
 }
 
-fn measure(criterion: &mut Criterion, group: &str, load: &Load<Nil>, subjects: &[Box<dyn Subject<Nil>>]) {
-    let mut group = criterion.benchmark_group(group);
+struct Bench {
+    criterion: Criterion,
+    agenda: Agenda,
+}
+
+fn measure(bench: &mut Bench, title: &str, load: &Load, subjects: &[Box<dyn Subject>]) {
+    let mut group = bench.criterion.benchmark_group(title);
     if load.threads > 1 {
         group.sampling_mode(SamplingMode::Flat);
     }
     for subject in subjects {
+        bench.agenda.add(title, subject.name());
         group.bench_function(subject.name(), |b| b.iter_custom(|n| load.time(&**subject, n)));
     }
 }
 
 /// So many threads on so many connections, with hold times of nothing, of work and of waiting.
-fn threads(criterion: &mut Criterion) {
+fn threads(bench: &mut Bench) {
     let mut one = peers::everybody(1);
     one.push(peers::bare(1));
     one.push(peers::entering());
-    measure(criterion, "1 thread", &Load { threads: 1, hold: Hold::Nothing }, &one);
+    measure(bench, "1 thread", &Load { threads: 1, hold: Hold::Nothing }, &one);
 
     let nothing = ("", Hold::Nothing);
     let work = (", 20 us of work", Hold::Spin(us(20)));
@@ -60,22 +69,22 @@ fn threads(criterion: &mut Criterion) {
             subjects.push(peers::bare(size));
         }
         for &(held, hold) in holds {
-            measure(criterion, &format!("{threads} threads on {size}{held}"), &Load { threads, hold }, &subjects);
+            measure(bench, &format!("{threads} threads on {size}{held}"), &Load { threads, hold }, &subjects);
         }
     }
 }
 
 /// One thread, and so many connections that lie idle under the one it uses.
-fn sizes(criterion: &mut Criterion) {
+fn sizes(bench: &mut Bench) {
     for size in [1, 100, 10_000] {
         let subjects = [peers::millpond("millpond", size, |b| b), peers::r2d2("r2d2 untested", size, false)];
         subjects.iter().for_each(|subject| subject.fill(size as usize));
-        measure(criterion, &format!("size {size}"), &Load { threads: 1, hold: Hold::Nothing }, &subjects);
+        measure(bench, &format!("size {size}"), &Load { threads: 1, hold: Hold::Nothing }, &subjects);
     }
 }
 
 /// What it costs Millpond to look closer. Its counts cannot be turned off; what can is somebody who reads them.
-fn knobs(criterion: &mut Criterion) {
+fn knobs(bench: &mut Bench) {
     let subjects = [
         peers::millpond("off", 4, |b| b),
         peers::millpond("leak detection", 4, |b| b.leak_threshold(Duration::from_secs(30))),
@@ -87,11 +96,12 @@ fn knobs(criterion: &mut Criterion) {
     ];
     subjects.iter().for_each(|subject| subject.fill(4));
     for threads in [1, 4] {
+        let title = if threads == 1 { "knobs, 1 thread" } else { "knobs, 4 threads" };
         let load = Load { threads, hold: Hold::Nothing };
-        measure(criterion, &format!("knobs, {threads} threads"), &load, &subjects);
+        measure(bench, title, &load, &subjects);
 
         let pool = peers::millpond_pool(4, |b| b);
         let subject = [common::named("stats read every 10 ms", pool.clone())];
-        peers::watched(&pool, || measure(criterion, &format!("knobs, {threads} threads"), &load, &subject));
+        peers::watched(&pool, || measure(bench, title, &load, &subject));
     }
 }

@@ -1,46 +1,63 @@
-//! A prepared `SELECT 1` through each pool: `cargo bench --bench postgres`.
+//! A prepared `SELECT 1` through each pool: `cargo bench --bench postgres [-- --quick] [words of a scenario]`.
 //!
-//! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections where
-//! the pools have 4. Times are per query, all threads together. The server is private and on this machine, so it takes
-//! its share of the processors.
+//! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections
+//! where the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the
+//! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the
+//! statement, and why bb8 and deadpool are missing, says `common/sessions.rs`.
+//!
+//! A unix socket cannot be observed: there Millpond asks each connection that comes back whether it is in a
+//! transaction. That is one round trip more, unless it is told not to ("no reset").
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use common::sessions::{self, SELECT_ONE};
-use common::{Load, ms};
-use criterion::{Criterion, SamplingMode};
+use common::report::Part;
+use common::{Hold, Load, Outcome, Subject, is_picked, is_quick, median, ms, rounds, sessions, short};
 use support::Server;
+
+const SIZE: u32 = 4;
 
 fn main() {
     if !common::is_bench() {
         return;
     }
-    let mut criterion = Criterion::default()
-        .without_plots()
-        .sample_size(10)
-        .warm_up_time(ms(200))
-        .measurement_time(ms(800))
-        .configure_from_args();
+    let (n, time) = if is_quick() { (3, ms(40)) } else { (9, ms(120)) };
     let server = Server::start();
     let unix = server.unix_conninfo("bench").parse().expect("an address");
-    for (network, config) in [("tcp", server.config("bench")), ("unix", unix)] {
+    let mut part = Part::new("postgres", "A query");
+    part.say(&format!(
+        "A prepared `SELECT 1` per get and return. Costs are per query, all threads together: medians of {n} \
+         interleaved rounds of {} ms, the ratios to a client per thread and to r2d2 without its test.\n",
+        time.as_millis()
+    ));
+    for (network, config) in [("TCP", server.config("bench")), ("unix socket", unix)] {
         for threads in [1, 4, 16] {
-            let load = Load { threads, hold: SELECT_ONE };
-            let mut group = criterion.benchmark_group(format!("SELECT 1, {network}, {threads} threads on 4"));
-            group.sampling_mode(SamplingMode::Flat);
-            let subjects = [
-                sessions::bare(&config, threads),
-                sessions::millpond(&config, 4, true),
-                sessions::millpond(&config, 4, false),
-                sessions::r2d2(&config, 4, true),
-                sessions::r2d2(&config, 4, false),
-            ];
-            for subject in &subjects {
-                group.bench_function(subject.name(), |b| b.iter_custom(|n| load.time(&**subject, n)));
+            let plural = if threads == 1 { "" } else { "s" };
+            let title = format!("{network}, {threads} thread{plural} on {SIZE}");
+            if !is_picked(&title) {
+                continue;
             }
+            let mut subjects = vec![sessions::bare(&config, threads), sessions::r2d2(&config, SIZE, false)];
+            subjects.push(sessions::r2d2(&config, SIZE, true));
+            subjects.extend(sessions::millponds(&config, SIZE, network == "TCP"));
+            subjects.extend([true, false].map(|test| sessions::stock(&config, SIZE, test)));
+            let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
+            let outcomes = rounds(&Load { threads, hold: Hold::Use }, &list, n, time, false);
+            part.say(&format!("### {title}\n"));
+            part.table(&["", "cost", "to bare", "to r2d2"], &rows(&list, &outcomes));
         }
     }
-    criterion.final_summary();
+    part.finish();
+}
+
+/// The first two are whom all are compared with.
+fn rows(subjects: &[&dyn Subject], outcomes: &[Vec<Outcome>]) -> Vec<Vec<String>> {
+    let row = |(subject, mine): (&&dyn Subject, &Vec<Outcome>)| {
+        let to =
+            |theirs: &[Outcome]| format!("{:.2}", median(mine.iter().zip(theirs).map(|(m, t)| m.cost() / t.cost())));
+        let cost = short(median(mine.iter().map(Outcome::cost)));
+        vec![subject.name().to_owned(), cost, to(&outcomes[0]), to(&outcomes[1])]
+    };
+    subjects.iter().zip(outcomes).map(row).collect()
 }

@@ -2,37 +2,39 @@
 //! [--to=docs/evidence]`.
 //!
 //! The page is `target/report/README.md`, with its plots beside it. The benches named are run first, one after the other
-//! (`all`: ten minutes, or three with `--quick`); of the others the last results are taken, with the date of each.
+//! (`all` takes minutes, and the page says how many); of the others the last results are taken, with the date of each.
+//!
+//! Where `PYTHON` (or `python3`) has `psycopg_pool`, that takes part in `eviction`. A page made again differs from the
+//! last in its figures only, and in the parts that were run.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-use common::report::{Part, folder, utc};
+use common::report::{Agenda, Part, command, folder, utc};
 use common::{is_bench, short};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 /// In the order of the page.
-const BENCHES: [&str; 6] = ["track", "eviction", "waits", "checkout", "postgres", "rest"];
-/// Those that criterion runs and remembers.
-const CRITERION: [&str; 2] = ["checkout", "postgres"];
+const BENCHES: [&str; 7] = ["track", "eviction", "waits", "checkout", "postgres", "statements", "rest"];
 
 fn main() {
     if !is_bench() {
         return;
     }
+    let begun = Instant::now();
     let named = |word: &str| std::env::args().skip(1).any(|a| a == word);
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     for bench in BENCHES.into_iter().filter(|bench| named("all") || named(bench)) {
         run(bench);
     }
-    CRITERION.into_iter().for_each(collect);
-    let page = page(&load);
+    collect("checkout", "A checkout");
+    let page = page(&load, begun.elapsed());
     let path = folder().join("README.md");
     fs::write(&path, page).expect("the page");
     println!("\nwritten: {}", path.display());
@@ -53,36 +55,36 @@ fn run(bench: &'static str) {
     assert!(status.success(), "{bench} has failed");
 }
 
-/// Makes a part of what criterion has remembered of a bench.
-fn collect(bench: &'static str) {
-    let (title, mine): (_, fn(&str) -> bool) = match bench {
-        "postgres" => ("A query", |group| group.starts_with("SELECT 1")),
-        _ => ("A checkout", |group| !group.starts_with("SELECT 1")),
-    };
-    let mut groups: BTreeMap<String, Vec<(String, [f64; 3])>> = BTreeMap::new();
-    let mut times = Vec::new();
+/// Makes a part of what criterion has remembered of a bench, in the order of its agenda.
+fn collect(bench: &'static str, title: &str) {
+    let Some((command, groups)) = Agenda::read(bench) else { return };
     let root = folder().parent().expect("the target folder").join("criterion");
-    for found in estimates(&root) {
-        if mine(&found.0) {
-            groups.entry(found.0).or_default().push((found.1, found.2));
-            times.push(found.3);
-        }
-    }
+    let found: BTreeMap<(String, String), ([f64; 3], SystemTime)> =
+        estimates(&root).into_iter().map(|(group, name, figures, when)| ((group, name), (figures, when))).collect();
+    let look = |group: &str, name: &str| found.get(&(group.to_owned(), name.to_owned()));
+    let times = groups.iter().flat_map(|(group, names)| names.iter().filter_map(|name| look(group, name)));
+    let times: Vec<SystemTime> = times.map(|(_, when)| *when).collect();
     let (Some(first), Some(last)) = (times.iter().min(), times.iter().max()) else { return };
     let mut part = Part::new(bench, title);
-    part.made(format!("`cargo bench --bench {bench}`, {} to {}", utc(*first), utc(*last)));
+    part.made(format!("{command}, {} to {}", utc(*first), utc(*last)));
     part.say("Per get and return, all threads together, as criterion finds it: the median and its 95 % interval.\n");
-    for (group, mut subjects) in groups {
-        subjects.sort_by(|a, b| a.1[0].total_cmp(&b.1[0]));
-        let one = subjects.iter().find(|s| s.0 == "r2d2 untested" || s.0 == "off").map(|s| s.1[0]);
-        let row = |(name, [median, from, to]): &(String, [f64; 3])| {
-            let ratio = one.map_or("-".into(), |one| format!("{:.2}", median / one));
-            vec![name.clone(), short(*median), format!("{} - {}", short(*from), short(*to)), ratio]
+    for (group, names) in groups {
+        // Whom the others are compared with.
+        let (one, against) = match names.iter().find(|name| ["r2d2 untested", "off"].contains(&name.as_str())) {
+            Some(name) if name == "off" => (look(&group, name), "to off"),
+            Some(name) => (look(&group, name), "to r2d2"),
+            None => (None, ""),
         };
-        let rows: Vec<_> = subjects.iter().map(row).collect();
-        let against = if subjects.iter().any(|s| s.0 == "off") { "to off" } else { "to r2d2" };
+        let row = |name: &String| match look(&group, name) {
+            None => [name, "-", "-", "-"].map(str::to_owned).into(),
+            Some(([median, from, to], _)) => {
+                let ratio = one.map_or("-".into(), |(one, _)| format!("{:.2}", median / one[0]));
+                let interval = format!("{:>7} - {:>7}", short(*from), short(*to));
+                vec![name.clone(), short(*median), interval, ratio]
+            }
+        };
         part.say(&format!("### {group}\n"));
-        part.table(&["", "median", "interval", against], &rows);
+        part.table(&["", "median", "interval", against], &names.iter().map(row).collect::<Vec<_>>());
     }
     part.finish();
 }
@@ -122,7 +124,7 @@ fn after(json: &str, key: &str) -> Option<String> {
 
 // -------------------------------------------------------------------------------------------------- the page
 
-fn page(load: &str) -> String {
+fn page(load: &str, took: Duration) -> String {
     let mut page = String::from("# Millpond beside its peers: what was measured\n\n");
     let output = |program: &str, args: &[&str]| {
         let output = Command::new(program).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
@@ -131,21 +133,21 @@ fn page(load: &str) -> String {
     let mut fact = |name: &str, text: Option<String>| {
         let _ = writeln!(page, "* {name}: {}", text.unwrap_or_else(|| "unknown".into()));
     };
-    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let with = if args.is_empty() { String::new() } else { format!(" -- {}", args.join(" ")) };
     fact("Date", Some(utc(SystemTime::now())));
-    fact("Command", Some(format!("`cargo bench --bench report{with}`")));
+    fact("Command", Some(format!("{}, {} s", command("report"), took.as_secs())));
     fact("Machine", machine());
     fact(
         "Load before the run (1, 5, 15 minutes)",
         load.split(' ').take(3).map(str::to_owned).reduce(|a, b| a + ", " + &b),
     );
-    fact("Revision", output("git", &["describe", "--always", "--dirty"]));
+    let revision = output("git", &["describe", "--always", "--dirty"]).map_or(String::new(), |r| format!(", {r}"));
+    fact("Revision", Some(format!("millpond {}{revision}", env!("CARGO_PKG_VERSION"))));
     fact("Compiler", output("rustc", &["-V"]));
     let postgres = support::programs::find().join("postgres");
     fact("Server", output(&postgres.to_string_lossy(), &["--version"]));
     fact("Peers", peers());
-    page += "\nOnly figures of one run compare. Each part says by which command it was made, and when.\n\n";
+    page += "\nThe whole page is made again by `cargo bench --bench report -- all`, and copied with its plots to a \
+             folder by `--to=FOLDER`. Each part says by which command it was made, and when. Only figures of one run compare.\n\n";
     for bench in BENCHES {
         let path = folder().join(format!("{bench}.part.md"));
         match fs::read_to_string(&path) {
@@ -160,7 +162,9 @@ fn page(load: &str) -> String {
 
 fn machine() -> Option<String> {
     let cpus = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let model = cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|x| x.1))?;
+    // Not everywhere: ARM's have no name there.
+    let model = cpus.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|x| x.1));
+    let model = model.unwrap_or(std::env::consts::ARCH);
     let cores = std::thread::available_parallelism().ok()?;
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     let virtual_ = if cpus.contains("hypervisor") { ", virtual" } else { "" };
@@ -174,8 +178,9 @@ fn peers() -> Option<String> {
         let rest = lock.split_once(&format!("name = \"{name}\"\nversion = \""))?.1;
         Some(format!("{name} {}", rest.split('"').next()?))
     };
-    let names = ["r2d2", "scheduled-thread-pool", "bb8", "deadpool", "tokio", "parking_lot", "postgres"];
-    let mut all: Vec<String> = names.into_iter().filter_map(version).collect();
+    let pools = ["r2d2", "scheduled-thread-pool", "r2d2_postgres", "bb8", "deadpool"];
+    let below = ["postgres", "tokio-postgres", "tokio", "parking_lot", "criterion"];
+    let mut all: Vec<String> = pools.into_iter().chain(below).filter_map(version).collect();
     let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
     let ask = "import psycopg, psycopg_pool, sys; \
                print('psycopg', psycopg.__version__ + ', psycopg_pool', psycopg_pool.__version__ + ', Python', sys.version.split()[0])";

@@ -5,7 +5,7 @@ mod common;
 
 use common::peers::{self, Nil, Nils};
 use common::report::Part;
-use common::{Store, is_quick, ms};
+use common::{Store, Subject, is_quick, ms};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::fs;
@@ -82,6 +82,19 @@ fn memory(part: &mut Part) {
     let small = weigh(|| peers::r2d2_pool(1, false));
     let large = weigh(|| peers::r2d2_pool(MANY as u32, false));
     row("r2d2", small.1, large.1);
+    type Make = fn(u32) -> Box<dyn Subject>;
+    let tasks: [(&str, Make); 2] =
+        [("bb8", |size| peers::bb8("", size, false)), ("deadpool", |size| peers::deadpool("", size))];
+    for (name, make) in tasks {
+        let _first = make(1);
+        let filled = |size: usize| {
+            let pool = make(size as u32);
+            pool.fill(size);
+            pool
+        };
+        let (small, large) = (weigh(|| filled(1)), weigh(|| filled(MANY)));
+        row(name, small.1, large.1);
+    }
 
     part.say(&format!(
         "Memory in use, by a counting allocator: a pool with one connection, and what each of {MANY} idle ones adds, itself \

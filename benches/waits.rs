@@ -4,13 +4,18 @@
 //! Throughput alone rewards starvation: whoever has the connection takes it again without a context switch. Each wait
 //! counts once, so a pool that starves a few shows it in the last of its quantiles, in the greatest, and in the fairness
 //! (fewest over most gets per thread, within one second) rather than in the middle.
+//!
+//! The last scenario is on a private PostgreSQL server, of whose processes the machine then has some more to run.
 
 mod common;
+#[path = "../tests/support/mod.rs"]
+mod support;
 
-use common::peers::{self, Nil};
+use common::peers;
 use common::report::Part;
 use common::svg::{Axis, plot};
-use common::{Hold, Load, Outcome, Subject, Waits, is_picked, is_quick, median, ms, rounds, short, us};
+use common::{Hold, Load, Outcome, Subject, Waits, is_picked, is_quick, median, ms, rounds, sessions, short, us};
+use support::Server;
 
 fn main() {
     if !common::is_bench() {
@@ -23,7 +28,7 @@ fn main() {
          test; medians of rounds. Waits of all rounds together, the clock read around each get.\n",
         time.as_millis()
     ));
-    let scenarios: [(&str, &str, usize, Hold<Nil>); 5] = [
+    let scenarios: [(&str, &str, usize, Hold); 5] = [
         ("nothing", "16 threads on 4, no hold", 16, Hold::Nothing),
         ("work", "16 threads on 4, 20 us of work", 16, Hold::Spin(us(20))),
         ("asleep", "16 threads on 4, 50 us asleep", 16, Hold::Sleep(us(50))),
@@ -34,15 +39,35 @@ fn main() {
         if !is_picked(title) {
             continue;
         }
-        let subjects = peers::everybody(4);
-        let list: Vec<&dyn Subject<Nil>> = subjects.iter().map(|s| &**s).collect();
-        let outcomes = rounds(&Load { threads, hold }, &list, n, time, true);
-        show(&mut part, name, title, &list, &outcomes);
+        let load = Load { threads, hold };
+        compare(&mut part, name, title, &peers::everybody(4), |list| rounds(&load, list, n, time, true));
+    }
+    const QUERY: &str = "16 threads on 4, a prepared SELECT 1 each";
+    if is_picked(QUERY) {
+        let server = Server::start();
+        let config = server.config("waits");
+        let mut subjects = vec![sessions::millpond(&config, 4), sessions::r2d2(&config, 4, false)];
+        subjects.extend([sessions::r2d2(&config, 4, true), sessions::stock(&config, 4, true)]);
+        let load = Load { threads: 16, hold: Hold::Use };
+        compare(&mut part, "query", QUERY, &subjects, |list| rounds(&load, list, n, time, true));
     }
     part.finish();
 }
 
-fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject<Nil>], outcomes: &[Vec<Outcome>]) {
+/// r2d2 without its test must be where [`peers::R2D2`] says.
+fn compare(
+    part: &mut Part,
+    name: &str,
+    title: &str,
+    subjects: &[Box<dyn Subject>],
+    run: impl FnOnce(&[&dyn Subject]) -> Vec<Vec<Outcome>>,
+) {
+    let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
+    let outcomes = run(&list);
+    show(part, name, title, &list, &outcomes);
+}
+
+fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject], outcomes: &[Vec<Outcome>]) {
     let r2d2 = &outcomes[peers::R2D2];
     let (mut rows, mut lines) = (Vec::new(), Vec::new());
     for (subject, mine) in subjects.iter().zip(outcomes) {

@@ -61,7 +61,8 @@ pub trait Store: Send + Sync {
 }
 
 /// What a worker does with a connection while it has it.
-pub enum Hold<C> {
+#[derive(Clone, Copy)]
+pub enum Hold {
     /// Nothing.
     Nothing,
     /// Work on the processor that takes so long on an undisturbed core. Counted, not timed: a preempted worker still
@@ -69,58 +70,56 @@ pub enum Hold<C> {
     Spin(Duration),
     /// Sleep, as one who waits for a server. (The system adds its slack, 50 us on Linux, for everybody alike.)
     Sleep(Duration),
-    /// Use it.
-    Use(fn(&mut C)),
+    /// Use it, as its subject was told to: see [`using`].
+    Use,
 }
 
-// Derived, they would ask the same of `C`.
-impl<C> Clone for Hold<C> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<C> Copy for Hold<C> {}
-
-/// A store by its name, whatever its type.
-pub trait Subject<C>: Send + Sync {
+/// A store by its name, whatever its type and that of its connections.
+pub trait Subject: Send + Sync {
     fn name(&self) -> &str;
 
     /// Gets and returns `n` times.
-    fn cycles(&self, worker: usize, n: u64, hold: Hold<C>);
+    fn cycles(&self, worker: usize, n: u64, hold: Hold);
 
     /// Gets and returns until told to stop. Returns how often it got one before that. With `waits`, reads the clock
     /// around each get.
-    fn work(&self, worker: usize, hold: Hold<C>, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64;
+    fn work(&self, worker: usize, hold: Hold, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64;
 
-    /// Has `n` connections lent at once and returned, so that as many are there from now on.
+    /// Has `n` connections lent at once, used and returned, so that as many are there and warm from now on.
     fn fill(&self, n: usize);
 }
 
-struct Named<S> {
+struct Named<S: Store> {
     name: String,
     store: S,
+    /// What [`Hold::Use`] does.
+    what: fn(&mut S::Conn),
 }
 
 /// A store with a name to be listed under.
-pub fn named<S: Store + 'static>(name: impl Into<String>, store: S) -> Box<dyn Subject<S::Conn>> {
-    Box::new(Named { name: name.into(), store })
+pub fn named<S: Store + 'static>(name: impl Into<String>, store: S) -> Box<dyn Subject> {
+    using(name, store, |_| {})
 }
 
-impl<S: Store> Subject<S::Conn> for Named<S> {
+/// [`named`], and what its connections are used for. Connections of different types can so do the same work.
+pub fn using<S: Store + 'static>(name: impl Into<String>, store: S, what: fn(&mut S::Conn)) -> Box<dyn Subject> {
+    Box::new(Named { name: name.into(), store, what })
+}
+
+impl<S: Store> Subject for Named<S> {
     fn name(&self) -> &str {
         &self.name
     }
 
-    fn cycles(&self, worker: usize, n: u64, hold: Hold<S::Conn>) {
-        let hold = hold.prepare();
+    fn cycles(&self, worker: usize, n: u64, hold: Hold) {
+        let hold = hold.prepare(self.what);
         for _ in 0..n {
             hold.with(&mut self.store.get(worker));
         }
     }
 
-    fn work(&self, worker: usize, hold: Hold<S::Conn>, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64 {
-        let hold = hold.prepare();
+    fn work(&self, worker: usize, hold: Hold, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64 {
+        let hold = hold.prepare(self.what);
         let mut gets = 0;
         match waits {
             None => loop {
@@ -145,7 +144,8 @@ impl<S: Store> Subject<S::Conn> for Named<S> {
     }
 
     fn fill(&self, n: usize) {
-        let lent: Vec<_> = (0..n).map(|worker| self.store.get(worker)).collect();
+        let mut lent: Vec<_> = (0..n).map(|worker| self.store.get(worker)).collect();
+        lent.iter_mut().for_each(|conn| (self.what)(conn));
         drop(lent);
     }
 }
@@ -158,13 +158,13 @@ enum Ready<C> {
     Use(fn(&mut C)),
 }
 
-impl<C> Hold<C> {
-    fn prepare(self) -> Ready<C> {
+impl Hold {
+    fn prepare<C>(self, what: fn(&mut C)) -> Ready<C> {
         match self {
             Hold::Nothing => Ready::Nothing,
             Hold::Spin(time) => Ready::Spin((time.as_secs_f64() * spins_per_second()) as u64),
             Hold::Sleep(time) => Ready::Sleep(time),
-            Hold::Use(what) => Ready::Use(what),
+            Hold::Use => Ready::Use(what),
         }
     }
 }
@@ -208,9 +208,9 @@ fn spins_per_second() -> f64 {
 // -------------------------------------------------------------------------------------------------- scenarios
 
 /// So many threads do the same to one subject.
-pub struct Load<C> {
+pub struct Load {
     pub threads: usize,
-    pub hold: Hold<C>,
+    pub hold: Hold,
 }
 
 /// What came of a run.
@@ -235,9 +235,9 @@ impl Outcome {
     }
 }
 
-impl<C: 'static> Load<C> {
+impl Load {
     /// Runs for `time`. `timed`: with a look at the clock around each get, 50 ns or so.
-    pub fn run(&self, subject: &dyn Subject<C>, time: Duration, timed: bool) -> Outcome {
+    pub fn run(&self, subject: &dyn Subject, time: Duration, timed: bool) -> Outcome {
         let stop = AtomicBool::new(false);
         let start = Barrier::new(self.threads + 1);
         thread::scope(|s| {
@@ -268,7 +268,7 @@ impl<C: 'static> Load<C> {
     }
 
     /// How long `n` gets and returns take, shared out evenly: for criterion, which counts. One thread is this thread.
-    pub fn time(&self, subject: &dyn Subject<C>, n: u64) -> Duration {
+    pub fn time(&self, subject: &dyn Subject, n: u64) -> Duration {
         if self.threads == 1 {
             let begun = Instant::now();
             subject.cycles(0, n, self.hold);
@@ -361,13 +361,7 @@ impl Waits {
 
 /// Runs each subject once per round, in turn, forwards and backwards by turns, so that what disturbs the machine for a
 /// while disturbs all of them. The outcomes by subject, then by round.
-pub fn rounds<C: 'static>(
-    load: &Load<C>,
-    subjects: &[&dyn Subject<C>],
-    rounds: usize,
-    time: Duration,
-    timed: bool,
-) -> Vec<Vec<Outcome>> {
+pub fn rounds(load: &Load, subjects: &[&dyn Subject], rounds: usize, time: Duration, timed: bool) -> Vec<Vec<Outcome>> {
     let mut outcomes: Vec<Vec<Outcome>> = subjects.iter().map(|_| Vec::new()).collect();
     for round in 0..rounds {
         let mut order: Vec<usize> = (0..subjects.len()).collect();

@@ -79,7 +79,7 @@ impl deadpool::managed::Manager for Nils {
 pub const R2D2: usize = 1;
 
 /// Everybody that a contended checkout is measured on, each holding `size` connections.
-pub fn everybody(size: u32) -> Vec<Box<dyn Subject<Nil>>> {
+pub fn everybody(size: u32) -> Vec<Box<dyn Subject>> {
     let all = vec![
         millpond("millpond", size, |b| b),
         r2d2("r2d2 untested", size, false),
@@ -109,7 +109,7 @@ pub fn millpond(
     name: &str,
     size: u32,
     with: impl FnOnce(millpond::Builder<Nils>) -> millpond::Builder<Nils>,
-) -> Box<dyn Subject<Nil>> {
+) -> Box<dyn Subject> {
     named(name, millpond_pool(size, with))
 }
 
@@ -148,7 +148,7 @@ impl<M: r2d2::ManageConnection> Store for r2d2::Pool<M> {
 }
 
 /// r2d2's defaults, with its test before each checkout or without.
-pub fn r2d2(name: &str, size: u32, test: bool) -> Box<dyn Subject<Nil>> {
+pub fn r2d2(name: &str, size: u32, test: bool) -> Box<dyn Subject> {
     named(name, r2d2_pool(size, test))
 }
 
@@ -178,7 +178,7 @@ impl Store for Bb8 {
 }
 
 /// bb8, entered once per `get`.
-pub fn bb8(name: &str, size: u32, test: bool) -> Box<dyn Subject<Nil>> {
+pub fn bb8(name: &str, size: u32, test: bool) -> Box<dyn Subject> {
     let builder = bb8::Pool::builder().max_size(size).connection_timeout(PATIENCE).test_on_check_out(test);
     named(name, Bb8(runtime().block_on(builder.build(Nils)).expect("a pool")))
 }
@@ -195,7 +195,7 @@ impl Store for Deadpool {
 }
 
 /// deadpool, entered once per `get`. Its test is up to its manager, which here has none.
-pub fn deadpool(name: &str, size: u32) -> Box<dyn Subject<Nil>> {
+pub fn deadpool(name: &str, size: u32) -> Box<dyn Subject> {
     let pool = deadpool::managed::Pool::builder(Nils)
         .max_size(size as usize)
         .wait_timeout(Some(PATIENCE))
@@ -271,18 +271,18 @@ impl<C> DerefMut for Borrowed<'_, C> {
     }
 }
 
-fn floor(name: &str, size: u32, waits: bool) -> Box<dyn Subject<Nil>> {
+fn floor(name: &str, size: u32, waits: bool) -> Box<dyn Subject> {
     let unused = (0..size).map(|i| Nil(u64::from(i))).collect();
     named(name, Floor { unused: Mutex::new(unused), returned: Condvar::new(), waits })
 }
 
 /// A lock and a list, for no more threads than connections.
-pub fn bare(size: u32) -> Box<dyn Subject<Nil>> {
+pub fn bare(size: u32) -> Box<dyn Subject> {
     floor("lock and list", size, false)
 }
 
 /// A lock, a list and a condition: whoever comes first takes it, as unfair as that may be.
-pub fn barging(size: u32) -> Box<dyn Subject<Nil>> {
+pub fn barging(size: u32) -> Box<dyn Subject> {
     floor("lock, list, condvar", size, true)
 }
 
@@ -304,7 +304,7 @@ impl<C: Send> Store for PerThread<C> {
 }
 
 /// Entering and leaving tokio's runtime for nothing: what no pool for tasks can do without on a thread.
-pub fn entering() -> Box<dyn Subject<Nil>> {
+pub fn entering() -> Box<dyn Subject> {
     struct Entering;
     impl Store for Entering {
         type Conn = Nil;

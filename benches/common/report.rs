@@ -14,6 +14,48 @@ pub fn folder() -> PathBuf {
     folder
 }
 
+/// The command that runs `bench` with the arguments of this process, but for cargo's own.
+pub fn command(bench: &str) -> String {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let args = if args.is_empty() { String::new() } else { format!(" -- {}", args.join(" ")) };
+    format!("`cargo bench --bench {bench}{args}`")
+}
+
+/// What criterion is to measure, for the report: it remembers figures under names, but not in which order they are to be
+/// read, nor which of the names are still in use.
+#[derive(Default)]
+pub struct Agenda(String);
+
+/// Each with the names in it.
+pub type Groups = Vec<(String, Vec<String>)>;
+
+impl Agenda {
+    pub fn add(&mut self, group: &str, name: &str) {
+        let _ = writeln!(self.0, "{group}\t{name}");
+    }
+
+    /// Writes it to the folder of the report, below the command. A run of some of it leaves the last one as it is.
+    pub fn finish(self, bench: &str) {
+        if std::env::args().skip(1).all(|a| a == "--bench" || a == "--quick") {
+            fs::write(folder().join(format!("{bench}.agenda")), command(bench) + "\n" + &self.0).expect("an agenda");
+        }
+    }
+
+    /// The command, and the groups with their names.
+    pub fn read(bench: &str) -> Option<(String, Groups)> {
+        let text = fs::read_to_string(folder().join(format!("{bench}.agenda"))).ok()?;
+        let (command, lines) = text.split_once('\n')?;
+        let mut groups = Groups::new();
+        for (group, name) in lines.lines().filter_map(|line| line.split_once('\t')) {
+            match groups.last_mut().filter(|last| last.0 == group) {
+                Some(last) => last.1.push(name.into()),
+                None => groups.push((group.into(), vec![name.into()])),
+            }
+        }
+        Some((command.into(), groups))
+    }
+}
+
 /// A part of the report, written when it is [`finish`](Part::finish)ed, and printed as it grows.
 pub struct Part {
     name: &'static str,
@@ -28,9 +70,7 @@ impl Part {
     /// `name`: of its file.
     pub fn new(name: &'static str, title: &str) -> Part {
         println!("## {title}\n");
-        let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-        let args = if args.is_empty() { String::new() } else { format!(" -- {}", args.join(" ")) };
-        let made = format!("`cargo bench --bench {name}{args}`, {}", utc(SystemTime::now()));
+        let made = format!("{}, {}", command(name), utc(SystemTime::now()));
         Part { name, title: title.into(), made, text: String::new(), plots: Vec::new() }
     }
 
@@ -45,11 +85,14 @@ impl Part {
         let _ = writeln!(self.text, "{text}");
     }
 
-    /// Adds a table, aligned so that it can be read where it is printed.
+    /// Adds a table, aligned so that it can be read where it is printed. Columns of figures have room for any, so that
+    /// another run changes no more than the figures.
     pub fn table(&mut self, head: &[&str], rows: &[Vec<String>]) {
         let mut lines: Vec<Vec<String>> = vec![head.iter().map(|s| s.to_string()).collect()];
         lines.extend(rows.iter().cloned());
-        let width = |i: usize| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0);
+        const FIGURE: usize = 9;
+        let least = |i: usize| if i == 0 { 0 } else { FIGURE };
+        let width = |i: usize| lines.iter().map(|l| l[i].chars().count()).max().unwrap_or(0).max(least(i));
         let widths: Vec<usize> = (0..head.len()).map(width).collect();
         let mut text = String::new();
         for (n, line) in lines.iter().enumerate() {
@@ -72,7 +115,8 @@ impl Part {
     /// Adds a picture.
     pub fn plot(&mut self, name: &str, alt: &str, svg: &str) {
         let file = format!("{}-{name}.svg", self.name);
-        fs::write(folder().join(&file), svg).expect("a plot");
+        let by = format!("<desc>cargo bench --bench {}</desc>\n</svg>", self.name);
+        fs::write(folder().join(&file), svg.replace("</svg>", &by)).expect("a plot");
         let _ = writeln!(self.text, "![{alt}]({file})\n");
         self.plots.push(file);
     }

@@ -2,10 +2,10 @@
 
 use std::fmt::Write as _;
 
-const WIDTH: f64 = 760.0;
+const WIDTH: f64 = 800.0;
 const HEIGHT: f64 = 400.0;
 const LEFT: f64 = 70.0;
-const RIGHT: f64 = 190.0;
+const RIGHT: f64 = 230.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 50.0;
 /// Told apart by the colour-blind too (Okabe and Ito).
@@ -25,7 +25,9 @@ impl Axis {
         let power = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|&s| s >= rough).unwrap_or(rough);
         let n = (max / step).ceil().max(1.0) as u32;
-        let ticks = (0..=n).map(|i| (f64::from(i) * step, format!("{}", f64::from(i) * step)));
+        // 3 x 0.2 is 0.6000000000000001.
+        let digits = (-step.log10().floor()).max(0.0) as usize;
+        let ticks = (0..=n).map(|i| f64::from(i) * step).map(|v| (v, format!("{v:.digits$}")));
         Axis { label: label.into(), ticks: ticks.collect() }
     }
 
@@ -92,7 +94,8 @@ pub fn plot(title: &str, x: &Axis, y: &Axis, lines: &[(String, Vec<(f64, f64)>)]
         (top + bottom) / 2.0,
         escape(&y.label)
     );
-    for (i, (name, points)) in lines.iter().enumerate() {
+    // The first lies on top.
+    for (i, (name, points)) in lines.iter().enumerate().rev() {
         let colour = COLOURS[i % COLOURS.len()];
         let mut path = String::new();
         for (j, &(px, py)) in points.iter().enumerate() {
