@@ -74,6 +74,8 @@ impl<M: Manage> Builder<M> {
                 keepalive: None,
                 leak_threshold: None,
                 right_of_way: Duration::from_millis(1),
+                passes: 4,
+                first_for: Duration::from_micros(20),
             },
             hooks: Hooks { customizer: None, errors: None, events: None },
         }
@@ -225,6 +227,15 @@ impl<M: Manage> Builder<M> {
     #[must_use]
     pub fn right_of_way(mut self, limit: Duration) -> Self {
         self.settings.right_of_way = limit;
+        self
+    }
+
+    /// How often the first of those who wait may be passed, and for how long it is to have been first, until what comes
+    /// back is handed over to it. For the bench that shows what other values do; not a setting to be relied on.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn passes(mut self, passes: u32, first_for: Duration) -> Self {
+        (self.settings.passes, self.settings.first_for) = (passes, first_for);
         self
     }
 

@@ -25,6 +25,8 @@ pub(crate) struct Conn<M: Manage> {
     token: Option<Token>,
     /// Whether the thread that took it was panicking already.
     panicking: bool,
+    /// When it was lent, if there are events to tell it.
+    lent: Moment,
 }
 
 /// What does not change in the life of a connection.
@@ -36,7 +38,7 @@ pub(crate) struct Link<M: Manage> {
 
 impl<M: Manage> Conn<M> {
     pub(crate) fn new(link: Link<M>, conn: M::Connection, acquired: bool) -> Self {
-        Conn { link, conn, extensions: Extensions::new(), acquired, token: None, panicking: false }
+        Conn { link, conn, extensions: Extensions::new(), acquired, token: None, panicking: false, lent: Moment::BIRTH }
     }
 
     pub(crate) fn get(&self) -> &M::Connection {
@@ -73,8 +75,9 @@ const TAKEN: &str = "a borrowed connection is there until it is dropped";
 
 impl<M: Manage> PooledConnection<M> {
     #[inline]
-    pub(crate) fn new(token: Token, mut conn: Box<Conn<M>>) -> Self {
+    pub(crate) fn new(token: Token, mut conn: Box<Conn<M>>, lent: Moment) -> Self {
         conn.token = Some(token);
+        conn.lent = lent;
         conn.panicking = thread::panicking();
         PooledConnection { conn: Some(conn) }
     }
@@ -150,23 +153,14 @@ impl<M: Manage> PooledConnection<M> {
                 Err(_) => Back::Discard(CloseReason::Panicked),
             },
         };
-        if shared.hooks.events.is_some() {
-            tell_checkin(shared, &token);
+        if let Some(events) = &shared.hooks.events {
+            let (id, duration) = (token.id(), shared.now().since(conn.lent));
+            shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
         let now = shared.now();
         let core = keep::hold(&shared.core);
         core.checkin(now, token, conn, back);
         keep::stow(core);
-    }
-}
-
-#[cold]
-fn tell_checkin<M: Manage>(shared: &Shared<M>, token: &Token) {
-    if let Some(events) = &shared.hooks.events {
-        let id = token.id();
-        let since = shared.lock().held_since(token);
-        let duration = shared.now().since(since);
-        shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
     }
 }
 

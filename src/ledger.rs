@@ -23,8 +23,8 @@
 //! To hand every connection that comes back to the first in the queue is fair, and slow where connections are held
 //! for less time than it takes to wake a thread: each then lies unused until its new holder runs. To let whoever runs
 //! take it is fast, and starves those who sleep. The rule here lies between. A connection that comes back is **handed
-//! over** if the first in the queue has the right of way: it was passed [`PASSES`] times and has been first for
-//! [`FIRST_FOR`], or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the connection goes to the idle
+//! over** if the first in the queue has the right of way: it was passed [`passes`](Rules::passes) times and has been first
+//! for [`first_for`](Rules::first_for), or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the connection goes to the idle
 //! stack and the next waiter is **called**: it keeps its place, is woken, and comes to [`claim`](Ledger::claim) what
 //! is there. Not more of them are called than there are connections for, so that nobody is woken in vain more than
 //! others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
@@ -74,6 +74,10 @@ pub(crate) struct Rules {
     pub(crate) leak_threshold: Option<Duration>,
     /// Once the first in the queue has waited for so long nobody passes it. Zero: nobody ever does.
     pub(crate) right_of_way: Duration,
+    /// Before that, it has the right of way once it was passed so often...
+    pub(crate) passes: u32,
+    /// ... and has been first for so long.
+    pub(crate) first_for: Duration,
     /// How far behind the true time a `now` may be. Folded into every test for age, so that nothing is served late.
     pub(crate) resolution: Duration,
 }
@@ -93,10 +97,6 @@ const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
 /// How long those who wait count on a check or a reset that goes on. One that takes longer may hang: then another
 /// connection is checked or opened for them beside it, where there is room.
 const CHECK_PATIENCE: Duration = Duration::from_millis(100);
-/// How often the first in the queue may be passed before it has the right of way...
-const PASSES: u32 = 4;
-/// ... once it has been first for so long.
-const FIRST_FOR: Duration = Duration::from_micros(20);
 /// The least time between two dials once as many jobs as the pool has slots are written off and have not come back.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
@@ -467,11 +467,6 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the server has refused for good, as far as is known.
     pub(crate) fn is_refusing(&self) -> bool {
         self.failure.is_some_and(|f| f.permanent)
-    }
-
-    /// Since when a connection has been lent.
-    pub(crate) fn held_since(&self, token: &Token) -> Moment {
-        self.rows[token.index as usize].since
     }
 
     // ---------------------------------------------------------------------------------------------- checkout
@@ -1092,7 +1087,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the first in the queue gets what comes back now.
     #[inline]
     fn has_right_of_way(&self, front: Front, now: Moment) -> bool {
-        let was_passed = front.passed >= PASSES && now.since(front.first_since) >= FIRST_FOR;
+        let was_passed = front.passed >= self.rules.passes && now.since(front.first_since) >= self.rules.first_for;
         was_passed || now.since(front.since) >= self.rules.right_of_way
     }
 

@@ -140,7 +140,7 @@ impl<M: Manage> Pool<M> {
         let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.now();
         match shared.with(|l| l.take(now, holder, here)) {
-            Take::Ready(token, conn) => Ok(self.lend(token, conn, None)),
+            Take::Ready(token, conn) => Ok(self.lend(token, conn, now, false)),
             other => self.get_slowly(other, holder, timeout),
         }
     }
@@ -155,7 +155,7 @@ impl<M: Manage> Pool<M> {
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let now = shared.now();
         match shared.with(|l| l.take(now, holder, false)) {
-            Take::Ready(token, conn) => Some(self.lend(token, conn, None)),
+            Take::Ready(token, conn) => Some(self.lend(token, conn, now, false)),
             Take::Check(..) => unreachable!("it did not offer to check"),
             Take::Nothing => {
                 if !shared.is_forked() {
@@ -166,16 +166,19 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// A connection has been won. `waited` since then, if it was not there at once.
+    /// A connection that was asked for at that moment has been won, at once or not.
     #[inline]
-    fn lend(&self, token: Token, conn: Box<Conn<M>>, waited: Option<Moment>) -> PooledConnection<M> {
+    fn lend(&self, token: Token, conn: Box<Conn<M>>, asked: Moment, waited: bool) -> PooledConnection<M> {
         let shared = &self.0.shared;
+        let mut now = asked;
         if let Some(events) = &shared.hooks.events {
-            let id = token.id();
-            let duration = waited.map_or(Duration::ZERO, |since| shared.clock.precise().since(since));
+            if waited {
+                now = shared.clock.precise();
+            }
+            let (id, duration) = (token.id(), now.since(asked));
             shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
         }
-        PooledConnection::new(token, conn)
+        PooledConnection::new(token, conn, now)
     }
 
     #[cold]
@@ -196,7 +199,7 @@ impl<M: Manage> Pool<M> {
         let mut place = None;
         if let Take::Check(token, conn, ticket) = first {
             if let Some((token, conn)) = self.check_here(token, conn, holder) {
-                return Ok(self.lend(token, conn, Some(begun)));
+                return Ok(self.lend(token, conn, begun, true));
             }
             place = Some(ticket);
         }
@@ -228,7 +231,7 @@ impl<M: Manage> Pool<M> {
             },
         };
         match grant {
-            Grant::Lent(token, conn) => Ok(self.lend(token, conn, Some(begun))),
+            Grant::Lent(token, conn) => Ok(self.lend(token, conn, begun, true)),
             Grant::Closed => Err(shared.closed_error()),
             Grant::Refused => Err(shared.refused_error()),
         }

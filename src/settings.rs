@@ -40,6 +40,9 @@ pub struct Settings {
     pub leak_threshold: Option<Duration>,
     /// See [`Builder::right_of_way`](crate::Builder::right_of_way).
     pub right_of_way: Duration,
+    /// See [`Rules`].
+    pub(crate) passes: u32,
+    pub(crate) first_for: Duration,
 }
 
 impl Settings {
@@ -60,6 +63,8 @@ impl Settings {
             keepalive: self.keepalive,
             leak_threshold: self.leak_threshold,
             right_of_way: self.right_of_way,
+            passes: self.passes,
+            first_for: self.first_for,
             resolution,
         }
     }

@@ -9,6 +9,9 @@ use std::collections::{HashMap, VecDeque};
 type Conn = u64;
 type Seat = u64;
 
+const PASSES: u32 = 4;
+const FIRST_FOR: Duration = Duration::from_micros(20);
+
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
@@ -42,6 +45,8 @@ fn rules() -> Rules {
         keepalive: None,
         leak_threshold: None,
         right_of_way: Duration::ZERO,
+        passes: PASSES,
+        first_for: FIRST_FOR,
         resolution: Duration::ZERO,
     }
 }
