@@ -44,8 +44,9 @@ fn main() {
     );
     let head = ["scenario", "what", "goal", "measured", "least", "most", "bests", "rival", "millpond", ""];
     part.table(&head, &goals.rows);
-    let missed = goals.rows.iter().filter(|row| row[9] != "ok").count();
-    part.say(&format!("{} of {} goals missed, in {} s.", missed, goals.rows.len(), begun.elapsed().as_secs()));
+    let judged = |verdict: &str| goals.rows.iter().filter(|row| row[9] == verdict).count();
+    let (met, missed) = (judged("ok"), judged("MISSED"));
+    part.say(&format!("{missed} of {} goals missed, in {} s.", met + missed, begun.elapsed().as_secs()));
     part.finish();
 }
 
@@ -82,6 +83,19 @@ impl Goals {
         };
         let (sign, met) = if less { ("<=", measured <= goal) } else { (">=", measured >= goal) };
         self.row(row, sign, goal, measured, &figures, "-".into(), met, absolute(theirs), absolute(mine));
+    }
+
+    /// No goal of its own, but to be seen beside one.
+    fn beside(&mut self, row: (&str, &str), these: &[Outcome], theirs: &[Outcome]) {
+        let ratios: Vec<f64> = these.iter().zip(theirs).map(|(m, t)| m.cost() / t.cost()).collect();
+        let (ratio, cost) = (median(ratios.iter().copied()), median(these.iter().map(Outcome::cost)));
+        println!("{:>6}  {:<28} {:<20} {ratio:>16.3}", "", row.0, row.1);
+        let (least, most) = ratios.iter().fold((f64::INFINITY, 0.0f64), |(l, m), &r| (l.min(r), m.max(r)));
+        let [ratio, least, most] = [ratio, least, most].map(|r| format!("{r:.3}"));
+        let none = || "-".to_owned();
+        let rival = short(median(theirs.iter().map(Outcome::cost)));
+        let cells = [row.0.into(), row.1.into(), none(), ratio, least, most, none(), rival, short(cost), none()];
+        self.rows.push(cells.into());
     }
 
     #[allow(clippy::too_many_arguments, reason = "one per column")]
@@ -141,14 +155,15 @@ fn uncontended(goals: &mut Goals) {
         }
         let load = Load { threads, hold: Hold::Nothing };
         let size = threads as u32;
-        let ([millpond, r2d2], floor) = (rivals(size), peers::bare(size));
-        let [mine, theirs, least] = &rounds(&load, &[&*millpond, &*r2d2, &*floor], MANY, BRIEF, false)[..] else {
-            unreachable!("three subjects")
+        let ([millpond, r2d2], floors) = (rivals(size), [peers::bare(size), peers::accounted(size)]);
+        let list = [&*millpond, &*r2d2, &*floors[0], &*floors[1]];
+        let [mine, theirs, bare, accounted] = &rounds(&load, &list, MANY, BRIEF, false)[..] else {
+            unreachable!("four subjects")
         };
         goals.at_most((name, "cost"), goal, mine, theirs, Outcome::cost);
-        // No goal of its own: how much of it a pool can save at all.
-        let floor = median(least.iter().zip(theirs).map(|(m, t)| m.cost() / t.cost()));
-        println!("        {name:<28} the bare lock and list: {floor:.3}");
+        // How much of it a pool can save at all.
+        goals.beside((name, "lock and list"), bare, theirs);
+        goals.beside((name, "and accounts"), accounted, theirs);
     }
 }
 

@@ -281,6 +281,86 @@ pub fn bare(size: u32) -> Box<dyn Subject> {
     floor("lock and list", size, false)
 }
 
+/// A lock, a list, and what no pool that keeps time can do without: a look at the coarse clock before each lock, and
+/// under it an account of who has what since when.
+pub fn accounted(size: u32) -> Box<dyn Subject> {
+    struct Accounted(Mutex<Accounts>);
+
+    struct Accounts {
+        unused: Vec<(usize, Box<Nil>)>,
+        /// Since when, and by whom.
+        rows: Vec<(u64, Option<usize>)>,
+        lent: u64,
+        held: u64,
+    }
+
+    struct Loan<'a> {
+        conn: Option<(usize, Box<Nil>)>,
+        of: &'a Accounted,
+    }
+
+    /// Nanoseconds.
+    #[inline]
+    fn coarse() -> u64 {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::time::{ClockId, clock_gettime};
+            let t = clock_gettime(ClockId::MonotonicCoarse);
+            t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+        }
+        #[cfg(not(target_os = "linux"))]
+        0
+    }
+
+    impl Store for Accounted {
+        type Conn = Nil;
+        type Lent<'a> = Loan<'a>;
+
+        #[inline]
+        fn get(&self, worker: usize) -> Loan<'_> {
+            let now = coarse();
+            let mut accounts = self.0.lock();
+            let (row, conn) = accounts.unused.pop().expect("a floor that does not wait needs a connection per thread");
+            accounts.rows[row] = (now, Some(worker));
+            accounts.lent += 1;
+            Loan { conn: Some((row, conn)), of: self }
+        }
+    }
+
+    impl Drop for Loan<'_> {
+        #[inline]
+        fn drop(&mut self) {
+            if let Some((row, conn)) = self.conn.take() {
+                let now = coarse();
+                let mut accounts = self.of.0.lock();
+                accounts.held += now - accounts.rows[row].0;
+                accounts.rows[row] = (now, None);
+                accounts.unused.push((row, conn));
+            }
+        }
+    }
+
+    impl Deref for Loan<'_> {
+        type Target = Nil;
+
+        #[inline]
+        fn deref(&self) -> &Nil {
+            &self.conn.as_ref().expect("lent").1
+        }
+    }
+
+    impl DerefMut for Loan<'_> {
+        #[inline]
+        fn deref_mut(&mut self) -> &mut Nil {
+            &mut self.conn.as_mut().expect("lent").1
+        }
+    }
+
+    let unused = (0..size as usize).map(|i| (i, Box::new(Nil(i as u64)))).collect();
+    let accounts = Accounts { unused, rows: vec![(0, None); size as usize], lent: 0, held: 0 };
+    named("lock, list, accounts", Accounted(Mutex::new(accounts)))
+}
+
 /// A lock, a list and a condition: whoever comes first takes it, as unfair as that may be.
 pub fn barging(size: u32) -> Box<dyn Subject> {
     floor("lock, list, condvar", size, true)
