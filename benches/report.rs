@@ -21,7 +21,7 @@ use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 /// In the order of the page.
-const BENCHES: [&str; 7] = ["track", "eviction", "waits", "checkout", "postgres", "statements", "rest"];
+const BENCHES: [&str; 8] = ["track", "eviction", "waits", "curve", "checkout", "postgres", "statements", "rest"];
 
 fn main() {
     if !is_bench() {

@@ -87,6 +87,17 @@ pub fn millpond(config: &Config, size: u32) -> Box<dyn Subject> {
     own("millpond", config, size, |manager| manager, true)
 }
 
+/// [`millpond`], and what `with` sets otherwise.
+pub fn millpond_with(
+    name: &str,
+    config: &Config,
+    size: u32,
+    with: impl FnOnce(millpond::Builder<Manager>) -> millpond::Builder<Manager>,
+) -> Box<dyn Subject> {
+    let builder = with(PostgresManager::new(config.clone(), NoTls).builder().max_size(size));
+    ready(using(name, builder.open().expect("a pool"), select_one), size as usize)
+}
+
 /// Millpond with its own manager, in the settings on which round trips may depend. What is not observed is asked, on a
 /// thread of the pool's, how it comes back, unless there is no reset.
 pub fn millponds(config: &Config, size: u32, observable: bool) -> Vec<Box<dyn Subject>> {

@@ -1,0 +1,185 @@
+//! What the bounds of the hand-over cost, and what they buy: `cargo bench --bench curve [-- --quick] [words of a
+//! scenario]`.
+//!
+//! A connection that comes back while others wait is handed over to the first of them, or may be taken by whoever runs.
+//! The more is handed over, the shorter are the longest waits, and the longer lies a connection unused until its new
+//! holder runs. `right_of_way` sets how much of each, and so does `passes` with the time that goes with it. Their
+//! defaults are one point of a curve. Here are others, one bound moved at a time.
+//!
+//! Costs and waits are from runs of their own: the clock around a get costs more than some of the gets.
+
+mod common;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use common::report::Part;
+use common::svg::{Axis, Dot, dots, number, seconds};
+use common::{Hold, Load, Outcome, Subject, is_picked, is_quick, median, ms, peers, rounds, sessions, short, us};
+use millpond::{Builder, Manage};
+use std::time::{Duration, Instant};
+use support::Server;
+
+const SIZE: u32 = 4;
+
+fn main() {
+    if !common::is_bench() {
+        return;
+    }
+    let begun = Instant::now();
+    let plan = if is_quick() { Plan(3, ms(25), ms(150)) } else { Plan(7, ms(60), ms(500)) };
+    let Plan(n, short, long) = plan;
+    let mut part = Part::new("curve", "What the bounds of the hand-over cost");
+    part.say(&format!(
+        "Millpond with one bound of the hand-over moved at a time: `right_of_way`, or how often the first who waits \
+         may be passed and for how long it must have been first. \"No bound\" has neither: whoever runs takes it. \
+         Costs are per get and return, all threads together, and their ratio to r2d2 without its test; medians of {n} \
+         interleaved rounds of {} ms in which nobody looks at the clock. Waits and fairness are of one more run of {} \
+         ms. The defaults are measured twice, once in each sweep: how far the two lie apart tells what else is noise. \
+         Where some starve while the others take it thousands of times, p99.9 does not show it, but the greatest wait \
+         and the fairness do.\n",
+        short.as_millis(),
+        long.as_millis()
+    ));
+    let scenarios = [
+        ("nothing", "16 on 4, no hold", Hold::Nothing),
+        ("work", "16 on 4, 20 us of work", Hold::Spin(us(20))),
+        ("asleep", "16 on 4, 50 us asleep", Hold::Sleep(us(50))),
+    ];
+    let settings = settings();
+    for (name, title, hold) in scenarios.into_iter().filter(|(_, title, _)| is_picked(title)) {
+        let r2d2 = peers::r2d2("r2d2 untested", SIZE, false);
+        r2d2.fill(SIZE as usize);
+        let millpond = |setting: &Setting| {
+            let pool = peers::millpond(&setting.name(), SIZE, |b| setting.apply(b));
+            pool.fill(SIZE as usize);
+            pool
+        };
+        let millponds = settings.iter().map(millpond).collect();
+        compare(&mut part, name, title, hold, &plan, &settings, r2d2, millponds);
+    }
+    const QUERY: &str = "SELECT 1, 16 threads on 4";
+    if is_picked(QUERY) {
+        let server = Server::start();
+        let config = server.config("curve");
+        let r2d2 = sessions::r2d2(&config, SIZE, false);
+        let millpond = |s: &Setting| sessions::millpond_with(&s.name(), &config, SIZE, |b| s.apply(b));
+        let millponds = settings.iter().map(millpond).collect();
+        compare(&mut part, "query", QUERY, Hold::Use, &plan, &settings, r2d2, millponds);
+    }
+    part.say(&format!("In {} s.", begun.elapsed().as_secs()));
+    part.finish();
+}
+
+/// So many rounds of so long for the costs, and so long for the waits.
+struct Plan(usize, Duration, Duration);
+
+/// Which bounds are not the default's.
+enum Setting {
+    RightOfWay(Duration),
+    /// How often, and for how long first.
+    Passes(u32, Duration),
+    Neither,
+}
+
+/// In the order of the table.
+fn settings() -> Vec<Setting> {
+    let rights = [Duration::ZERO, us(100), us(300), ms(1), ms(3), ms(10)].map(Setting::RightOfWay);
+    let passes = [(1, 0), (4, 0), (4, 20), (4, 50), (4, 100), (16, 300), (u32::MAX, 0)];
+    let passes = passes.map(|(n, first_for)| Setting::Passes(n, us(first_for)));
+    rights.into_iter().chain(passes).chain([Setting::Neither]).collect()
+}
+
+impl Setting {
+    fn apply<M: Manage>(&self, builder: Builder<M>) -> Builder<M> {
+        const HOUR: Duration = Duration::from_secs(60 * 60);
+        match *self {
+            Setting::RightOfWay(limit) => builder.right_of_way(limit),
+            Setting::Passes(n, first_for) => builder.passes(n, first_for),
+            // What may not be idle for as long as it may be passed is handed over.
+            Setting::Neither => builder.right_of_way(HOUR).passes(u32::MAX, Duration::ZERO).max_idle(None),
+        }
+    }
+
+    /// Whether it changes nothing.
+    fn is_default(&self) -> bool {
+        let builder = Builder::<peers::Nils>::new;
+        format!("{:?}", self.apply(builder())) == format!("{:?}", builder())
+    }
+
+    fn name(&self) -> String {
+        let name = match *self {
+            Setting::RightOfWay(limit) => format!("right of way {}", brief(limit)),
+            Setting::Passes(u32::MAX, _) => "passes unlimited".into(),
+            Setting::Passes(n, first_for) => format!("passes {n} after {}", brief(first_for)),
+            Setting::Neither => "no bound".into(),
+        };
+        if self.is_default() { format!("{name} (default)") } else { name }
+    }
+}
+
+fn brief(time: Duration) -> String {
+    match time.as_micros() {
+        0 => "0".into(),
+        us if us % 1000 == 0 => format!("{} ms", us / 1000),
+        us => format!("{us} us"),
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "a scenario, and those who are in it")]
+fn compare(
+    part: &mut Part,
+    name: &str,
+    title: &str,
+    hold: Hold,
+    &Plan(n, short_time, long_time): &Plan,
+    settings: &[Setting],
+    r2d2: Box<dyn Subject>,
+    millponds: Vec<Box<dyn Subject>>,
+) {
+    let load = Load { threads: 16, hold };
+    let subjects: Vec<&dyn Subject> = [&r2d2].into_iter().chain(&millponds).map(|s| &**s).collect();
+    let untimed = rounds(&load, &subjects, n, short_time, false);
+    let timed = rounds(&load, &subjects, 1, long_time, true);
+
+    let mut rows = Vec::new();
+    // Of the dots: r2d2's first.
+    let mut places = Vec::new();
+    for ((subject, costs), long) in subjects.iter().zip(&untimed).zip(timed.iter().flatten()) {
+        let ratio = median(costs.iter().zip(&untimed[0]).map(|(mine, theirs)| mine.cost() / theirs.cost()));
+        let waits = &long.waits;
+        rows.push(vec![
+            subject.name().to_owned(),
+            short(median(costs.iter().map(Outcome::cost))),
+            format!("{ratio:.2}"),
+            short(waits.quantile(0.5)),
+            short(waits.quantile(0.99)),
+            short(waits.quantile(0.999)),
+            short(waits.max()),
+            format!("{:.2}", long.fairness()),
+        ]);
+        places.push((waits.quantile(0.999), ratio));
+    }
+    part.say(&format!("### {title}\n"));
+    part.table(&["", "cost", "to r2d2", "p50", "p99", "p99.9", "max", "fairness"], &rows);
+
+    let ends = |of: fn(&(f64, f64)) -> f64| {
+        let all = || places.iter().map(of);
+        (all().fold(f64::INFINITY, f64::min) * 0.95, all().fold(0.0, f64::max) * 1.05)
+    };
+    let ((least_wait, most_wait), (least_cost, most_cost)) = (ends(|p| p.0), ends(|p| p.1));
+    let x = Axis::log("p99.9 of the waits", least_wait, most_wait, seconds);
+    let y = Axis::log("cost, to r2d2", least_cost, most_cost, number);
+    let dot = |(wait, cost): (f64, f64), name, marked| Dot { at: (wait.log10(), cost.log10()), name, marked };
+    let mut lines: Vec<Vec<Dot>> = (0..4).map(|_| Vec::new()).collect();
+    for (setting, &place) in settings.iter().zip(&places[1..]) {
+        let line = match setting {
+            Setting::RightOfWay(_) => 0,
+            Setting::Passes(..) => 1,
+            Setting::Neither => 2,
+        };
+        lines[line].push(dot(place, setting.name(), setting.is_default()));
+    }
+    lines[3].push(dot(places[0], subjects[0].name().into(), false));
+    let title = format!("{title} (large dots: the default)");
+    part.plot(name, &format!("Cost against the longest waits: {title}"), &dots(&title, &x, &y, &lines));
+}
