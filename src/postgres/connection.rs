@@ -77,7 +77,13 @@ impl Connection {
             return if reset == Reset::None { Returned::Keep } else { Returned::Reset };
         };
         // What is queued and not yet written (the end of a statement, or of a COPY that the server refused) is not seen.
-        if observer::flush(&mut self.client).is_err() || watch.fatal().is_some() {
+        if observer::flush(&mut self.client).is_err() {
+            return Returned::Broken;
+        }
+        if reset != Reset::DiscardAll && watch.is_clean() {
+            return Returned::Keep;
+        }
+        if watch.fatal().is_some() {
             return Returned::Broken;
         }
         if writes && watch.take_refused_write() && !watch.takes_writes() {

@@ -36,6 +36,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
@@ -164,35 +165,28 @@ pub(crate) fn flush(client: &mut Client) -> Result<(), ::postgres::Error> {
 #[derive(Debug)]
 pub(crate) struct Watch {
     scanner: Mutex<Scanner>,
-    switch: Mutex<Switch>,
-}
-
-#[derive(Debug)]
-struct Switch {
-    cut: bool,
+    cut: AtomicBool,
     /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream goes.
-    waker: Option<Waker>,
+    waker: Mutex<Option<Waker>>,
 }
 
 impl Watch {
     pub(crate) fn new() -> Arc<Watch> {
-        Arc::new(Watch { scanner: Mutex::new(Scanner::new()), switch: Mutex::new(Switch { cut: false, waker: None }) })
+        Arc::new(Watch { scanner: Mutex::new(Scanner::new()), cut: AtomicBool::new(false), waker: Mutex::new(None) })
     }
 
     /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
     pub(crate) fn cut(&self) {
-        let waker = {
-            let mut switch = self.switch.lock();
-            switch.cut = true;
-            switch.waker.take()
-        };
+        // In this order: see [`Line::pass`].
+        self.cut.store(true, Ordering::SeqCst);
+        let waker = self.waker.lock().take();
         if let Some(waker) = waker {
             waker.wake();
         }
     }
 
     pub(crate) fn is_cut(&self) -> bool {
-        self.switch.lock().cut
+        self.cut.load(Ordering::SeqCst)
     }
 
     /// See [`Status`].
@@ -243,6 +237,13 @@ impl Watch {
     pub(crate) fn is_idle(&self) -> bool {
         let scanner = self.scanner.lock();
         scanner.status() == Status::Idle && !scanner.is_busy() && !scanner.is_lost() && !self.is_cut()
+    }
+
+    /// As it is after most uses: [idle](Watch::is_idle), and nothing else to be said of it.
+    pub(crate) fn is_clean(&self) -> bool {
+        let scanner = self.scanner.lock();
+        let idle = scanner.status() == Status::Idle && !scanner.is_busy() && !scanner.is_lost() && !self.is_cut();
+        idle && !scanner.has_refused_write()
     }
 
     /// See [`Scanner::fatal`].
@@ -296,16 +297,15 @@ impl Line {
         Line(watch)
     }
 
-    /// Stands before every poll. The waker is left first and the switch looked at under the same lock, so a cut is seen
-    /// either here or by being woken.
+    /// Stands before every poll. The waker is left first, and then the switch is looked at; who cuts does it the other way
+    /// round. So a cut is seen either here or by being woken.
     fn pass(&self, cx: &Context<'_>) -> io::Result<()> {
-        let mut switch = self.0.switch.lock();
-        if switch.cut {
-            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was cut"));
+        match &mut *self.0.waker.lock() {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
         }
-        match &switch.waker {
-            Some(waker) if waker.will_wake(cx.waker()) => {}
-            _ => switch.waker = Some(cx.waker().clone()),
+        if self.0.is_cut() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was cut"));
         }
         Ok(())
     }
@@ -317,7 +317,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let waker = self.0.switch.lock().waker.take();
+        let waker = self.0.waker.lock().take();
         drop(waker);
     }
 }

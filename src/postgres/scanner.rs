@@ -251,6 +251,11 @@ impl Scanner {
         self.poisoned || self.ended || self.fatal.is_some()
     }
 
+    /// [`take_refused_write`](Scanner::take_refused_write) has something to tell.
+    pub(crate) fn has_refused_write(&self) -> bool {
+        self.refused_write
+    }
+
     /// The SQLSTATE with which the server ended the connection.
     pub(crate) fn fatal(&self) -> Option<[u8; 5]> {
         self.fatal

@@ -44,7 +44,7 @@ fn was_aborted(error: &::postgres::Error) -> bool {
 
 /// No thread's runtime is kept alive by a watch whose stream is gone.
 fn assert_lets_go(watch: &Watch) {
-    assert!(watch.switch.lock().waker.is_none());
+    assert!(watch.waker.lock().is_none());
 }
 
 /// A server's part until it falls silent.
@@ -185,7 +185,7 @@ fn an_idle_connection_that_is_cut_is_not_idle() {
 fn a_watch_does_not_keep_a_finished_connection_alive() {
     let (fake, _reached) = silent_after(|stream| let_in(stream, 1, b'I'));
     let (client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
-    assert!(watch.switch.lock().waker.is_some());
+    assert!(watch.waker.lock().is_some());
     drop(client);
     assert!(!watch.is_cut());
     assert_lets_go(&watch);
