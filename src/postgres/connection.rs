@@ -15,6 +15,10 @@ pub struct Connection {
     /// Goes before the statements, which therefore have nobody left to tell.
     pub(super) client: Client,
     pub(super) statements: Statements,
+    /// Whether the client itself was in anybody's hands since it was last looked after: only then something may be queued
+    /// that is not yet written. What a statement leaves that is dropped later goes out before the next request, and does
+    /// no harm.
+    touched: bool,
     /// `None` if it is not observed: over a unix socket, or by choice.
     watch: Option<Arc<Watch>>,
     pid: Option<i32>,
@@ -41,7 +45,7 @@ impl Connection {
             None => ask_for_pid(&mut client)?,
         };
         let statements = Statements::new(statement_cache, watch.clone());
-        Ok(Connection { client, statements, watch, pid, cancelled: Arc::default(), remark: None })
+        Ok(Connection { client, statements, touched: false, watch, pid, cancelled: Arc::default(), remark: None })
     }
 
     /// Whether the pool watches the bytes of this connection. See [the module](super#the-observer).
@@ -76,11 +80,16 @@ impl Connection {
         let Some(watch) = &self.watch else {
             return if reset == Reset::None { Returned::Keep } else { Returned::Reset };
         };
-        // What is queued and not yet written (the end of a statement, or of a COPY that the server refused) is not seen.
+        let kept_if_clean = reset != Reset::DiscardAll;
+        if kept_if_clean && !self.touched && watch.is_clean() {
+            return Returned::Keep;
+        }
+        // What is queued and not yet written (the end of a COPY that the server refused, say) is not seen.
         if observer::flush(&mut self.client).is_err() {
             return Returned::Broken;
         }
-        if reset != Reset::DiscardAll && watch.is_clean() {
+        self.touched = false;
+        if kept_if_clean && watch.is_clean() {
             return Returned::Keep;
         }
         if watch.fatal().is_some() {
@@ -214,6 +223,7 @@ impl Deref for Connection {
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut Client {
+        self.touched = true;
         &mut self.client
     }
 }
