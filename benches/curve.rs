@@ -83,8 +83,8 @@ enum Setting {
 
 /// In the order of the table.
 fn settings() -> Vec<Setting> {
-    let rights = [Duration::ZERO, us(100), us(300), ms(1), ms(3), ms(10)].map(Setting::RightOfWay);
-    let passes = [(1, 0), (4, 0), (4, 20), (4, 50), (4, 100), (16, 300), (u32::MAX, 0)];
+    let rights = [Duration::ZERO, us(100), us(300), us(700), ms(2), ms(10)].map(Setting::RightOfWay);
+    let passes = [(1, 0), (4, 0), (4, 20), (8, 50), (8, 100), (16, 300), (u32::MAX, 0)];
     let passes = passes.map(|(n, first_for)| Setting::Passes(n, us(first_for)));
     rights.into_iter().chain(passes).chain([Setting::Neither]).collect()
 }
