@@ -127,8 +127,8 @@ fn wakeups(part: &mut Part) {
     if !cfg!(target_os = "linux") {
         return;
     }
-    /// Longer than a thread without work lingers.
-    const SETTLE: Duration = Duration::from_secs(7);
+    /// Longer than a thread without work lingers, and than any limit of what was done before.
+    const SETTLE: Duration = Duration::from_secs(12);
     let time = Duration::from_secs(if is_quick() { 5 } else { 60 });
 
     let idle_for = Duration::from_secs(1);
