@@ -74,8 +74,8 @@ impl<M: Manage> Builder<M> {
                 keepalive: None,
                 leak_threshold: None,
                 right_of_way: Duration::from_micros(700),
-                passes: 8,
-                first_for: Duration::from_micros(100),
+                passes: 4,
+                first_for: Duration::from_micros(20),
             },
             hooks: Hooks { customizer: None, errors: None, events: None },
         }
@@ -219,7 +219,7 @@ impl<M: Manage> Builder<M> {
     /// How long the first of those who wait for a connection may be passed by a thread that does not have to wait.
     ///
     /// Once it has waited for so long, nobody is served in its place. Until then a connection that comes back is handed over
-    /// to it if it was passed eight times and has been first for 100 µs; otherwise whoever runs may take it, while a
+    /// to it if it was passed four times and has been first for 20 µs; otherwise whoever runs may take it, while a
     /// waiter is woken that does. A thread takes microseconds to wake, in which a connection that is held for less than
     /// that would lie unused.
     ///
