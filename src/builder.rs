@@ -223,7 +223,8 @@ impl<M: Manage> Builder<M> {
     /// waiter is woken that does. A thread takes microseconds to wake, in which a connection that is held for less than
     /// that would lie unused.
     ///
-    /// Default 0.7 ms. Zero: strictly in order of arrival, and slower where connections are held for microseconds.
+    /// Default 0.7 ms. In a pool whose `max_idle` is not longer, everything is handed over, as with zero:
+    /// strictly in order of arrival, and slower where connections are held for microseconds.
     /// (`cargo bench --bench curve` shows what other values cost, and what they buy.)
     #[must_use]
     pub fn right_of_way(mut self, limit: Duration) -> Self {

@@ -24,10 +24,10 @@
 //! for less time than it takes to wake a thread: each then lies unused until its new holder runs. To let whoever runs
 //! take it is fast, and starves those who sleep. The rule here lies between. A connection that comes back is **handed
 //! over** if the first in the queue has the right of way: it was passed [`passes`](Rules::passes) times and has been first
-//! for [`first_for`](Rules::first_for), or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the connection goes to the idle
-//! stack and the next waiter is **called**: it keeps its place, is woken, and comes to [`claim`](Ledger::claim) what
-//! is there. Not more of them are called than there are connections for, so that nobody is woken in vain more than
-//! others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
+//! for [`first_for`](Rules::first_for), or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the
+//! connection goes to the idle stack and the next waiter is **called**: it keeps its place, is woken, and comes to
+//! [`claim`](Ledger::claim) what is there. Not more of them are called than there are connections for, so whoever is
+//! woken in vain is so because others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
 //! `right_of_way`. Zero is strict: everything is handed over, nobody passes.
 //!
 //! One who is called and gives up, or gets another connection before it came, leaves the call to the next.

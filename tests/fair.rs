@@ -243,3 +243,38 @@ fn max_waiting_zero() {
     drop((pool.get().unwrap(), held));
     assert!(pool.close(LONG).is_complete());
 }
+
+/// What `right_of_way` says: who runs may take what it has just returned, or it may not.
+#[test]
+fn the_right_of_way_is_what_was_set() {
+    let _alone = alone();
+    let fake = Fake::new();
+    for (limit, passes) in [(Duration::ZERO, false), (LONG, true)] {
+        let pool = Pool::builder().max_size(1).right_of_way(limit).build(fake.direct()).unwrap();
+        let mut passed = false;
+        for n in 0..200 {
+            let held = pool.get().unwrap();
+            let waits = pool.stats().waits;
+            let (done, over) = bounded::<()>(0);
+            thread::scope(|s| {
+                let waiter = s.spawn(|| {
+                    let got = pool.get_timeout(LONG).unwrap();
+                    // Until whoever returned it has tried to take it again.
+                    let _ = over.recv();
+                    drop(got);
+                });
+                arrived(&pool, waits + 1);
+                drop(held);
+                passed |= pool.try_get().is_some();
+                drop(done);
+                waiter.join().unwrap();
+            });
+            if passed {
+                assert!(passes, "the {n}th was passed, with {limit:?}");
+                break;
+            }
+        }
+        assert_eq!(passed, passes, "{limit:?}");
+        assert!(pool.close(LONG).is_complete());
+    }
+}
