@@ -9,10 +9,11 @@ use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Sender, bounded, unbounded};
 use direct::Direct;
 use fake::{Act, Call, Fake};
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use millpond::event::{CheckinEvent, CheckoutEvent, HandleEvent};
 use millpond::{CloseReason, ConnectionState, Manage, Pool, PooledConnection, Returned, Stats, Validate};
 use parking_lot::Mutex;
 use postgres::NoTls;
@@ -617,4 +618,52 @@ fn no_secret_in_an_error_or_in_debug() {
         pool.close(ms(1)).to_string(),
     ];
     assert!(texts.iter().all(|text| !text.contains(SECRET)), "{texts:?}");
+}
+
+/// An event of a checkout says how long it was waited for, and one of a return for how long it was held.
+#[test]
+fn events_tell_the_wait_and_the_hold() {
+    #[derive(Debug)]
+    struct Tell(Sender<(&'static str, Duration)>);
+    impl HandleEvent for Tell {
+        fn handle_checkout(&self, event: CheckoutEvent) {
+            let _ = self.0.send(("out", event.duration()));
+        }
+        fn handle_checkin(&self, event: CheckinEvent) {
+            let _ = self.0.send(("in", event.duration()));
+        }
+    }
+    const HOLD: Duration = ms(200);
+    let _alone = alone();
+    let fake = Fake::new();
+    let (tell, told) = unbounded();
+    let pool = Pool::builder().max_size(1).event_handler(Box::new(Tell(tell))).build(fake.direct()).unwrap();
+    // Longer than anything is waited for or held, were it counted from the pool's birth.
+    thread::sleep(HOLD * 3);
+    let first = pool.get().unwrap();
+    let while_told: Vec<_> = told.try_iter().collect();
+    assert_eq!(while_told.last(), Some(&("out", Duration::ZERO)), "{while_told:?}");
+    let before = pool.stats().waits;
+    thread::scope(|s| {
+        let second = s.spawn(|| {
+            let got = pool.get().unwrap();
+            thread::sleep(HOLD);
+            drop(got);
+        });
+        while pool.stats().waits == before {
+            thread::yield_now();
+        }
+        thread::sleep(HOLD);
+        drop(first);
+        second.join().unwrap();
+    });
+    let told: Vec<_> = told.try_iter().collect();
+    let kinds: Vec<_> = told.iter().map(|event| event.0).collect();
+    // The second may take it before the first has told that it was put back.
+    assert!([["in", "out", "in"], ["out", "in", "in"]].contains(&kinds[..].try_into().unwrap()), "{told:?}");
+    for (kind, duration) in told {
+        let about = HOLD - EPSILON..=HOLD * 2;
+        assert!(about.contains(&duration), "{kind} after {duration:?}");
+    }
+    assert!(pool.close(ms(1_000)).is_complete());
 }
