@@ -1,6 +1,7 @@
 //! What a pool can be seen doing: [`Stats`], [`Connections`], and why connections are closed.
 
-use std::fmt;
+use crate::text::{Escaping, Shown, brief};
+use std::fmt::{self, Write as _};
 use std::ops::Deref;
 use std::panic::Location;
 use std::time::Duration;
@@ -82,6 +83,7 @@ impl ConnectionInfo {
         struct Held<'a>(&'a ConnectionInfo);
         impl fmt::Display for Held<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let mut f = Escaping(f);
                 write!(f, "#{} for {}", self.0.id, Short(self.0.since))?;
                 if let Some(thread) = &self.0.thread {
                     write!(f, " by {thread}")?;
@@ -99,6 +101,7 @@ impl ConnectionInfo {
 /// One line: `#7 (server id 4711) out for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
 impl fmt::Display for ConnectionInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaping(f);
         write!(f, "#{}", self.id)?;
         if let Some(id) = self.server_id {
             write!(f, " (server id {id})")?;
@@ -159,17 +162,25 @@ impl fmt::Display for Connections {
     }
 }
 
+/// How much of a cell is shown, in bytes: a line of source in a long path fits.
+const CELL: usize = 160;
+
 /// Writes rows, of which the first is the head, as a table.
 pub(crate) fn write_table<const N: usize>(
     f: &mut fmt::Formatter<'_>,
     rows: impl Iterator<Item = [String; N]>,
 ) -> fmt::Result {
-    let rows: Vec<_> = rows.collect();
+    let rows: Vec<_> = rows.map(|row| row.map(|cell| brief(cell, CELL))).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
     for row in &rows {
         let mut line = String::new();
-        for (i, cell) in row.iter().enumerate() {
-            let width = rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
-            line += &format!("{cell:<width$}  ");
+        for (width, cell) in widths.iter().zip(row) {
+            let _ = write!(line, "{cell:<width$}  ");
         }
         writeln!(f, "{}", line.trim_end())?;
     }
@@ -257,7 +268,7 @@ impl Stats {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let closed = if self.closed { ", closed" } else { "" };
-        write!(f, "pool '{}': {} of {} connections", self.name, self.size(), self.max_size)?;
+        write!(f, "pool '{}': {} of {} connections", Shown(&self.name), self.size(), self.max_size)?;
         writeln!(f, ", built {} ago{closed}", Short(self.age))?;
         write!(f, "  now        {} idle, {} out", self.idle, self.out)?;
         let passing =
