@@ -4,7 +4,7 @@ use super::budget::{self, Budget};
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
 use super::guards::ServerGuards;
-use super::observer::{Connector, Observer, Watch};
+use super::observer::{Connector, Observer, Status, Watch};
 use super::statements;
 use crate::stats::Short;
 use crate::{Cause, Manage, Opening, Returned, Settings};
@@ -264,6 +264,12 @@ impl<T: Connector> PostgresManager<T> {
             }
             Error::of(error, &watch)
         })?;
+        if watch.status() != Status::Idle {
+            // Its drop is not to wait for an answer.
+            watch.cut();
+            let status = "what is asked first was answered with a transaction status with which no session begins";
+            return Err(Error::own(status, false));
+        }
         let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
         opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
         Ok((client, Some(watch)))
