@@ -7,6 +7,7 @@
 //! A thread that cannot be started loses nothing: an `Open` comes back to the caller, what else there is waits for
 //! another thread of the crew, and if there is none a `Close` comes back too and the others wait to be tried again.
 
+use crate::text::is_harmful;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -275,14 +276,15 @@ impl<J> Roster<J> {
     }
 }
 
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept.
+/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
+/// that does something to a terminal.
 pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
     let mut end = pool.len().min(15 - suffix.len());
     while !pool.is_char_boundary(end) {
         end -= 1;
     }
-    // A NUL would make `spawn` panic.
-    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+    // A NUL would make `spawn` panic, and there is no room to escape the others.
+    format!("{}{suffix}", &pool[..end]).replace(is_harmful, "?")
 }
 
 #[cfg(test)]
@@ -327,6 +329,7 @@ mod tests {
         assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
         assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
         assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
+        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Write for Brief {
 
 /// Whether a character does something other than to stand there: it controls a terminal, begins a line, changes the
 /// direction of what follows or cannot be seen.
-fn is_harmful(c: char) -> bool {
+pub(crate) fn is_harmful(c: char) -> bool {
     match c {
         ' '..='~' => false,
         _ => {

@@ -18,7 +18,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use support::{ms, wait_until};
+use support::{Server, ms, wait_until};
 use tls::Identity;
 
 /// Longer than anything takes that is not stuck.
@@ -424,6 +424,35 @@ fn a_servers_words_are_escaped_wherever_they_are_shown() {
             records(&name, "cannot open").iter().for_each(|r| assert_harmless(r));
         }
     }
+}
+
+/// Names are anybody's who may create one.
+#[test]
+fn the_names_of_roles_databases_and_pools_are_escaped_in_audits_and_budgets() {
+    capture();
+    let name = format!("audited{HARMFUL}").replace('\0', "");
+    let server = Server::shared();
+    let mut admin = server.connect();
+    let quoted = format!("\"{name}\"");
+    admin.batch_execute(&format!("CREATE ROLE {quoted} LOGIN CONNECTION LIMIT 50")).unwrap();
+    admin.batch_execute(&format!("CREATE DATABASE {quoted} CONNECTION LIMIT 40")).unwrap();
+    let mut config = server.config("audited");
+    config.user(&name).dbname(&name).application_name(&name);
+    for processes in [1, 1000] {
+        let manager = PostgresManager::new(config.clone(), NoTls).processes(processes);
+        let pool = manager.builder().name(&*name).open().unwrap();
+        let audit = millpond::postgres::audit(&pool).unwrap();
+        let allowance = millpond::postgres::budget(&mut pool.get().unwrap()).unwrap();
+        for text in [audit.to_string(), allowance.to_string(), pool.stats().to_string()] {
+            text.lines().for_each(assert_harmless);
+            assert!(!text.contains("\n[ERROR]") && text.contains("audited\\u{1b}[2J"), "{text}");
+        }
+        assert_eq!((audit.pool.as_str(), audit.role.as_str()), (name.as_str(), name.as_str()));
+        records("audited", "the server allows").iter().for_each(|r| assert_harmless(r));
+        pool.close(SOON);
+    }
+    admin.batch_execute(&format!("DROP DATABASE {quoted} WITH (FORCE)")).unwrap();
+    admin.batch_execute(&format!("DROP ROLE {quoted}")).unwrap();
 }
 
 #[test]
