@@ -195,7 +195,7 @@ impl Log for Capture {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if record.target() == "millpond" {
+        if record.target() == "millpond" || record.target().starts_with("postgres") {
             RECORDS.lock().push(record.args().to_string());
         }
     }
@@ -453,6 +453,22 @@ fn the_names_of_roles_databases_and_pools_are_escaped_in_audits_and_budgets() {
     }
     admin.batch_execute(&format!("DROP DATABASE {quoted} WITH (FORCE)")).unwrap();
     admin.batch_execute(&format!("DROP ROLE {quoted}")).unwrap();
+}
+
+#[test]
+fn notices_are_logged_without_what_is_harmful_in_them() {
+    capture();
+    let manager = PostgresManager::parse(&Server::shared().url(), NoTls).unwrap();
+    let pool = manager.builder().name("notices").open().unwrap();
+    let mut client = pool.get().unwrap();
+    let raise = |what: &str| format!("DO $do$ BEGIN RAISE NOTICE 'notices % ', {what}; END $do$");
+    client.batch_execute(&raise("E'\\x1b[2J\\r\\n[ERROR] forged'")).unwrap();
+    client.batch_execute(&raise("repeat('x', 1000000)")).unwrap();
+    drop(client);
+    let records = records("notices", "xxx ... (cut)");
+    assert!(records.iter().any(|r| r.contains("NOTICE: notices \\u{1b}[2J\\r\\n[ERROR] forged")), "{records:?}");
+    records.iter().for_each(|r| assert_harmless(r));
+    pool.close(SOON);
 }
 
 #[test]
