@@ -20,6 +20,9 @@ use std::{io, thread};
 const LINGER: Duration = Duration::from_secs(5);
 /// How many close at once. Closes are many at a time (a burst that went idle) and may each take long.
 const CLOSERS: usize = 4;
+/// How many of the other kinds run at once, of each. A process that has no thread left for others ends; what is over the
+/// limit waits, in a pool of more than as many connections.
+const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. What comes on top is dropped, and counted.
 const MAX_NOTICES: usize = 1024;
 
@@ -41,7 +44,7 @@ const KINDS: usize = 5;
 impl Kind {
     fn limit(self) -> usize {
         match self {
-            Kind::Open | Kind::Check | Kind::Cut => usize::MAX,
+            Kind::Open | Kind::Check | Kind::Cut => MOST,
             Kind::Close => CLOSERS,
             Kind::Notice => 1,
         }
@@ -395,6 +398,23 @@ mod tests {
         for n in 0..3 {
             assert_eq!(seen.recv_timeout(SOON), Ok(n));
         }
+    }
+
+    #[test]
+    fn there_is_an_end_to_the_threads_of_each_kind() {
+        // None of them ever runs: it is about how many are wanted.
+        let (left, _gone) = unbounded();
+        let crew = Crew::with_spawn("yard".into(), |_, body| {
+            drop(body);
+            Ok(())
+        });
+        let yard = Arc::new(Yard { crew, left });
+        for _ in 0..3000 {
+            for kind in [Kind::Open, Kind::Check, Kind::Cut] {
+                yard.crew.post(&yard, kind, Box::new(|| false)).map_err(|e| e.0).unwrap();
+            }
+        }
+        assert!(yard.crew.threads() <= 3 * 1024, "{} threads", yard.crew.threads());
     }
 
     #[test]
