@@ -13,7 +13,7 @@ pub(crate) const CAUSE: usize = 1024;
 pub(crate) const NAME: usize = 64;
 
 /// What stands at the end of what was cut.
-const CUT: &str = " ... (cut)";
+pub(crate) const CUT: &str = " ... (cut)";
 
 /// Shows what it holds, escaped.
 pub(crate) struct Shown<T>(pub(crate) T);

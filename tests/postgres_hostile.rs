@@ -7,8 +7,8 @@ mod support;
 mod tls;
 
 use log::{LevelFilter, Log, Metadata, Record};
-use millpond::postgres::{Connector, Error, PostgresManager, Reset};
-use millpond::{Builder, Pool};
+use millpond::postgres::{Connector, Error, PostgresManager};
+use millpond::{Builder, Pool, Validate};
 use parking_lot::Mutex;
 use postgres::NoTls;
 use std::io::{Read, Write};
@@ -38,7 +38,6 @@ type Script = dyn Fn(&mut TcpStream, &Liar) + Send + Sync;
 struct Liar {
     script: Box<Script>,
     heard: Mutex<Vec<String>>,
-    connections: AtomicU64,
     /// Bytes that the clients took.
     taken: AtomicU64,
     over: AtomicBool,
@@ -58,7 +57,6 @@ impl Running {
         let liar = Arc::new(Liar {
             script: Box::new(script),
             heard: Mutex::default(),
-            connections: AtomicU64::new(0),
             taken: AtomicU64::new(0),
             over: AtomicBool::new(false),
         });
@@ -71,7 +69,6 @@ impl Running {
                     }
                     let mut stream = stream.unwrap();
                     let serves = &serves;
-                    serves.connections.fetch_add(1, Ordering::SeqCst);
                     s.spawn(move || {
                         stream.set_read_timeout(Some(SOON)).unwrap();
                         stream.set_write_timeout(Some(SOON)).unwrap();
@@ -81,10 +78,6 @@ impl Running {
             });
         });
         Running { liar, address, thread: Some(thread) }
-    }
-
-    fn connections(&self) -> u64 {
-        self.liar.connections.load(Ordering::SeqCst)
     }
 
     fn heard(&self) -> Vec<String> {
@@ -471,39 +464,47 @@ fn notices_are_logged_without_what_is_harmful_in_them() {
     pool.close(SOON);
 }
 
-#[test]
-fn half_a_message_is_not_idle() {
-    // Behind each answer the beginning of a notification, whose rest comes with the next answer, if at all.
-    let half = message(b'A', b"\0\0\0\x07channel\0hello\0");
-    let (begin, end) = half.split_at(9);
-    let (begin, end) = (begin.to_vec(), end.to_vec());
-    let server = Running::new(move |stream, liar| {
+/// Behind the answer to question number `at` comes half a notification, and the rest of it before the next answer.
+fn half_a_message_behind(at: usize) -> Running {
+    let whole = message(b'A', b"\0\0\0\x07channel\0hello\0");
+    Running::new(move |stream, liar| {
         liar.hear(stream);
         liar.say(stream, &welcome(b'I'));
-        let mut rest: &[u8] = b"";
-        let mut asked = 0;
+        let (begin, end) = whole.split_at(9);
+        let (mut asked, mut rest) = (0, &b""[..]);
         while let Some(said) = liar.hear(stream) {
-            if said != "Q" && said != "S" {
-                continue;
+            let empty = if said == "Q" { message(b'I', b"") } else { vec![] };
+            if said == "Q" || said == "S" {
+                asked += 1;
+                let more = if asked == at { begin } else { b"" };
+                liar.say(stream, &[rest, &empty, &message(b'Z', b"I"), more].concat());
+                rest = if asked == at { end } else { b"" };
             }
-            asked += 1;
-            // The first question is the pool's own. The second is the user's.
-            let more: &[u8] = if asked == 2 { &begin } else { b"" };
-            let answer = if said == "Q" { message(b'I', b"") } else { vec![] };
-            liar.say(stream, &[rest, &answer, &message(b'Z', b"I"), more].concat());
-            rest = if asked == 2 { &end } else { b"" };
         }
-    });
+    })
+}
+
+#[test]
+fn half_a_message_is_not_idle_until_the_other_half_is_there() {
+    // The pool asks once when it opens a connection. Behind the answer to what the user asks:
+    let server = half_a_message_behind(2);
+    let asked = || server.heard().iter().filter(|said| *said == "Q" || *said == "S").count();
     let pool = builder(&server).connection_timeout(SOON).name("half").max_size(1).open().unwrap();
-    assert_eq!(pool.stats().opens, 1);
-    let before = server.heard().iter().filter(|s| *s == "Q" || *s == "S").count();
+    assert_eq!(asked(), 1);
     let mut client = pool.get().unwrap();
     client.simple_query("").unwrap();
     drop(client);
-    // It is asked, and its answer brings the rest.
-    let asked = || server.heard().iter().filter(|s| *s == "Q" || *s == "S").count() - before;
-    assert!(wait_until(Instant::now() + SOON, || asked() == 2 && pool.stats().idle == 1), "{}", pool.stats());
-    assert_eq!((pool.stats().opens, pool.stats().closes), (1, 0), "and it stays");
+    let settled = || asked() == 3 && pool.stats().idle == 1;
+    assert!(wait_until(Instant::now() + SOON, settled), "nobody asked: {}", pool.stats());
+    assert_eq!((pool.stats().opens, pool.stats().closes), (1, 0), "it is as good as any");
     pool.close(SOON);
-    let _ = (Reset::Rollback, server.connections());
+
+    // Behind the answer to the pool, which validates:
+    let server = half_a_message_behind(2);
+    let asked = || server.heard().iter().filter(|said| *said == "Q" || *said == "S").count();
+    let builder = builder(&server).connection_timeout(SOON).name("half-valid").max_size(1);
+    let pool = builder.validate(Validate::Always).open().unwrap();
+    drop(pool.get().unwrap());
+    assert_eq!((asked(), pool.stats().opens, pool.stats().closes), (3, 1, 0), "asked again, and it is as good as any");
+    pool.close(SOON);
 }

@@ -9,6 +9,7 @@
 //! Two facts of the protocol carry it. Answers come in the order of the requests, so a queue of requests tells which one
 //! a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means: nothing is under way.
 
+use crate::text::CUT;
 use std::collections::VecDeque;
 use std::fmt;
 
@@ -21,7 +22,7 @@ const LOGIN_MESSAGE: usize = 64 * 1024;
 /// The most that a server may say before the login is over, in bytes: its parameters and notices are many, and short.
 const LOGIN: usize = 1024 * 1024;
 /// How much of an error is kept, in bytes.
-const ERROR: usize = 200;
+const ERROR: usize = 1024;
 
 /// Where the session stands, by the server's last word (`ReadyForQuery`).
 ///
@@ -268,7 +269,12 @@ impl Scanner {
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
                     self.fatal = code;
-                    self.last_words = field(body, b'M').map(|text| String::from_utf8_lossy(text).into_owned());
+                    self.last_words = field(body, b'M').map(|text| {
+                        let is_cut = body.len() == ERROR && body.ends_with(text);
+                        let (kept, end) =
+                            if is_cut { (text.len().saturating_sub(CUT.len()), CUT) } else { (text.len(), "") };
+                        String::from_utf8_lossy(&text[..kept]).into_owned() + end
+                    });
                 }
             }
             b'S' => {

@@ -205,7 +205,7 @@ proptest! {
             }
         }
         prop_assert_eq!(format!("{whole:?}"), format!("{pieces:?}"));
-        prop_assert!(whole.backend.kept.len() <= 200);
+        prop_assert!(whole.backend.kept.len() <= ERROR);
     }
 }
 
@@ -409,6 +409,11 @@ fn a_fatal_error_leaves_its_code() {
         assert_eq!((scanner.fatal(), scanner.last_words()), (Some(*b"57P01"), Some(words)));
         assert!(scanner.is_lost() && !scanner.is_poisoned());
     }
+    // What is longer than what is kept says so.
+    let mut scanner = logged_in();
+    scanner.received(&message(b'E', &[b"SFATAL\0C57P01\0M", &[b'x'; 5000][..], b"\0\0"].concat()));
+    let words = scanner.last_words().unwrap();
+    assert!(words.len() <= ERROR && words.ends_with("xxx ... (cut)"), "{words}");
     // Only the severity counts, not a text that looks like one, nor a translation.
     let mut scanner = logged_in();
     scanner.received(&message(b'E', b"SFATAL\0VERROR\0C42601\0MVFATAL\0\0"));
