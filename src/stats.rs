@@ -162,8 +162,8 @@ impl fmt::Display for Connections {
     }
 }
 
-/// How much of a cell is shown, in bytes: a line of source in a long path fits.
-const CELL: usize = 160;
+/// How much of a cell is shown, in bytes: a thread and a line of source in a long path fit.
+const CELL: usize = 256;
 
 /// Writes rows, of which the first is the head, as a table.
 pub(crate) fn write_table<const N: usize>(
@@ -577,7 +577,7 @@ mod tests {
 
     #[test]
     fn a_table_of_many_rows_takes_a_time_that_grows_with_them() {
-        // A thousand times what it takes, and a tenth of what it takes if each row looks at all of them.
+        // A hundred times what it takes, and a tenth of what it takes if each row looks at all of them.
         let limit = Duration::from_secs(20);
         let table = Connections((0..20_000).map(|id| row(id, "'worker'")).collect());
         let begun = std::time::Instant::now();
