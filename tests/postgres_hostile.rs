@@ -8,7 +8,7 @@ mod tls;
 
 use log::{LevelFilter, Log, Metadata, Record};
 use millpond::postgres::{Connector, Error, PostgresManager};
-use millpond::{Builder, Pool, Validate};
+use millpond::{Pool, Validate};
 use parking_lot::Mutex;
 use postgres::NoTls;
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use support::{Server, ms, wait_until};
+use support::{Server, wait_until};
 use tls::Identity;
 
 /// Longer than anything takes that is not stuck.
@@ -167,12 +167,18 @@ fn manager<T: Connector>(server: &Running, terms: &str, tls: T) -> PostgresManag
     PostgresManager::parse(&server.params(terms), tls).unwrap()
 }
 
-fn builder(server: &Running) -> Builder<PostgresManager<NoTls>> {
-    manager(server, "sslmode=disable", NoTls).builder().connection_timeout(ms(300))
+fn plain(server: &Running) -> PostgresManager<NoTls> {
+    manager(server, "sslmode=disable", NoTls)
 }
 
-fn build_error<T: Connector>(builder: Builder<PostgresManager<T>>) -> millpond::Error {
-    builder.open().map(drop).expect_err("nobody is let in")
+/// What the pool says of its first attempt to open a connection, which fails.
+#[track_caller]
+fn failure<T: Connector>(name: &str, manager: PostgresManager<T>) -> millpond::Error {
+    let pool = Pool::builder().name(name).min_idle(1).build_unchecked(manager);
+    assert!(wait_until(Instant::now() + SOON, || pool.stats().failed_opens > 0), "{}", pool.stats());
+    let error = pool.get_timeout(Duration::ZERO).map(drop).expect_err("nobody is let in");
+    pool.close(SOON);
+    error
 }
 
 // ---------------------------------------------------------------------------------------------- the log
@@ -244,16 +250,8 @@ fn a_server_that_cannot_fork_refuses_nobody_for_good() {
     ] {
         for has_tls in [true, false] {
             let error = match has_tls {
-                true => build_error(
-                    manager(&server, terms, Identity::get().trusting())
-                        .observe(observed)
-                        .builder()
-                        .connection_timeout(ms(300)),
-                ),
-                false => {
-                    let builder = manager(&server, terms, NoTls).observe(observed).builder();
-                    build_error(builder.connection_timeout(ms(300)))
-                }
+                true => failure("fork", manager(&server, terms, Identity::get().trusting()).observe(observed)),
+                false => failure("fork", manager(&server, terms, NoTls).observe(observed)),
             };
             let case = format!("{terms}, TLS {has_tls}, observed {observed}: {error}");
             if terms.ends_with("direct") && !has_tls {
@@ -272,8 +270,7 @@ fn a_server_that_cannot_fork_refuses_nobody_for_good() {
     drop(server);
     let server = cannot_fork();
     for terms in ["sslmode=prefer", "sslmode=require", "sslmode=require sslnegotiation=direct"] {
-        let builder = manager(&server, terms, Identity::get().trusting()).builder();
-        build_error(builder.connection_timeout(ms(200)));
+        failure("fork", manager(&server, terms, Identity::get().trusting()));
     }
     let heard = server.heard();
     assert!(heard.iter().all(|said| said == "ssl?" || said == "tls"), "{heard:?}");
@@ -333,7 +330,7 @@ fn an_error_of_100_mb_is_neither_logged_nor_kept_as_a_whole() {
         liar.say(stream, &long);
         liar.hear(stream);
     });
-    let error = build_error(builder(&server).name("verbose-login").connection_timeout(ms(500)));
+    let error = failure("verbose-login", plain(&server));
     assert!(error.is_timeout(), "{}", error.to_string().len());
     assert_harmless(&error.to_string());
     records("verbose-login", "cannot open").iter().for_each(|r| assert_harmless(r));
@@ -355,8 +352,7 @@ fn a_long_error_after_the_login_is_cut_and_not_kept() {
             }
         });
         let name = format!("verbose-{observed}");
-        let manager = manager(&server, "sslmode=disable", NoTls).observe(observed);
-        let error = build_error(manager.builder().name(&*name).connection_timeout(ms(500)));
+        let error = failure(&name, plain(&server).observe(observed));
         assert_harmless(&error.to_string());
         assert!(error.to_string().contains("yyy") && error.to_string().contains("cut"), "{error}");
         let typed = error.cause().unwrap().downcast_ref::<Error>().expect("its own type");
@@ -374,7 +370,7 @@ fn a_login_that_ends_in_an_unknown_status_gives_no_connection() {
             liar.say(stream, &welcome(status));
             serve(stream, liar, b"");
         });
-        let error = build_error(builder(&server));
+        let error = failure("status", plain(&server));
         assert!(error.is_timeout() && error.to_string().contains("transaction status"), "{error}");
         assert_harmless(&error.to_string());
     }
@@ -386,7 +382,7 @@ fn a_login_that_ends_in_an_unknown_status_gives_no_connection() {
             liar.say(stream, &[message(b'I', b""), message(b'Z', b"?")].concat());
         }
     });
-    let error = build_error(builder(&server));
+    let error = failure("status", plain(&server));
     assert!(error.is_timeout() && error.to_string().contains("transaction status"), "{error}");
 }
 
@@ -403,8 +399,7 @@ fn a_servers_words_are_escaped_wherever_they_are_shown() {
                 liar.hear(stream);
             });
             let name = format!("rude-{code}-{observed}");
-            let manager = manager(&server, "sslmode=disable", NoTls).observe(observed);
-            let error = build_error(manager.builder().name(&*name).connection_timeout(ms(300)));
+            let error = failure(&name, plain(&server).observe(observed));
             assert_eq!(error.is_connect(), permanent, "{error}");
             assert!(error.to_string().contains("go away\\u{1b}[2J"), "{error}");
             for text in [error.to_string(), format!("{error:?}"), error.cause().unwrap().to_string()] {
@@ -489,7 +484,7 @@ fn half_a_message_is_not_idle_until_the_other_half_is_there() {
     // The pool asks once when it opens a connection. Behind the answer to what the user asks:
     let server = half_a_message_behind(2);
     let asked = || server.heard().iter().filter(|said| *said == "Q" || *said == "S").count();
-    let pool = builder(&server).connection_timeout(SOON).name("half").max_size(1).open().unwrap();
+    let pool = plain(&server).builder().connection_timeout(SOON).name("half").max_size(1).open().unwrap();
     assert_eq!(asked(), 1);
     let mut client = pool.get().unwrap();
     client.simple_query("").unwrap();
@@ -502,7 +497,7 @@ fn half_a_message_is_not_idle_until_the_other_half_is_there() {
     // Behind the answer to the pool, which validates:
     let server = half_a_message_behind(2);
     let asked = || server.heard().iter().filter(|said| *said == "Q" || *said == "S").count();
-    let builder = builder(&server).connection_timeout(SOON).name("half-valid").max_size(1);
+    let builder = plain(&server).builder().connection_timeout(SOON).name("half-valid").max_size(1);
     let pool = builder.validate(Validate::Always).open().unwrap();
     drop(pool.get().unwrap());
     assert_eq!((asked(), pool.stats().opens, pool.stats().closes), (3, 1, 0), "asked again, and it is as good as any");
