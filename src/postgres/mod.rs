@@ -84,7 +84,8 @@
 //! A connection that is not observed is asked with one query when it comes back, which costs as much as a small query, and
 //! nothing can be cut. Nor is there a bound to what a server may say before it has let anybody in (observed, 64 KiB in one
 //! message and 1 MiB in all): `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And
-//! a server that declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart.
+//! a server that declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
+//! `sslmode=prefer` it takes both for a no, and logs in in clear.)
 
 mod audit;
 mod budget;
