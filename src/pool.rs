@@ -12,6 +12,7 @@ use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
 use crate::shared::{Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::text::Shown;
 use crate::waiter::News;
 use crate::{reaper, who};
 use log::Level;
@@ -513,7 +514,7 @@ impl CloseReport {
 
 impl fmt::Display for CloseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}' {}", self.pool, self.outcome())
+        write!(f, "pool '{}' {}", Shown(&self.pool), self.outcome())
     }
 }
 

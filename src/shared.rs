@@ -14,6 +14,7 @@ use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
+use crate::text::Shown;
 use crate::waiter::Seat;
 use crate::{reaper, who};
 use log::Level;
@@ -297,7 +298,8 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn notice(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
         // A forked child has no such thread, and what it does is no news of the parent's pool.
         if level <= log::max_level() && !self.is_forked() {
-            let text = format!("pool '{}': {}", self.name, text());
+            // One record is one line, whatever there is in names and words.
+            let text = Shown(format_args!("pool '{}': {}", self.name, text())).to_string();
             self.post(Job::Notice(Notice { level, text }));
         }
     }
