@@ -999,15 +999,6 @@ impl<C, W: Clone> Ledger<C, W> {
         self.provision(now);
     }
 
-    /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
-    /// the books, which would not balance otherwise.
-    pub(crate) fn forget_rehearsal(&mut self) {
-        self.rows.iter_mut().for_each(|row| row.uses = 0);
-        let tally = std::mem::take(&mut self.tally);
-        let (wait, hold) = Default::default();
-        self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
-    }
-
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.
     pub(crate) fn close(&mut self, now: Moment) -> Option<u32> {
         let now = self.tick(now);
@@ -1298,7 +1289,9 @@ impl<C, W: Clone> Ledger<C, W> {
             _ => 1,
         };
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
-        let longest = if permanent || self.front.is_none() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
+        // (`build` waits as well, though not in the queue.)
+        let waited_for = self.front.is_some() || self.watchers > 0;
+        let longest = if permanent || !waited_for { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
         // Up to a fifth is taken off, so that many pools do not come back in step.
         let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));

@@ -11,7 +11,7 @@ use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
 use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
-use crate::shared::{Ended, Shared, WaitingSeat};
+use crate::shared::{Book, Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
 use crate::waiter::News;
 use crate::{reaper, who};
@@ -74,28 +74,32 @@ impl<M: Manage> Pool<M> {
         Ok(Pool(Arc::new(Handle { shared })))
     }
 
-    /// Opens what `build` promises, or says why not.
+    /// Opens what `build` promises, or says why not. Nothing of it is lent.
     pub(crate) fn fill(&self) -> Result<(), Error> {
         let shared = &self.0.shared;
         let timeout = shared.settings.connection_timeout;
-        let deadline = shared.clock.precise().plus(timeout);
-        shared.starting.store(true, Ordering::Release);
-        drop(self.get_timeout(timeout)?);
-        self.lay_floor();
-        let deadline = shared.clock.instant(deadline);
-        let stands = shared.watch(deadline, || {
-            let ledger = shared.lock();
-            if ledger.is_closed() || ledger.floor_stands() {
-                return Some(true);
+        let deadline = shared.clock.instant(shared.clock.precise().plus(timeout));
+        let wait_until = |fact: fn(&Book<M>) -> bool| {
+            let found = shared.watch(deadline, || {
+                let ledger = shared.lock();
+                if ledger.is_closed() || fact(&ledger) {
+                    return Some(Ok(()));
+                }
+                ledger.is_refusing().then_some(Err(()))
+            });
+            match found {
+                Some(Ok(())) => Ok(()),
+                Some(Err(())) => Err(shared.refused_error()),
+                None => Err(self.timeout_error(timeout)),
             }
-            ledger.is_refusing().then_some(false)
-        });
-        shared.lock().forget_rehearsal();
-        match stands {
-            Some(true) => Ok(()),
-            Some(false) => Err(shared.refused_error()),
-            None => Err(self.timeout_error(timeout)),
-        }
+        };
+        // One alone, to be looked at before there are others: a floor of one brings it.
+        shared.starting.store(true, Ordering::Release);
+        let now = shared.clock.precise();
+        shared.with(|l| l.set_min_idle(now, 1));
+        wait_until(|l| l.tally.opens > 0)?;
+        self.lay_floor();
+        wait_until(|l| l.floor_stands())
     }
 
     pub(crate) fn lay_floor(&self) {
