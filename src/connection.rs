@@ -2,6 +2,7 @@
 
 use crate::clock::Moment;
 use crate::event::CheckinEvent;
+use crate::here;
 use crate::jobs::{catch, shielded};
 use crate::keep;
 use crate::ledger::{Back, Token};
@@ -141,6 +142,7 @@ impl<M: Manage> PooledConnection<M> {
         let Some(mut conn) = self.conn.take() else { return };
         let Some(token) = conn.token.take() else { return };
         let shared = &conn.link.shared;
+        let here = here::with(shared.address(), conn.link.id);
         let back = match back {
             Some(back) => back,
             None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
@@ -157,6 +159,7 @@ impl<M: Manage> PooledConnection<M> {
             let (id, duration) = (token.id(), shared.now().since(conn.lent));
             shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
+        drop(here);
         let now = shared.now();
         let core = keep::hold(&shared.core);
         core.checkin(now, token, conn, back);

@@ -93,6 +93,7 @@ mod crew;
 mod error;
 pub mod event;
 mod guard;
+mod here;
 mod jobs;
 mod keep;
 mod ledger;

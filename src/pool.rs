@@ -7,7 +7,8 @@ use crate::crew::Kind;
 use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
-use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
+use crate::here;
+use crate::jobs::{Job, Slot, catch, refused, shielded};
 use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
@@ -180,6 +181,7 @@ impl<M: Manage> Pool<M> {
                 now = shared.clock.precise();
             }
             let (id, duration) = (token.id(), now.since(asked));
+            let _here = here::with(shared.address(), id);
             shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
         }
         PooledConnection::new(token, conn, now)
@@ -273,7 +275,9 @@ impl<M: Manage> Pool<M> {
     fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
         let begun = shared.clock.precise();
+        let here = here::with(shared.address(), token.id());
         let result = catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout));
+        drop(here);
         let reason = match &result {
             Ok(Ok(())) => {
                 let now = shared.clock.precise();
@@ -298,7 +302,7 @@ impl<M: Manage> Pool<M> {
         };
         let mut out = shared.rows(|row| row.state == ConnectionState::Out);
         let me = who::tag();
-        let held_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
+        let checked_out_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
         out.truncate(Timeout::HOLDERS);
         let mut holders = shared.describe(out);
@@ -313,7 +317,7 @@ impl<M: Manage> Pool<M> {
             closing: counts.closing,
             waiting: counts.waiting,
             holders,
-            held_here,
+            checked_out_here,
             cause: if failing { shared.cause() } else { None },
         }))
     }
@@ -355,7 +359,9 @@ impl<M: Manage> Pool<M> {
     ///
     /// From the start of the call, those who wait for a connection get [`Closed`](crate::ErrorKind::Closed), and nothing
     /// new is handed out. Idle connections are closed; lent ones as they come back; those being opened when they arrive.
-    /// It does not wait for what this very thread holds, nor, called from a hook, for the job that called it.
+    /// Called from a hook, it does not wait for the job or the connection with which the hook was called. But what
+    /// this thread has checked out, and still holds, it waits for until the grace is over: return it first. (The pool
+    /// knows who checked a connection out, and not who has it now.)
     ///
     /// When the grace is over, what is still lent is cancelled and cut where the manager can do that, the rest is
     /// left to end by itself, and the report says what. Zero: waits for nothing. A second call waits as well.
@@ -587,16 +593,16 @@ fn close<M: Manage>(
     workers_finished: bool,
 ) -> CloseReport {
     let waiters = end(shared, by, Some(at));
-    let me = who::tag();
-    // A job of this very thread's that was written off has no slot any longer.
-    let (my_thread, my_job) = crew_here(shared).map_or((0, 0), |id| (1, id));
+    // (A job of this very thread's that was written off has no slot any longer.)
+    let (on_the_crew, in_hand) = here::of(shared.address());
+    let my_thread = usize::from(on_the_crew);
     // A forked child has none of the threads it could wait for.
     let deadline = if shared.is_forked() { Some(begun) } else { deadline };
 
     shared.watch(deadline, || {
         let threads = shared.crew.threads();
         let ledger = shared.lock();
-        let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
+        let mine = |row: &Row| in_hand.contains(&row.id);
         let others = ledger.rows().any(|row| !mine(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
         let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);

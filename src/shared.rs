@@ -137,6 +137,12 @@ impl<M: Manage> Shared<M> {
         })
     }
 
+    /// Which pool this is, for as long as there is anything of it.
+    #[inline]
+    pub(crate) fn address(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+
     // ---------------------------------------------------------------------------------------------- the lock
 
     /// Asks the ledger, and settles what it leaves to be done.
