@@ -75,8 +75,7 @@
 //!
 //! # Features
 //!
-//! * `postgres` (default): [`millpond::postgres`](postgres), what a pool can do when it knows that the other side is
-//!   PostgreSQL.
+//! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
 //!
 //! # Limits
 //!

@@ -364,11 +364,11 @@ impl<M: Manage> Pool<M> {
     /// knows who checked a connection out, and not who has it now.)
     ///
     /// When the grace is over, what is still lent is cancelled and cut where the manager can do that, the rest is
-    /// left to end by itself, and the report says what. Zero: waits for nothing. A second call waits as well.
+    /// left to end by itself, and the report says what. Zero: waits for nothing. A second call has a grace of its own.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
-        let begun = Instant::now();
-        close(&self.0.shared, "`close` was called", Location::caller(), begun, begun.checked_add(grace), true)
+        let closer = Closer::new("`close` was called", Location::caller(), grace);
+        close(&self.0.shared, closer)
     }
 
     /// Whether the pool is closed.
@@ -535,7 +535,8 @@ impl CloseReport {
         impl fmt::Display for Outcome<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let report = self.0;
-                write!(f, "closed in {}", Short(report.elapsed))?;
+                let how = if report.is_complete() { "closed in" } else { "not wholly closed after" };
+                write!(f, "{how} {}", Short(report.elapsed))?;
                 if report.waiters > 0 {
                     write!(f, "; waiters turned away: {}", report.waiters)?;
                 }
@@ -583,48 +584,86 @@ fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static
 /// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
 const LAST_WORDS: Duration = Duration::from_millis(20);
 
-/// Ends the pool, waits until the deadline for what there is, and reports. The whole began at `begun`.
-fn close<M: Manage>(
-    shared: &Arc<Shared<M>>,
-    by: &'static str,
-    at: &'static Location<'static>,
-    begun: Instant,
-    deadline: Option<Instant>,
-    workers_finished: bool,
-) -> CloseReport {
+/// One who closes the pool.
+pub(crate) struct Closer {
+    pub(crate) by: &'static str,
+    pub(crate) at: &'static Location<'static>,
+    pub(crate) begun: Instant,
+    pub(crate) grace: Duration,
+    /// Whether the workers of a guard have finished, which had a part of the grace for it.
+    pub(crate) workers_finished: bool,
+    /// Whether what others have waited for in vain counts against the grace.
+    pub(crate) joins: bool,
+}
+
+impl Closer {
+    pub(crate) fn new(by: &'static str, at: &'static Location<'static>, grace: Duration) -> Self {
+        Closer { by, at, begun: Instant::now(), grace, workers_finished: true, joins: false }
+    }
+}
+
+/// A wait that was in vain.
+#[derive(Clone)]
+pub(crate) struct Vain {
+    /// When it began: what changed its state later was not waited for from the beginning.
+    since: Moment,
+    /// How long it was.
+    waited: Duration,
+    /// Threads and cut connections when it was over.
+    threads: usize,
+    cut: Vec<u64>,
+}
+
+/// Ends the pool, waits until the deadline for what there is, and reports.
+fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
+    let Closer { by, at, begun, grace, workers_finished, joins } = closer;
     let waiters = end(shared, by, Some(at));
+    let since = shared.clock.precise();
     // (A job of this very thread's that was written off has no slot any longer.)
     let (on_the_crew, in_hand) = here::of(shared.address());
     let my_thread = usize::from(on_the_crew);
     // A forked child has none of the threads it could wait for.
-    let deadline = if shared.is_forked() { Some(begun) } else { deadline };
+    let deadline = if shared.is_forked() { Some(begun) } else { begun.checked_add(grace) };
 
-    shared.watch(deadline, || {
+    let is_over = |vain: Option<&Vain>| {
         let threads = shared.crew.threads();
         let ledger = shared.lock();
-        let mine = |row: &Row| in_hand.contains(&row.id);
-        let others = ledger.rows().any(|row| !mine(row));
+        let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
+        let others = ledger.rows().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
+        let at_work = ledger.rows().any(|row| skipped(row) && row.state != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
-        (!others && !reaper && threads <= my_thread).then_some(())
-    });
+        (!others && !reaper && threads <= my_thread + vain.map_or(0, |vain| vain.threads)).then_some(())
+    };
+    let vain = shared.vain.lock().clone();
+    match vain.as_ref().filter(|_| joins) {
+        None => _ = shared.watch(deadline, || is_over(None)),
+        Some(vain) => {
+            let early = begun.checked_add(grace.saturating_sub(vain.waited));
+            if shared.watch(early, || is_over(None)).is_none() {
+                shared.watch(deadline, || is_over(Some(vain)));
+            }
+        }
+    }
     let lost = shared.counts().lost;
     // Before others are started that cut.
     let threads = shared.crew.threads().saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.rows(|_| true)));
     let over = deadline.is_some_and(|at| Instant::now() >= at) && !shared.is_forked();
-    let mut cut = Vec::new();
+    let mut cut = vain.as_ref().map_or(Vec::new(), |vain| vain.cut.clone());
+    cut.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
         for row in left.iter() {
             let lent = row.state == ConnectionState::Out;
-            if shared.cut(row.id, lent) {
+            if shared.cut(row.id, lent) && !cut.contains(&row.id) {
                 cut.push(row.id);
             }
         }
         let now = shared.clock.precise();
         shared.with(|l| l.abandon_opens(now));
+        let (since, waited) = vain.map_or((since, grace), |vain| (vain.since, vain.waited.max(grace)));
+        *shared.vain.lock() = Some(Vain { since, waited, threads, cut: cut.clone() });
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),
@@ -649,14 +688,7 @@ fn close<M: Manage>(
 /// What a guard can do with a pool whose manager it does not know.
 pub(crate) trait Closing: Send + Sync {
     fn name(&self) -> &str;
-    /// Closes the pool on behalf of a guard that was made at `at` and dropped at `begun`.
-    fn close_by(
-        &self,
-        at: &'static Location<'static>,
-        begun: Instant,
-        deadline: Option<Instant>,
-        workers_finished: bool,
-    ) -> CloseReport;
+    fn close_by(&self, closer: Closer) -> CloseReport;
 }
 
 impl<M: Manage> Closing for Pool<M> {
@@ -664,13 +696,7 @@ impl<M: Manage> Closing for Pool<M> {
         Pool::name(self)
     }
 
-    fn close_by(
-        &self,
-        at: &'static Location<'static>,
-        begun: Instant,
-        deadline: Option<Instant>,
-        workers_finished: bool,
-    ) -> CloseReport {
-        close(&self.0.shared, "its guard was dropped", at, begun, deadline, workers_finished)
+    fn close_by(&self, closer: Closer) -> CloseReport {
+        close(&self.0.shared, closer)
     }
 }

@@ -12,6 +12,7 @@ use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot};
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
+use crate::pool::Vain;
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::waiter::Seat;
@@ -52,6 +53,8 @@ pub(crate) struct Shared<M: Manage> {
     /// Every connection that is open or being opened, by number: what can be done about it from outside.
     pub(crate) openings: Mutex<HashMap<u64, Arc<Opening>>>,
     pub(crate) ended: OnceLock<Ended>,
+    /// What `close` and guards have waited for in vain.
+    pub(crate) vain: Mutex<Option<Vain>>,
     /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`].
     pub(crate) starting: AtomicBool,
     /// The process that built the pool.
@@ -128,6 +131,7 @@ impl<M: Manage> Shared<M> {
             cause: Mutex::new(None),
             openings: Mutex::new(HashMap::new()),
             ended: OnceLock::new(),
+            vain: Mutex::new(None),
             starting: AtomicBool::new(false),
             pid: std::process::id(),
             clock,

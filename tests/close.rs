@@ -366,6 +366,76 @@ fn a_guard_is_one_of_many() {
     assert_eq!(fake.alive(), 0);
 }
 
+/// A guard that is told to close says so, and is not said to have been dropped.
+#[test]
+fn a_guard_that_was_closed_was_not_dropped() {
+    let _alone = alone();
+    let fake = Fake::new();
+    for (closed_by, text) in [(true, "its guard was closed"), (false, "its guard was dropped")] {
+        let pool = Pool::builder().name("guard").build(fake.direct()).unwrap();
+        let line = line!() + 1;
+        let guard = pool.guard();
+        if closed_by {
+            assert!(guard.close().is_complete());
+        } else {
+            drop(guard);
+        }
+        let closed = closed(pool.get().map(drop).unwrap_err());
+        assert_eq!(closed.by, text);
+        assert_eq!(closed.at.map(|at| (at.file(), at.line())), Some((file!(), line)));
+    }
+}
+
+/// What is left keeps a report from saying that the pool was closed.
+#[test]
+fn what_is_not_wholly_closed_is_not_called_closed() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("half").build(fake.direct()).unwrap();
+    let (end, at_end) = bounded::<()>(0);
+    let endless = thread::spawn(move || at_end.recv());
+    let report = pool.guard().grace(ms(100)).owning(Some(endless)).close();
+    let text = report.to_string();
+    assert!(text.starts_with("pool 'half' not wholly closed after "), "{text}");
+    assert!(text.ends_with("; workers still run") && !report.is_complete(), "{text}");
+    drop(end);
+    let text = pool.close(SOON).to_string();
+    assert!(text.starts_with("pool 'half' closed in ") && text.ends_with("; nothing is left"), "{text}");
+}
+
+/// What one has waited for in vain the next does not wait for again.
+#[test]
+fn two_guards_in_a_row_take_one_grace() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("row").build(fake.direct()).unwrap();
+    let (kept, back) = thread::scope(|s| s.spawn(|| (pool.get().unwrap(), pool.get().unwrap())).join().unwrap());
+    let guards = [pool.guard(), pool.guard(), pool.guard()].map(|guard| guard.grace(ms(400)));
+    let long = pool.guard().grace(ms(600));
+    let [first, second, third] = guards;
+    let began = Instant::now();
+    let report = first.close();
+    assert_within(report.elapsed, ms(400), ms(400) + EPSILON);
+    assert_eq!(report.left.len(), 2, "{report}");
+    drop(second);
+    assert_within(began.elapsed(), ms(400), ms(400) + 2 * EPSILON);
+
+    // What has come back since is another matter.
+    fake.set(Call::Close, Act::Last(ms(100)));
+    drop(back);
+    let report = third.close();
+    assert_within(report.elapsed, ms(100), ms(100) + EPSILON);
+    assert_eq!((report.left.len(), report.is_complete()), (1, false), "{report}");
+    // And so is a longer grace, which is longer by as much.
+    let report = long.close();
+    assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
+    // Whoever asks for a time of its own has it.
+    assert_within(pool.close(ms(100)).elapsed, ms(100), ms(100) + EPSILON);
+    drop(kept);
+    assert!(pool.close(SOON).is_complete());
+    assert_threads("row", &[]);
+}
+
 // ---------------------------------------------------------------------------------------------------- close
 
 #[test]
