@@ -362,6 +362,9 @@ pub(crate) struct Ledger<C, W> {
     generation: u64,
     /// What was proven before is suspect.
     suspect: Moment,
+    /// When one who does not wait last asked for a connection. What was used or checked since serves the next, however
+    /// late it comes. `NEVER`: nobody has asked.
+    asked: Moment,
     /// The slot whose keepalive goes on.
     keepalive: Option<u64>,
     /// When the reaper means to look again.
@@ -402,6 +405,7 @@ impl<C, W: Clone> Ledger<C, W> {
             next_ticket: 0,
             generation: 0,
             suspect: Moment::BIRTH,
+            asked: Moment::NEVER,
             keepalive: None,
             alarm: Moment::NEVER,
             closed: false,
@@ -503,6 +507,102 @@ impl<C, W: Clone> Ledger<C, W> {
         taken
     }
 
+    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. What is only stale comes as
+    /// [`Take::Check`], to be looked at without asking the server, and then [`seen`](Ledger::seen).
+    pub(crate) fn take_at_once(&mut self, now: Moment, holder: Holder) -> Take<C> {
+        let now = self.tick(now);
+        if let Take::Ready(token, conn) = self.take(now, holder, false) {
+            self.asked = now;
+            return Take::Ready(token, conn);
+        }
+        if !self.closed && self.front.is_none() {
+            if let Some((index, _)) = self.top(now) {
+                let is_suspect = self.rows[index as usize].proven < self.suspect;
+                if matches!(self.rules.validate, Validate::AfterIdle(_)) && !is_suspect {
+                    let conn = self.pop_idle();
+                    self.start_check(index, now, Check::Own);
+                    let row = &mut self.rows[index as usize];
+                    row.holder = Some(holder);
+                    return Take::Check(Token { index, id: row.id }, conn, self.ticket());
+                }
+            }
+            if let Some((token, conn)) = self.take_checked(now, holder) {
+                return Take::Ready(token, conn);
+            }
+        }
+        self.note_asked(now);
+        Take::Nothing
+    }
+
+    /// Takes what needs a check, if one that was made since somebody asked in vain serves for it.
+    fn take_checked(&mut self, now: Moment, holder: Holder) -> Option<(Token, C)> {
+        let (index, _) = self.top(now)?;
+        if !self.serves_who_asked(index) {
+            return None;
+        }
+        let conn = self.pop_idle();
+        self.asked = now;
+        self.lend(index, now, holder);
+        self.provision(now);
+        Some((Token { index, id: self.rows[index as usize].id }, conn))
+    }
+
+    /// The caller has looked at what it took [at once](Ledger::take_at_once), which seems `well`, or of which nothing is to
+    /// be seen. `None`: it may not have it; then the crew checks it, for the next.
+    pub(crate) fn seen(
+        &mut self,
+        now: Moment,
+        token: Token,
+        conn: C,
+        holder: Holder,
+        well: bool,
+    ) -> Option<(Token, C)> {
+        let now = self.tick(now);
+        let index = token.index;
+        self.end_check(index);
+        if let Some(reason) = self.unfit(index, now) {
+            self.doom(index, conn, reason, now);
+            self.provision(now);
+            return None;
+        }
+        let is_suspect = self.rows[index as usize].proven < self.suspect;
+        if self.is_passable(now) && ((well && !is_suspect) || self.serves_who_asked(index)) {
+            self.asked = now;
+            self.lend(index, now, holder);
+            self.provision(now);
+            return Some((token, conn));
+        }
+        self.note_asked(now);
+        if self.front.is_some() || self.opening + self.crew_checking > self.unserved() {
+            // Somebody has come to wait meanwhile, or one is made ready already.
+            self.supply(index, conn, now, false);
+        } else {
+            self.start_check(index, now, Check::Crew);
+            self.outbox.orders.push(Order::Check(token, conn));
+        }
+        self.provision(now);
+        None
+    }
+
+    /// One who does not wait has found nothing. What is under way by now was ordered for one like it.
+    fn note_asked(&mut self, now: Moment) {
+        let under_way = self.rows().filter(|r| matches!(r.state, State::Checking | State::Opening)).map(|r| r.since);
+        self.asked = under_way.min().unwrap_or(now);
+    }
+
+    /// Whether a connection that needs a check may do without for one who cannot wait for it: it was found well since the
+    /// last of them asked, and nothing has been found dead since.
+    fn serves_who_asked(&self, index: u32) -> bool {
+        let row = &self.rows[index as usize];
+        row.proven >= self.suspect
+            && match self.rules.validate {
+                Validate::Never => true,
+                // A check for every use: it was not used since.
+                Validate::Always => row.proven >= self.asked && (row.uses == 0 || row.proven >= row.unused_since),
+                Validate::AfterIdle(_) => row.unused_since.max(row.proven) >= self.asked,
+            }
+    }
+
     /// The idle connection that would be handed out next, and whether it needs a check. Those before it that have
     /// expired are closed.
     #[inline]
@@ -537,6 +637,13 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let waiting = self.waiting();
         if self.rules.max_waiting.is_some_and(|max| waiting >= max) {
+            if waiting == 0 {
+                // Where nobody waits, nobody waits for a check.
+                if let Some((token, conn)) = self.take_checked(now, holder) {
+                    return (Join::Ready(token, conn), Some(seat));
+                }
+                self.note_asked(now);
+            }
             self.tally.turned_away += 1;
             self.prepare(now);
             return (Join::Crowded(waiting), Some(seat));
