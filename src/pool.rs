@@ -4,7 +4,7 @@ use crate::builder::{Builder, Hooks};
 use crate::clock::Moment;
 use crate::connection::{Conn, PooledConnection};
 use crate::crew::Kind;
-use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
+use crate::error::{Cause, Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
 use crate::here;
@@ -131,8 +131,8 @@ impl<M: Manage> Pool<M> {
 
     /// [`get`](Pool::get) with a deadline of its own: `timeout` covers everything, queueing, opening and validation.
     ///
-    /// Zero: takes a connection that is ready, and fails otherwise. A short timeout does no harm to a connection that is
-    /// being opened or validated: it goes to the next.
+    /// Zero: takes what can be had at once, by the rules of [`try_get`](Pool::try_get), and fails otherwise. A short timeout
+    /// does no harm to a connection that is being opened or validated: it goes to the next.
     ///
     /// # Errors
     ///
@@ -150,22 +150,55 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// Borrows a connection if one is idle and needs no check. Waits for nothing, neither for a connection nor for the
-    /// network; but asks for one to be made ready, so that a later call finds it.
+    /// Borrows a connection if one can be had at once. Waits for nothing, neither for a connection nor for the network;
+    /// but asks for one to be made ready, so that a later call finds it.
     ///
-    /// `None` as well if the pool is closed, or others have waited for [`right_of_way`](Builder::right_of_way).
+    /// What would be [validated](Builder::validate) because it was unused for a while is had after a
+    /// [look](Manage::peek) at it, if the manager can look ([`PostgresManager`](crate::postgres::PostgresManager) can, except
+    /// over a unix socket). Otherwise it is had if it was used or validated since the last such call, however long ago
+    /// that is: what one call had validated in vain serves the next. So it may be found dead by its user. What is under
+    /// suspicion, since another connection was found dead, is had only after it was validated; and with
+    /// [`Validate::Always`](crate::Validate) each use has a validation of its own.
+    ///
+    /// `None` as well if the pool is closed, or others wait.
     #[track_caller]
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = &self.0.shared;
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let now = shared.now();
-        match shared.with(|l| l.take(now, holder, false)) {
-            Take::Ready(token, conn) => Some(self.lend(token, conn, now, false)),
-            Take::Check(..) => unreachable!("it did not offer to check"),
-            Take::Nothing => {
-                if !shared.is_forked() {
-                    shared.with(|l| l.prepare(now));
-                }
+        if let Some((token, conn)) = self.take_at_once(now, holder) {
+            return Some(self.lend(token, conn, now, false));
+        }
+        if !shared.is_forked() {
+            shared.with(|l| l.prepare(now));
+        }
+        None
+    }
+
+    /// What can be had without waiting, not even for a check.
+    fn take_at_once(&self, now: Moment, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
+        let shared = &self.0.shared;
+        match shared.with(|l| l.take_at_once(now, holder)) {
+            Take::Ready(token, conn) => Some((token, conn)),
+            Take::Nothing => None,
+            Take::Check(_, conn, _) if shared.is_forked() => {
+                // It is the parent's.
+                std::mem::forget(conn);
+                None
+            }
+            Take::Check(token, mut conn, _) => {
+                let here = here::with(shared.address(), token.id());
+                let seen = catch(|| shared.manager.peek(conn.get_mut()));
+                drop(here);
+                let result = match seen {
+                    Ok(Some(Err(error))) => Ok(Err(error)),
+                    Err(panic) => Err(panic),
+                    Ok(seen) => {
+                        let now = shared.clock.precise();
+                        return shared.with(|l| l.seen(now, token, conn, holder, seen.is_some()));
+                    }
+                };
+                self.refuse_here(token, conn, result);
                 None
             }
         }
@@ -203,6 +236,11 @@ impl<M: Manage> Pool<M> {
         let begun = shared.clock.precise();
         let deadline = begun.plus(timeout);
         let mut place = None;
+        if timeout.is_zero() {
+            if let Some((token, conn)) = self.take_at_once(begun, holder) {
+                return Ok(self.lend(token, conn, begun, false));
+            }
+        }
         if let Take::Check(token, conn, ticket) = first {
             if let Some((token, conn)) = self.check_here(token, conn, holder) {
                 return Ok(self.lend(token, conn, begun, true));
@@ -229,6 +267,11 @@ impl<M: Manage> Pool<M> {
             Join::Queued(ticket) => match self.wait(&seat, ticket, deadline) {
                 Some(grant) => grant,
                 None => {
+                    if timeout.is_zero() {
+                        // What was ordered for it is to be there for the next.
+                        let now = shared.clock.precise();
+                        shared.with(|l| l.prepare(now));
+                    }
                     if let Some(events) = &shared.hooks.events {
                         shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
                     }
@@ -278,20 +321,23 @@ impl<M: Manage> Pool<M> {
         let here = here::with(shared.address(), token.id());
         let result = catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout));
         drop(here);
-        let reason = match &result {
-            Ok(Ok(())) => {
-                let now = shared.clock.precise();
-                return shared.with(|l| l.cleared(now, begun, token, conn, holder));
-            }
-            Ok(Err(_)) => CloseReason::Invalid,
-            Err(_) => CloseReason::Panicked,
-        };
+        if let Ok(Ok(())) = result {
+            let now = shared.clock.precise();
+            return shared.with(|l| l.cleared(now, begun, token, conn, holder));
+        }
+        self.refuse_here(token, conn, result);
+        None
+    }
+
+    /// A check or a look on this thread has failed: closes the connection, and says so.
+    fn refuse_here(&self, token: Token, conn: Box<Conn<M>>, result: Result<Result<(), M::Error>, Cause>) {
+        let shared = &self.0.shared;
+        let reason = if result.is_ok() { CloseReason::Invalid } else { CloseReason::Panicked };
         let id = token.id();
         let slot = Slot::new(Arc::clone(shared), token);
         slot.report_check(reason);
         shared.post(Kind::Close, Job::Close(slot, conn, reason));
         refused(shared, id, reason, result);
-        None
     }
 
     fn timeout_error(&self, timeout: Duration) -> Error {
