@@ -131,6 +131,11 @@ impl<W> PoolGuard<W> {
 
     fn finish_and_close(&mut self, by: &'static str) -> Option<CloseReport> {
         let pool = self.pool.take()?;
+        if pool.is_forked() {
+            // The workers are the parent's as well: nobody finishes here, and to drop them might wait for them.
+            std::mem::forget(self.workers.take());
+            return Some(pool.close_by(Closer::new(by, self.at, Duration::ZERO)));
+        }
         let mut closer = Closer { joins: true, ..Closer::new(by, self.at, self.grace) };
         // A grace too long to add is none: a year will do for what must have a deadline.
         let far = closer.begun + Duration::from_secs(365 * 86_400);

@@ -9,11 +9,11 @@ use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
 use crate::here;
 use crate::jobs::{Job, Slot, catch, refused, shielded};
-use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
+use crate::ledger::{Counts, Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
 use crate::shared::{Book, Ended, Shared, WaitingSeat};
-use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats, Tally};
 use crate::waiter::News;
 use crate::{reaper, who};
 use log::Level;
@@ -123,6 +123,7 @@ impl<M: Manage> Pool<M> {
     /// * [`Connect`](crate::ErrorKind::Connect): the server refuses for good, and no connection is alive. At once.
     /// * [`Closed`](crate::ErrorKind::Closed): the pool is closed. At once, to those who wait as well.
     /// * [`TooManyWaiting`](crate::ErrorKind::TooManyWaiting): `max_waiting` others wait. At once.
+    /// * [`Config`](crate::ErrorKind::Config): this process was forked from the one that built the pool.
     #[track_caller]
     #[inline]
     pub fn get(&self) -> Result<PooledConnection<M>, Error> {
@@ -144,9 +145,13 @@ impl<M: Manage> Pool<M> {
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.now();
-        match shared.with(|l| l.take(now, holder, here)) {
-            Take::Ready(token, conn) => Ok(self.lend(token, conn, now, false)),
-            other => self.get_slowly(other, holder, timeout),
+        if shared.seems_forked(now) {
+            return Err(shared.forked_error());
+        }
+        match shared.with_at_home(|l| l.take(now, holder, here)) {
+            Some(Take::Ready(token, conn)) => Ok(self.lend(token, conn, now, false)),
+            Some(other) => self.get_slowly(other, holder, timeout),
+            None => Err(shared.forked_error()),
         }
     }
 
@@ -166,6 +171,9 @@ impl<M: Manage> Pool<M> {
         let shared = &self.0.shared;
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let now = shared.now();
+        if shared.seems_forked(now) {
+            return None;
+        }
         if let Some((token, conn)) = self.take_at_once(now, holder) {
             return Some(self.lend(token, conn, now, false));
         }
@@ -178,7 +186,7 @@ impl<M: Manage> Pool<M> {
     /// What can be had without waiting, not even for a check.
     fn take_at_once(&self, now: Moment, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
-        match shared.with(|l| l.take_at_once(now, holder)) {
+        match shared.with_at_home(|l| l.take_at_once(now, holder))? {
             Take::Ready(token, conn) => Some((token, conn)),
             Take::Nothing => None,
             Take::Check(_, conn, _) if shared.is_forked() => {
@@ -247,7 +255,7 @@ impl<M: Manage> Pool<M> {
             }
             place = Some(ticket);
         }
-        let seat = Arc::new(WaitingSeat::<M>::new());
+        let seat = Arc::new(WaitingSeat::<M>::new(shared.home));
         let now = shared.clock.precise();
         let (joined, unused) = shared.with(|l| {
             let joined = l.join(now, holder, place, Arc::clone(&seat));
@@ -376,13 +384,17 @@ impl<M: Manage> Pool<M> {
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then.
+    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a forked
+    /// child nothing changes either.)
     pub fn resize(&self, max_size: u32) -> Result<(), Error> {
         if max_size == 0 {
             return Err(Error::config("max_size", "is 0, and must be at least 1"));
         }
         let shared = &self.0.shared;
         check_floor(shared.settings.min_idle, max_size)?;
+        if shared.is_forked() {
+            return Ok(());
+        }
         let now = shared.clock.precise();
         shared.with(|l| l.resize(now, max_size));
         Ok(())
@@ -394,6 +406,9 @@ impl<M: Manage> Pool<M> {
     /// forgotten: the next attempt is made soon.
     pub fn recycle(&self) {
         let shared = &self.0.shared;
+        if shared.is_forked() {
+            return;
+        }
         let now = shared.clock.precise();
         shared.with(|l| l.recycle(now));
         shared.notice(Level::Info, || "recycled: every connection is replaced".into());
@@ -419,7 +434,7 @@ impl<M: Manage> Pool<M> {
 
     /// Whether the pool is closed.
     pub fn is_closed(&self) -> bool {
-        self.0.shared.lock().is_closed()
+        !self.0.shared.is_forked() && self.0.shared.lock().is_closed()
     }
 
     /// A guard that closes the pool when it is dropped. See [`PoolGuard`].
@@ -432,17 +447,21 @@ impl<M: Manage> Pool<M> {
 
     /// How many connections there are, as r2d2 says it: all that are open, and the idle ones among them.
     pub fn state(&self) -> State {
-        let counts = self.0.shared.counts();
+        let shared = &self.0.shared;
+        let counts = if shared.is_forked() { Counts::default() } else { shared.counts() };
         State { connections: counts.idle + counts.out + counts.checking, idle_connections: counts.idle }
     }
 
     /// What the pool is doing and has done. For a gauge every few seconds: it takes the pool's lock for a moment.
     pub fn stats(&self) -> Stats {
         let shared = &self.0.shared;
-        let dropped_records = shared.crew.dropped_notices();
-        let (counts, max_size, closed, tally) = {
+        let (dropped_records, counts, max_size, closed, tally) = if shared.is_forked() {
+            (0, Counts::default(), shared.settings.max_size, false, Tally::default())
+        } else {
+            let dropped_records = shared.crew.dropped_notices();
             let ledger = shared.lock();
-            (ledger.counts(), ledger.rules().max_size, ledger.is_closed(), ledger.tally.clone())
+            let tally = ledger.tally.clone();
+            (dropped_records, ledger.counts(), ledger.rules().max_size, ledger.is_closed(), tally)
         };
         Stats {
             name: shared.name.to_string(),
@@ -478,6 +497,9 @@ impl<M: Manage> Pool<M> {
     /// Every connection, one row each: what it is doing, how old it is, who has it.
     pub fn connections(&self) -> Connections {
         let shared = &self.0.shared;
+        if shared.is_forked() {
+            return Connections::default();
+        }
         Connections(shared.describe(shared.rows(|_| true)))
     }
 
@@ -498,7 +520,8 @@ impl<M: Manage> Pool<M> {
 
     /// The greatest number of connections, as it is set now.
     pub fn max_size(&self) -> u32 {
-        self.0.shared.lock().rules().max_size
+        let shared = &self.0.shared;
+        if shared.is_forked() { shared.settings.max_size } else { shared.lock().rules().max_size }
     }
 
     /// The floor. (r2d2's returns an `Option`, in which `None` stands for `max_size`.)
@@ -559,12 +582,32 @@ pub struct CloseReport {
     pub threads: usize,
     /// Whether the workers that a guard owned have finished; `true` if it owned none.
     pub workers_finished: bool,
+    /// This process was forked from the one that built the pool.
+    forked: bool,
 }
 
 impl CloseReport {
-    /// Whether nothing is left: no connection, no thread, no worker.
+    /// What is reported in a forked child, in which nothing is done.
+    fn of_another_process(pool: String, elapsed: Duration) -> Self {
+        let left = Connections::default();
+        let (waiters, lost, threads) = (0, 0, 0);
+        CloseReport {
+            pool,
+            elapsed,
+            waiters,
+            left,
+            cut: Vec::new(),
+            lost,
+            threads,
+            workers_finished: false,
+            forked: true,
+        }
+    }
+
+    /// Whether nothing is left: no connection, no thread, no worker. In a forked child, which cannot close its parent's
+    /// pool: `false`.
     pub fn is_complete(&self) -> bool {
-        self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
+        !self.forked && self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
     }
 }
 
@@ -581,6 +624,9 @@ impl CloseReport {
         impl fmt::Display for Outcome<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let report = self.0;
+                if report.forked {
+                    return f.write_str("is another process's, of which this one is a fork: nothing was done");
+                }
                 let how = if report.is_complete() { "closed in" } else { "not wholly closed after" };
                 write!(f, "{how} {}", Short(report.elapsed))?;
                 if report.waiters > 0 {
@@ -611,6 +657,9 @@ impl CloseReport {
 
 /// Begins the end, if it has not begun. Returns how many waited.
 fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static Location<'static>>) -> u32 {
+    if shared.is_forked() {
+        return 0;
+    }
     let now = shared.clock.precise();
     // Before the ledger is told: whoever hears that the pool is closed can read who did it.
     let _ = shared.ended.set(Ended { by, at, thread: who::tag(), when: now });
@@ -663,13 +712,15 @@ pub(crate) struct Vain {
 /// Ends the pool, waits until the deadline for what there is, and reports.
 fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let Closer { by, at, begun, grace, workers_finished, joins } = closer;
+    if shared.is_forked() {
+        return CloseReport::of_another_process(shared.name.to_string(), begun.elapsed());
+    }
     let waiters = end(shared, by, Some(at));
     let since = shared.clock.precise();
     // (A job of this very thread's that was written off has no slot any longer.)
     let (on_the_crew, in_hand) = here::of(shared.address());
     let my_thread = usize::from(on_the_crew);
-    // A forked child has none of the threads it could wait for.
-    let deadline = if shared.is_forked() { Some(begun) } else { begun.checked_add(grace) };
+    let deadline = begun.checked_add(grace);
 
     let is_over = |vain: Option<&Vain>| {
         let threads = shared.crew.threads();
@@ -696,7 +747,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let threads = shared.crew.threads().saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.rows(|_| true)));
-    let over = deadline.is_some_and(|at| Instant::now() >= at) && !shared.is_forked();
+    let over = deadline.is_some_and(|at| Instant::now() >= at);
     let mut cut = vain.as_ref().map_or(Vec::new(), |vain| vain.cut.clone());
     cut.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
@@ -720,9 +771,10 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         lost,
         threads,
         workers_finished,
+        forked: false,
     };
     let level = if report.is_complete() { Level::Info } else { Level::Warn };
-    if !shared.is_forked() && level <= log::max_level() {
+    if level <= log::max_level() {
         shared.notice(level, || report.outcome().to_string());
         let until = Instant::now() + LAST_WORDS;
         shared.watch(Some(until), || (shared.crew.threads() <= report.threads + my_thread).then_some(()));
@@ -734,12 +786,17 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
 /// What a guard can do with a pool whose manager it does not know.
 pub(crate) trait Closing: Send + Sync {
     fn name(&self) -> &str;
+    fn is_forked(&self) -> bool;
     fn close_by(&self, closer: Closer) -> CloseReport;
 }
 
 impl<M: Manage> Closing for Pool<M> {
     fn name(&self) -> &str {
         Pool::name(self)
+    }
+
+    fn is_forked(&self) -> bool {
+        self.0.shared.is_forked()
     }
 
     fn close_by(&self, closer: Closer) -> CloseReport {
