@@ -3,7 +3,6 @@
 use crate::builder::{Builder, Hooks};
 use crate::clock::Moment;
 use crate::connection::{Conn, PooledConnection};
-use crate::crew::Kind;
 use crate::error::{Cause, Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
@@ -344,7 +343,7 @@ impl<M: Manage> Pool<M> {
         let id = token.id();
         let slot = Slot::new(Arc::clone(shared), token);
         slot.report_check(reason);
-        shared.post(Kind::Close, Job::Close(slot, conn, reason));
+        shared.post(Job::Close(slot, conn, reason));
         refused(shared, id, reason, result);
     }
 
@@ -354,7 +353,7 @@ impl<M: Manage> Pool<M> {
             let ledger = shared.lock();
             (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
         };
-        let mut out = shared.rows(|row| row.state == ConnectionState::Out);
+        let mut out = shared.rows(|row| row.state() == ConnectionState::Out);
         let me = who::tag();
         let checked_out_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
@@ -728,7 +727,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
         let others = ledger.rows().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().any(|row| skipped(row) && row.state != ConnectionState::Out);
+        let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         (!others && !reaper && threads <= my_thread + vain.map_or(0, |vain| vain.threads)).then_some(())
     };
