@@ -434,6 +434,29 @@ fn a_client_in_a_transaction_sees_the_present() {
     assert_eq!(of(&audit_with(&pool, &mut client).unwrap(), Owner::Pool).len(), 2);
 }
 
+/// Not every server that speaks like PostgreSQL answers like one.
+#[test]
+fn a_server_that_answers_something_else() {
+    for (database, columns) in
+        [("odd_port", "client_port::text AS client_port, state"), ("odd_state", "client_port, 7 AS state")]
+    {
+        server().connect().batch_execute(&format!("CREATE DATABASE {database}")).unwrap();
+        let mut owner = server().config("observer").dbname(database).connect(NoTls).unwrap();
+        owner
+            .batch_execute(&format!(
+                "SET allow_system_table_mods = on; ALTER VIEW pg_catalog.pg_stat_activity RENAME TO real_activity; \
+                 CREATE VIEW pg_catalog.pg_stat_activity AS SELECT {columns}, pid, usename, datname, application_name, \
+                 client_addr, backend_type, backend_start, state_change, xact_start, wait_event_type, wait_event FROM pg_catalog.real_activity"
+            ))
+            .unwrap();
+        drop(owner);
+        let params = params("postgres").replace("dbname=postgres", &format!("dbname={database}"));
+        let pool = manager(&params).builder().name("odd").max_size(1).open().unwrap();
+        let e = audit(&pool).unwrap_err().to_string();
+        assert!(e.contains("the server's answer is not what was asked for"), "{e}");
+    }
+}
+
 /// A server that is silent holds up an audit for `open_timeout`, and its thread no longer.
 #[test]
 fn an_audit_keeps_its_limit() {
