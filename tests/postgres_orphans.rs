@@ -4,12 +4,14 @@
 
 mod support;
 
-use millpond::postgres::{Audit, Backend, Owner, Pool, PostgresManager, audit};
+use millpond::postgres::{Audit, Backend, Outcome, Owner, Pool, PostgresManager, audit, audit_with};
 use postgres::{Client, NoTls};
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use support::{Again, Bouncer, Cable, PoolMode, Proxy, Server, skipped, wait_until};
@@ -158,6 +160,156 @@ fn a_living_client_of_a_forwarded_unix_socket_is_not_orphaned() {
         assert!(audit.terminate_orphans(&pool).unwrap().done.is_empty());
     }
     assert!(remote.sleeps());
+}
+
+#[test]
+fn what_a_pooler_holds_is_another_s_until_the_pooler_dies() {
+    let pooler = Bouncer::start(server(), PoolMode::Session, &[]);
+    let remote = Sleeper::start(&tcp(pooler.port()), &format!("downstream [{NOBODY}]"));
+    let pool = pool(&tcp(server().port()), "downstream");
+    let before = audit(&pool).unwrap();
+    let [row] = rows(&before, &remote.name)[..] else { panic!("{before}") };
+    assert_eq!((row.owner, &row.note), (Owner::Other, &None), "{before}");
+    assert!(before.to_string().contains(&format!("another process here ({NOBODY} by its name)")), "{before}");
+    let beside = audit(&self::pool(&unix(), "downstream")).unwrap();
+    assert_eq!(rows(&beside, &remote.name)[0].owner, Owner::Unknown, "{beside}");
+    assert!(before.terminate_orphans(&pool).unwrap().done.is_empty() && remote.sleeps());
+
+    // Its client lives, and will never have an answer.
+    pooler.kill();
+    let after = audit(&pool).unwrap();
+    assert_eq!(rows(&after, &remote.name)[0].owner, Owner::Orphaned, "{after}");
+    let account = after.terminate_orphans(&pool).unwrap();
+    let [done] = &account.done[..] else { panic!("{account}") };
+    assert_eq!((done.pid, done.process, &done.outcome), (remote.pid, Some(NOBODY), &Outcome::Ended), "{account}");
+}
+
+// ---------------------------------------------------------------------------------------------- a closed end
+
+/// Not a test of its own: a process with a query, until it is killed.
+#[test]
+fn client() {
+    let Some(params) = Again::task() else { return };
+    drop(Client::connect(&params, NoTls).unwrap().batch_execute("SELECT pg_sleep(600)"));
+}
+
+/// The kernel keeps a closed end for `tcp_fin_timeout`, here a second. Orphans mostly are older than that.
+#[test]
+fn an_orphan_remains_one_when_its_client_s_end_is_forgotten() {
+    let cable = match Cable::lay() {
+        Ok(cable) => cable,
+        Err(why) => return skipped("an_orphan_remains_one_when_its_client_s_end_is_forgotten", &why),
+    };
+    let set = |setting: &str, value: &str| std::fs::write(format!("/proc/sys/net/ipv4/{setting}"), value).unwrap();
+    cable.near.run(|| {
+        set("tcp_fin_timeout", "1");
+        let server = Server::start();
+        let params = tcp(server.port());
+        let mut client = Again::run("client", &format!("{params} application_name='forgotten [{NOBODY}]'"));
+        let name = format!("forgotten [{NOBODY}]");
+        let busy = || server.backends(&name).iter().any(|b| b.state == "active" && b.query.contains("pg_sleep"));
+        assert!(wait_until(soon(), busy));
+        let pool = pool(&params, "forgotten");
+        let owner = || {
+            let audit = audit(&pool).unwrap();
+            let [row] = rows(&audit, &name)[..] else { panic!("{audit}") };
+            (row.owner, row.client.unwrap())
+        };
+        let (held, client_s_end) = owner();
+        assert_eq!(held, Owner::Other);
+        client.bury();
+        assert_eq!(owner().0, Owner::Orphaned);
+        let near = format!(" 0100007F:{:04X} ", client_s_end.port());
+        let known = || {
+            std::fs::read_to_string("/proc/thread-self/net/tcp")
+                .unwrap()
+                .lines()
+                .any(|l| l.split_once(':').is_some_and(|(_, ends)| ends.starts_with(&near)))
+        };
+        assert!(wait_until(soon(), || !known()));
+        assert_eq!(owner().0, Owner::Orphaned);
+        // Where loopback addresses may come from other machines, what is not here may be there.
+        set("conf/all/route_localnet", "1");
+        assert_eq!(owner().0, Owner::Unknown);
+        set("conf/all/route_localnet", "0");
+        let account = audit(&pool).unwrap().terminate_orphans(&pool).unwrap();
+        assert!(matches!(&account.done[..], [done] if done.outcome == Outcome::Ended), "{account}");
+        assert_eq!(server.count(&name), 0);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------- thousands
+
+/// Not a test of its own: a process that connects, asks and hangs up, over and over, until it is killed.
+#[test]
+fn restless() {
+    let Some(params) = Again::task() else { return };
+    loop {
+        once(&params);
+    }
+}
+
+fn once(params: &str) {
+    let mut client = Client::connect(params, NoTls).unwrap();
+    // Not more often: each leaves a port behind that nobody can use for a minute.
+    for _ in 0..3 {
+        client.batch_execute("SELECT pg_sleep(0.01)").unwrap();
+    }
+}
+
+/// Clients of every kind come and go, none of them dead, each under the name of another process; and whatever moment an
+/// audit meets, no word of it is wrong. `MILLPOND_TEST_AUDITS` makes more of them than 300.
+#[test]
+fn of_thousands_of_words_none_is_wrong() {
+    let audits = std::env::var("MILLPOND_TEST_AUDITS").map_or(300, |n| n.parse().unwrap());
+    let near = Bouncer::start(server(), PoolMode::Transaction, &[("default_pool_size", "3")]);
+    let far = Bouncer::start_on_unix(server(), PoolMode::Session, &[("default_pool_size", "3")]);
+    let direct = tcp(server().port());
+    let pool = pool(&direct, "restless");
+    let kinds = [
+        (1, direct.clone(), vec![Owner::ThisProcess, Owner::Unknown]),
+        (2, direct.clone(), vec![Owner::Other, Owner::Unknown]),
+        (3, tcp(near.port()), vec![Owner::Other, Owner::Unknown]),
+        (4, tcp(far.port()), vec![Owner::Unknown]),
+        (5, unix(), vec![Owner::Unknown]),
+    ];
+    let named = |number: u32, params: &str| format!("{params} application_name='restless [{number}]'");
+    let mut other = Again::run("restless", &named(2, &direct));
+    let stop = AtomicBool::new(false);
+    let mut said = BTreeMap::<(Option<u32>, String), usize>::new();
+    thread::scope(|scope| {
+        for (number, params, _) in kinds.iter().filter(|(number, ..)| *number != 2) {
+            let (params, stop) = (named(*number, params), &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    once(&params);
+                }
+            });
+        }
+        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let mut client = Client::connect(&direct, NoTls).unwrap();
+            for n in 0..audits {
+                let found = if n % 20 == 0 { audit(&pool) } else { audit_with(&pool, &mut client) }.unwrap();
+                for backend in &found.backends {
+                    let number = backend.process.unwrap_or_default();
+                    let own = vec![Owner::Pool, Owner::Audit, Owner::ThisProcess, Owner::Unknown];
+                    let right = kinds.iter().find(|(kind, ..)| *kind == number).map_or(&own, |(_, _, right)| right);
+                    assert!(right.contains(&backend.owner), "{backend:?} in\n{found}");
+                    *said.entry((backend.process, format!("{:?}", backend.owner))).or_default() += 1;
+                }
+                assert!(found.backends.iter().filter(|b| b.owner == Owner::Pool).count() <= 1, "{found}");
+            }
+        }));
+        stop.store(true, Ordering::Relaxed);
+        if let Err(panic) = made {
+            std::panic::resume_unwind(panic);
+        }
+    });
+    other.bury();
+    eprintln!("{audits} audits, who said of whom: {said:?}");
+    for (number, _, right) in kinds {
+        assert!(said.contains_key(&(Some(number), format!("{:?}", right[0]))), "{number} was never met: {said:?}");
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- other namespaces

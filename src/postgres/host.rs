@@ -234,10 +234,11 @@ fn connections() -> io::Result<HashMap<(SocketAddr, SocketAddr), Socket>> {
     }
     let mut sockets = HashMap::new();
     for line in table.lines() {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        if fields.first() == Some(&"sl") {
+        // Of those that wait for late packets there may be tens of thousands, and nobody asks after them.
+        if matches!(line.split_whitespace().nth(3), Some("st" | TIME_WAIT)) {
             continue;
         }
+        let fields: Vec<_> = line.split_whitespace().collect();
         let (ends, socket) = socket(&fields).ok_or(io::ErrorKind::InvalidData)?;
         let known = sockets.entry(ends).or_insert(socket);
         // Read while it changes, the table may have two of one kind; what somebody holds is never nobody's.
@@ -247,6 +248,8 @@ fn connections() -> io::Result<HashMap<(SocketAddr, SocketAddr), Socket>> {
     }
     Ok(sockets)
 }
+
+const TIME_WAIT: &str = "06";
 
 fn socket(fields: &[&str]) -> Option<((SocketAddr, SocketAddr), Socket)> {
     let state = match *fields.get(3)? {
