@@ -291,6 +291,8 @@ fn what_is_unknown_ends_only_by_its_pid() {
         let found = audit(pool).unwrap();
         theirs_in(&found);
         assert!(found.notes.iter().any(|note| note.contains("a unix socket")), "{found}");
+        let unseen = found.notes.iter().any(|note| note.contains("1 of the pool are known by pid and age alone"));
+        assert_eq!(unseen, of(&found, Owner::Pool)[0].client.is_none(), "{found}");
         assert!(found.terminate_orphans(pool).unwrap().done.is_empty());
         assert_eq!(server().count(&theirs), 2);
     }

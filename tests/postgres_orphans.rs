@@ -8,6 +8,7 @@ use millpond::postgres::{Audit, Backend, Outcome, Owner, Pool, PostgresManager, 
 use postgres::{Client, NoTls};
 use std::collections::BTreeMap;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -349,6 +350,8 @@ impl Auditor {
     fn start(runner: &[&str], name: &str, audits: usize, others: usize, params: &str) -> Auditor {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("words");
+        // It may be another user's.
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
         let task = format!("{}\n{name}\n{audits}\n{others}\n{params}", path.display());
         Auditor { process: Again::run_by(runner, "auditor", &task), dir }
     }
@@ -384,6 +387,23 @@ fn what_has_our_number_in_another_pid_namespace_is_not_ours() {
         assert!(words.iter().all(|(_, _, owner, _)| owners.contains(&&**owner)), "{words:#?}");
         assert!(remote.sleeps());
     }
+}
+
+/// What the server's processes hold is not for everybody to see.
+#[test]
+fn whoever_may_not_look_does_not_know() {
+    let runner = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+    let program = std::env::current_exe().unwrap();
+    let tried = std::process::Command::new(runner[0]).args(&runner[1..]).arg(program).arg("--list").output();
+    if !tried.is_ok_and(|tried| tried.status.success()) {
+        return skipped("whoever_may_not_look_does_not_know", "no other user may run this program");
+    }
+    let remote = Sleeper::start(&tcp(server().port()), &format!("shortsighted [{NOBODY}]"));
+    let words = Auditor::start(&runner, "shortsighted", 3, 1, &tcp(server().port())).words();
+    let said: Vec<_> = words.iter().filter(|(pid, ..)| *pid == remote.pid).collect();
+    let right = |owner: &str, note: &str| owner == "Unknown" && note.contains("takes root, or the server's user");
+    assert!(!said.is_empty() && said.iter().all(|(_, _, owner, note)| right(owner, note)), "{words:#?}");
+    assert!(words.iter().any(|(_, _, owner, _)| owner == "Pool"), "its own are told by their pids: {words:#?}");
 }
 
 /// The far side of a tunnel has a 127.0.0.1 of its own, and ports that this side has as well.

@@ -107,7 +107,8 @@ pub enum Owner {
     /// This pool's: its own row is in [`Backend::connection`]. The server told the pool this very pid for it, and this
     /// process holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network behind
     /// translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may have lent it
-    /// on since; where connections are not [observed](super#the-observer), that there is one cannot be seen.)
+    /// on since; where connections are not [observed](super#the-observer), that there is one cannot be seen, and a
+    /// [note](Audit::notes) says so.)
     Pool,
     /// The connection that the audit itself was made on.
     Audit,
@@ -568,6 +569,15 @@ fn look<T: Connector>(
         );
     } else if !unnumbered.is_empty() {
         notes.push(format!("of {} of the pool's connections the server's pid is not known", unnumbered.len()));
+    }
+    // Only an observed connection has been told by what is at its other end, be it a pooler, who that is.
+    let by_age = |b: &&Backend| b.owner == Owner::Pool && place.holder(b) != Ok(Holder::Us);
+    let unproven = backends.iter().filter(by_age).count();
+    if unproven > 0 && pid.is_none() && whose.is_none() {
+        notes.push(format!(
+            "{unproven} of the pool are known by pid and age alone: the connections are not observed, and a pooler in \
+             transaction mode, were there one in between, might have lent them on"
+        ));
     }
     let hidden = backends.iter().filter(|b| b.backend_start.is_none()).count();
     if hidden > 0 {
