@@ -259,10 +259,10 @@ fn once(params: &str) {
 }
 
 /// Clients of every kind come and go, none of them dead, each under the name of another process; and whatever moment an
-/// audit meets, no word of it is wrong. `MILLPOND_TEST_AUDITS` makes more of them than 300.
+/// audit meets, no word of it is wrong. `MILLPOND_TEST_AUDITS` makes more of them than 200.
 #[test]
 fn of_thousands_of_words_none_is_wrong() {
-    let audits = std::env::var("MILLPOND_TEST_AUDITS").map_or(300, |n| n.parse().unwrap());
+    let audits = std::env::var("MILLPOND_TEST_AUDITS").map_or(200, |n| n.parse().unwrap());
     let near = Bouncer::start(server(), PoolMode::Transaction, &[("default_pool_size", "3")]);
     let far = Bouncer::start_on_unix(server(), PoolMode::Session, &[("default_pool_size", "3")]);
     let direct = tcp(server().port());

@@ -622,12 +622,17 @@ fn still_busy(client: &mut Client, backends: &mut [Backend]) -> Result<(), Error
     for row in client.query_typed(&question, &[(&orphans, Type::INT4_ARRAY)])? {
         busy.insert((column::<i32>(&row, 0)?, column::<Option<SystemTime>>(&row, 1)?));
     }
+    spare_the_leaving(backends, &busy);
+    Ok(())
+}
+
+/// `busy` are those that were so when the server was asked again.
+fn spare_the_leaving(backends: &mut [Backend], busy: &HashSet<(i32, Option<SystemTime>)>) {
     for backend in backends.iter_mut().filter(|b| b.owner == Owner::Orphaned) {
         if !busy.contains(&(backend.pid, backend.backend_start)) {
             (backend.owner, backend.note) = (Owner::Unknown, Some(LEAVING.into()));
         }
     }
-    Ok(())
 }
 
 const LEAVING: &str = "its client has closed, and it is about to end";
@@ -1026,6 +1031,20 @@ mod tests {
         unknown(&place(Some(PEER), closed().hidden(99, "because")), &busy(), "because");
         unknown(&place(Some(PEER), closed().hidden(7, "because")), &busy(), "because");
         unknown(&place(Some(PEER), host("01", None)), &busy(), "not on this host");
+    }
+
+    /// Its last query ended, and its client hung up, while the audit was made.
+    #[test]
+    fn what_is_about_to_end_is_no_orphan() {
+        let orphan = Backend { owner: Owner::Orphaned, ..backend(Some(CLIENT), "active") };
+        let owner = |busy: &[(i32, Option<SystemTime>)]| {
+            let mut backends = [orphan.clone()];
+            spare_the_leaving(&mut backends, &busy.iter().copied().collect());
+            backends[0].owner
+        };
+        assert_eq!(owner(&[(7, Some(START))]), Owner::Orphaned);
+        assert_eq!(owner(&[]), Owner::Unknown);
+        assert_eq!(owner(&[(7, Some(START + Duration::from_secs(1)))]), Owner::Unknown, "another with its pid");
     }
 
     #[test]
