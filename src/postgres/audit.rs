@@ -726,8 +726,8 @@ impl Place {
         }
         let Some(age) = backend.age else { return self.owner(backend) };
         // Clocks differ a little, and more the longer they run.
-        let slack = Duration::from_secs(1) + age / 1000;
-        if age <= own.age + slack && own.age <= age + limit + slack {
+        let slack = (age / 1000).saturating_add(Duration::from_secs(1));
+        if age <= own.age.saturating_add(slack) && own.age <= age.saturating_add(limit).saturating_add(slack) {
             return (Owner::Pool, None);
         }
         let why = format!("it has the number of the pool's #{}, and is not as old as that: of another server?", own.id);
@@ -1089,6 +1089,13 @@ mod tests {
         ] {
             assert_eq!(owner(&far, age), expected, "{age:?}");
         }
+        assert_eq!(
+            far.owner_of_pooled(&busy, &own(OLD * 9), Duration::MAX).0,
+            Owner::Pool,
+            "it may take for ever to open"
+        );
+        let odd = Backend { age: Some(Duration::MAX), ..busy.clone() };
+        assert_eq!(far.owner_of_pooled(&odd, &own(OLD), limit).0, Owner::Unknown);
         let unix = place(None, Staged::default()).owner_of_pooled(&backend(None, "active"), &own(OLD), limit);
         assert_eq!(unix.0, Owner::Pool);
         let hidden = Backend { backend_start: None, age: None, ..busy.clone() };

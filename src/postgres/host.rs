@@ -65,6 +65,7 @@ pub(super) enum Holder {
 const SAME_TIME: Duration = Duration::from_secs(3);
 
 const ELSEWHERE: &str = "the server is not on this host, or something stands in between";
+const ENDED: &str = "it has ended meanwhile";
 
 impl Host {
     /// Looks, at these backends among others.
@@ -95,7 +96,7 @@ impl Host {
         if ends.peek().is_none() {
             return Err(ELSEWHERE);
         }
-        let process = self.backend(backend)?;
+        let process = self.backend(backend).map_err(|why| if why == ENDED { ELSEWHERE } else { why })?;
         if !ends.any(|end| process.holds(end.inode)) {
             return Err(ELSEWHERE);
         }
@@ -139,7 +140,7 @@ impl Host {
     }
 
     fn backend(&self, pid: i32) -> Result<&Process, &'static str> {
-        self.backends.get(&pid).unwrap_or(&Err(ELSEWHERE)).as_ref().map_err(|why| *why)
+        self.backends.get(&pid).unwrap_or(&Err(ENDED)).as_ref().map_err(|why| *why)
     }
 }
 
@@ -147,20 +148,20 @@ impl Process {
     fn look(pid: i32, booted: SystemTime) -> Result<Process, &'static str> {
         // What is read of it is of one process: its number is not given to another while a folder of it is open, and if
         // it was before, the time of its start tells.
-        let folder = format!("/proc/{}", u32::try_from(pid).map_err(|_| ELSEWHERE)?);
+        let folder = format!("/proc/{}", u32::try_from(pid).map_err(|_| ENDED)?);
         let folder = Path::new(&folder);
-        let status = fs::read_to_string(folder.join("status")).map_err(|_| ELSEWHERE)?;
+        let status = fs::read_to_string(folder.join("status")).map_err(|_| ENDED)?;
         if is_nested(&status) {
             return Err("a process with the server's number is in another pid namespace");
         }
-        let stat = fs::read_to_string(folder.join("stat")).map_err(|_| ELSEWHERE)?;
+        let stat = fs::read_to_string(folder.join("stat")).map_err(|_| ENDED)?;
         let sockets = sockets_of(&folder.join("fd")).map_err(|e| match e.kind() {
             io::ErrorKind::PermissionDenied => {
                 "this process may not see what the server's processes hold: that takes root, or the server's user"
             }
-            _ => ELSEWHERE,
+            _ => ENDED,
         })?;
-        let started = booted + since_boot(&stat).ok_or(ELSEWHERE)?;
+        let started = booted + since_boot(&stat).ok_or(ENDED)?;
         Ok(Process { sockets, started })
     }
 
@@ -359,7 +360,7 @@ mod tests {
         not(ends("08", None).routing_loopback(), "not on this host");
         not(ends("08", None).backend(7, SystemTime::UNIX_EPOCH, &[71]), "the server's end");
         not(ends("08", None).hidden(7, "because"), "because");
-        not(Staged::default(), "the server is not on this host");
+        not(Staged::default(), "ended meanwhile");
         // The server's end is another process's: a relay's, say.
         not(
             Staged::default().backend(7, SystemTime::UNIX_EPOCH, &[0, 1]).socket(SERVER, CLIENT, "08", 0),
@@ -464,6 +465,6 @@ mod tests {
 
         let gone = server.pid();
         drop(server);
-        assert_eq!(Host::look([gone].into_iter()).unwrap().holder(gone, near), Err(ELSEWHERE));
+        assert_eq!(Host::look([gone].into_iter()).unwrap().holder(gone, near), Err(ENDED));
     }
 }
