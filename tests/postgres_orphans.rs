@@ -325,12 +325,17 @@ fn auditor() {
     let (mut audits, others): (usize, usize) = (audits.parse().unwrap(), others.parse().unwrap());
     let pool = pool(params, name);
     let mut words = std::collections::BTreeSet::new();
+    // That this process has a socket with a port means nothing: from the second audit on it has one with each that it met.
+    let mut ports = BTreeMap::new();
     let deadline = soon();
     while audits > 0 && Instant::now() < deadline {
         let audit = audit(&pool).unwrap();
         let theirs = audit.backends.iter().filter(|b| !matches!(b.owner, Owner::Pool | Owner::Audit));
         if theirs.count() >= others {
             audits -= 1;
+        }
+        for client in audit.backends.iter().filter_map(|b| b.client) {
+            ports.entry(client).or_insert_with(|| TcpListener::bind(client));
         }
         words.extend(
             audit.backends.iter().map(|b| format!("{}|{}|{:?}|{:?}", b.pid, b.application_name, b.owner, b.note)),

@@ -321,7 +321,9 @@ impl Staged {
 #[cfg(test)]
 mod tests {
     use super::*;
+    #[cfg(target_os = "linux")]
     use std::net::{Shutdown, TcpListener, TcpStream};
+    #[cfg(target_os = "linux")]
     use std::process::{Child, Command, Stdio};
 
     const CLIENT: &str = "127.0.0.1:2000";
