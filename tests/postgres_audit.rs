@@ -458,7 +458,8 @@ fn a_server_that_answers_something_else() {
             .batch_execute(&format!(
                 "SET allow_system_table_mods = on; ALTER VIEW pg_catalog.pg_stat_activity RENAME TO real_activity; \
                  CREATE VIEW pg_catalog.pg_stat_activity AS SELECT {columns}, pid, usename, datname, application_name, \
-                 client_addr, backend_type, backend_start, state_change, xact_start, wait_event_type, wait_event FROM pg_catalog.real_activity"
+                 client_addr, backend_type, backend_start, state_change, xact_start, wait_event_type, wait_event \
+                 FROM pg_catalog.real_activity"
             ))
             .unwrap();
         drop(owner);

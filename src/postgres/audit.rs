@@ -27,11 +27,11 @@ use std::time::{Duration, Instant, SystemTime};
 ///
 /// ```text
 /// audit of pool 'orders', app on database shop: 4 backends: 2 of this pool, 1 of another process here, 1 orphaned
-/// pid   state                for      age       in tx    waiting on          whose
-/// 4711  active               1.20 s   12.0 min  1.20 s   Lock transactionid  #3 out by 'worker-1' at src/main.rs:12:5
-/// 4712  idle                 40.0 s   11.8 min  -        -                   #4 idle
-/// 4720  idle                 3.10 s   2.00 min  -        -                   another process here (4242 by its name)
-/// 4690  active               17.0 min 17.1 min  17.0 min Timeout PgSleep     ORPHANED (4100 by its name): its client has closed
+/// pid   state   for       age       in tx     waiting on       whose
+/// 4711  active  1.20 s    12.0 min  1.20 s    Lock tuple       #3 out by 'worker-1' at src/main.rs:12:5
+/// 4712  idle    40.0 s    11.8 min  -         -                #4 idle
+/// 4720  idle    3.10 s    2.00 min  -         -                another process here (4242 by its name)
+/// 4690  active  17.0 min  17.1 min  17.0 min  Timeout PgSleep  ORPHANED (4100 by its name): its client has closed
 /// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
