@@ -27,8 +27,8 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those whose
-//!   process is dead, and can end them.
+//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those that are
+//!   proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves alone.
 //! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
 //!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
