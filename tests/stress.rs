@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::sync::{Arc, Once};
 use std::thread;
@@ -174,6 +175,16 @@ struct State {
     flaws: Vec<String>,
 }
 
+impl State {
+    /// Notes what is wrong: the first two of a kind.
+    fn flaw(&mut self, what: String) {
+        let kind = |flaw: &str| flaw.chars().filter(|c| !c.is_ascii_digit()).take(14).collect::<String>();
+        if self.flaws.iter().filter(|flaw| kind(flaw) == kind(&what)).count() < 2 {
+            self.flaws.push(what);
+        }
+    }
+}
+
 /// What is known of a connection from its dial to the end of its drop.
 #[derive(Default)]
 struct Life {
@@ -199,10 +210,7 @@ thread_local! {
 
 impl Server {
     fn flaw(&self, what: String) {
-        let mut state = self.state.lock();
-        if state.flaws.len() < 5 {
-            state.flaws.push(what);
-        }
+        self.state.lock().flaw(what);
     }
 
     fn stats(&self) -> Option<Stats> {
@@ -217,7 +225,7 @@ impl Server {
             None => Some(format!("#{id} is dead, and {user}")),
             Some(life) => life.user.replace(user).map(|other| format!("#{id} is {other}, and {user}")),
         };
-        state.flaws.extend(flaw);
+        flaw.into_iter().for_each(|flaw| state.flaw(flaw));
     }
 
     fn leave(&self, id: u64) {
@@ -299,7 +307,7 @@ impl Server {
         if life.proven < marks.dead && validate != Validate::Never {
             flaws.push(format!("#{id} was proven at {}, one was dead at {}: handed out", life.proven, marks.dead));
         }
-        state.flaws.extend(flaws);
+        flaws.into_iter().for_each(|flaw| state.flaw(flaw));
     }
 }
 
@@ -790,19 +798,23 @@ fn brief(stats: &Stats) -> String {
 fn is_as_good_as_new(pool: &Pool<Wild>, server: &Server) {
     let max = pool.max_size();
     let begun = Instant::now();
+    let failed = AtomicBool::new(false);
     let get = || {
-        let error = loop {
+        // One failure is enough.
+        while !failed.load(SeqCst) {
             match pool.get_timeout(LONG) {
                 Ok(conn) => return Some(conn),
                 // Who is turned away for a crowd comes again.
                 Err(e) if matches!(e.kind(), ErrorKind::TooManyWaiting(_)) && begun.elapsed() < LONG => {
                     thread::sleep(ms(1));
                 }
-                Err(e) => break e,
+                Err(e) => {
+                    failed.store(true, SeqCst);
+                    let (took, stats, all) = (begun.elapsed(), brief(&pool.stats()), pool.connections());
+                    server.flaw(format!("no get succeeds any more, after {took:.1?}: {e}; {stats}; {all}"));
+                }
             }
-        };
-        let (took, stats, all) = (begun.elapsed(), pool.stats(), pool.connections());
-        server.flaw(format!("no get succeeds any more, after {took:.1?}: {error}; {}; {all}", brief(&stats)));
+        }
         None
     };
     thread::scope(|s| {
@@ -810,14 +822,12 @@ fn is_as_good_as_new(pool: &Pool<Wild>, server: &Server) {
             s.spawn(|| (0..3).for_each(|_| drop(get())));
         }
     });
-    if server.state.lock().flaws.is_empty() {
-        let held: Vec<_> = (0..max).filter_map(|_| get()).collect();
-        let stats = pool.stats();
-        if stats.out != max || stats.size() != max {
-            server.flaw(format!("{} of {max} can be had: {}", held.len(), brief(&stats)));
-        }
-        if !wait_until(Instant::now() + LONG, || pool.stats().lost == 0) {
-            server.flaw(format!("jobs do not come back: {}", brief(&pool.stats())));
-        }
+    let held: Vec<_> = (0..max).filter_map(|_| get()).collect();
+    let stats = pool.stats();
+    if stats.out != max || stats.size() != max {
+        server.flaw(format!("{} of {max} can be had: {}", held.len(), brief(&stats)));
+    }
+    if !wait_until(Instant::now() + LONG, || pool.stats().lost == 0) {
+        server.flaw(format!("jobs do not come back: {}", brief(&pool.stats())));
     }
 }
