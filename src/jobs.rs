@@ -6,6 +6,7 @@
 use crate::clock::Moment;
 use crate::connection::{Conn, Link};
 use crate::crew::{Crew, Work};
+use crate::defect;
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
 use crate::ledger::{Holder, Token};
@@ -64,7 +65,11 @@ impl<M: Manage> Work for Shared<M> {
     }
 
     fn run(self: &Arc<Self>, job: Job<M>) -> bool {
-        job.run(self)
+        // A user's code was caught where it was called.
+        catch_unwind(AssertUnwindSafe(|| job.run(self))).unwrap_or_else(|panic| {
+            defect::tell(self, "a job", panic);
+            false
+        })
     }
 
     fn left(&self) {
@@ -290,7 +295,7 @@ pub(crate) fn shielded(code: impl FnOnce()) {
     let _ = catch(code);
 }
 
-fn panic_text(payload: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> &str {
     match payload.downcast_ref::<&str>() {
         Some(text) => text,
         None => payload.downcast_ref::<String>().map_or("(no message)", String::as_str),

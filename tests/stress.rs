@@ -14,8 +14,9 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
+use std::io::{Write, stderr};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::sync::{Arc, Once};
 use std::thread;
@@ -58,6 +59,7 @@ fn whatever_comes_together_the_promises_hold() {
     };
     let mut failed = Vec::new();
     for (n, seed) in seeds.into_iter().enumerate() {
+        SEED.store(seed, SeqCst);
         let (done, ended) = mpsc::channel();
         let begun = Instant::now();
         let life = move || {
@@ -87,13 +89,19 @@ fn whatever_comes_together_the_promises_hold() {
 /// What threads of pools have panicked with. (The panics that this test makes do not come here.)
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
+/// The one that is tried.
+static SEED: AtomicU64 = AtomicU64::new(0);
+
 fn listen_for_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let thread = thread::current();
-            PANICS.lock().push(format!("{} panicked: {info}", thread.name().unwrap_or("a thread")));
+            let text = format!("{} panicked: {info}", thread.name().unwrap_or("a thread"));
+            // At once, and past the harness: a defect may end the process.
+            let _ = writeln!(stderr(), "MILLPOND_STRESS_SEED={}: {text}", SEED.load(SeqCst));
+            PANICS.lock().push(text);
             before(info);
         }));
     });
