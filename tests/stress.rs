@@ -98,10 +98,12 @@ fn listen_for_panics() {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let thread = thread::current();
-            let text = format!("{} panicked: {info}", thread.name().unwrap_or("a thread"));
-            // At once, and past the harness: a defect may end the process.
-            let _ = writeln!(stderr(), "MILLPOND_STRESS_SEED={}: {text}", SEED.load(SeqCst));
-            PANICS.lock().push(text);
+            if let Some(name) = thread.name().filter(|name| name.starts_with(NAME)) {
+                let text = format!("{name} panicked: {info}");
+                // At once, and past the harness: a defect may end the process.
+                let _ = writeln!(stderr(), "MILLPOND_STRESS_SEED={}: {text}", SEED.load(SeqCst));
+                PANICS.lock().push(text);
+            }
             before(info);
         }));
     });
@@ -219,6 +221,12 @@ thread_local! {
 impl Server {
     fn flaw(&self, what: String) {
         self.state.lock().flaw(what);
+    }
+
+    fn event(&self) -> u64 {
+        let mut state = self.state.lock();
+        state.events += 1;
+        state.events
     }
 
     fn stats(&self) -> Option<Stats> {
@@ -423,7 +431,7 @@ impl Manage for Wild {
     }
 
     fn validate(&self, wire: &mut Wire, limit: Duration) -> Result<(), Failed> {
-        let begun = self.prove();
+        let begun = self.0.event();
         let _at = At::new(wire, "validated");
         let result = self.0.call(Some(wire.id), self.0.keeps_limits.then_some(limit));
         self.proven(wire.id, begun, &result);
@@ -470,7 +478,7 @@ impl Manage for Wild {
     }
 
     fn reset(&self, wire: &mut Wire, _: Duration) -> Result<(), Failed> {
-        let begun = self.prove();
+        let begun = self.0.event();
         let _at = At::new(wire, "reset");
         let result = self.0.call(Some(wire.id), None);
         self.proven(wire.id, begun, &result);
@@ -491,12 +499,6 @@ impl Manage for Wild {
 }
 
 impl Wild {
-    fn prove(&self) -> u64 {
-        let mut state = self.0.state.lock();
-        state.events += 1;
-        state.events
-    }
-
     fn proven(&self, id: u64, begun: u64, result: &Result<(), Failed>) {
         if let Some(life) = self.0.state.lock().living.get_mut(&id) {
             match result {
@@ -618,15 +620,14 @@ impl Crowd {
     fn give_back(&self, conn: Option<PooledConnection<Wild>>) {
         let Some(conn) = conn else { return };
         let id = conn.id;
+        // What was proven before this moment was proven before the pool hears what it hears now.
+        let event = self.server.event();
         VERDICT.set(None);
         drop(conn);
         let mut state = self.server.state.lock();
         match VERDICT.take() {
             Some(Returned::Outdated) => state.stale = state.stale.max(id),
-            Some(Returned::Broken) => {
-                state.events += 1;
-                state.dead = state.events;
-            }
+            Some(Returned::Broken) => state.dead = state.dead.max(event),
             _ => {}
         }
     }
