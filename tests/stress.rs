@@ -719,7 +719,8 @@ fn live(seed: u64) -> Vec<String> {
         .validation_timeout(dice.between(20, 60))
         .close_timeout(dice.between(30, 80))
         .parallel_opens(1 + dice.roll(4) as u32)
-        .max_waiting(if dice.one_in(4) { Some(dice.roll(5) as u32) } else { None })
+        // Not 0: where whatever is idle needs a check each time, nobody would get anything, for a check is waited for.
+        .max_waiting(if dice.one_in(4) { Some(1 + dice.roll(5) as u32) } else { None })
         .keepalive(if dice.one_in(3) { Some(dice.between(10, 60)) } else { None })
         .leak_threshold(if dice.one_in(3) { Some(dice.between(10, 60)) } else { None })
         .error_handler(Box::new(Hooks(Arc::clone(&server))));
@@ -732,6 +733,7 @@ fn live(seed: u64) -> Vec<String> {
     let end = [End::Close, End::Guard, End::LastHandle, End::Early][dice.roll(4) as usize];
     let pool = builder.build_unchecked(Wild(Arc::clone(&server)));
     *server.pool.lock() = Some(pool.clone());
+    let settings = pool.settings().clone();
     let crowd = Crowd { pool, server: Arc::clone(&server), validate, shelf: Mutex::default() };
 
     let until = Instant::now() + CHAOS;
@@ -793,6 +795,9 @@ fn live(seed: u64) -> Vec<String> {
     }
     let mut flaws = std::mem::take(&mut *PANICS.lock());
     flaws.append(&mut server.state.lock().flaws);
+    if !flaws.is_empty() {
+        flaws.push(format!("{end:?}, trouble {}, hangs {}, {settings:?}", server.trouble, server.hangs));
+    }
     flaws
 }
 

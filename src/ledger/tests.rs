@@ -91,9 +91,8 @@ struct Job {
     token: Token,
     conn: Conn,
     begun: Moment,
-    /// As what it counts among those that run; `None` for one that waits for a thread, and for a close on a thread that
-    /// is not the crew's.
-    counted: Option<Kind>,
+    /// Whether it is the crew's: not if it waits for a thread, nor if it is a close on a thread that is not the crew's.
+    counted: bool,
 }
 
 /// A check that a worker makes for itself.
@@ -169,10 +168,11 @@ struct World {
     proven: HashMap<Conn, Moment>,
     suspect: Moment,
     most: usize,
-    /// What the crew's own account says: counted up and down as `Shared::dispatch` and `Crew` do it.
-    running: [i64; 3],
-    /// What it should say: what was posted, has not ended, and is not written off.
+    /// What was given to the crew, has not ended, and is not written off.
     posted: BTreeMap<u64, Kind>,
+    /// Those of the closes among them that count as running side by side, and the closes that wait for one to end.
+    closers: BTreeSet<u64>,
+    backlog: VecDeque<(Token, Conn)>,
     /// The slots in use after the last call, and how many of the orders in the outbox were there then.
     total: u32,
     seen: usize,
@@ -182,10 +182,23 @@ struct World {
     reaping: bool,
     /// Whether it is held against the ledger if somebody is forgotten.
     strict: bool,
+    /// Whether every job was taken up by a thread as soon as it was given to the crew.
+    starts_at_once: bool,
 }
 
 /// How long a thread waits that cannot be started, until it is tried again.
 const AGAIN: Duration = Duration::from_millis(50);
+
+/// How many closes run side by side that do not take longer than usual.
+const CLOSERS: usize = 4;
+
+const STUCK: Phase = Phase::Closing(Close::Stuck);
+
+impl Counts {
+    fn total(&self) -> u32 {
+        self.idle + self.out + self.checking + self.opening + self.closing
+    }
+}
 
 impl World {
     fn new(rules: Rules) -> World {
@@ -219,13 +232,15 @@ impl World {
             proven: HashMap::new(),
             suspect: Moment::BIRTH,
             most: 0,
-            running: [0; 3],
             posted: BTreeMap::new(),
+            closers: BTreeSet::new(),
+            backlog: VecDeque::new(),
             total: 0,
             seen: 0,
             slowest_open: Duration::ZERO,
             reaping: false,
             strict: false,
+            starts_at_once: true,
         }
     }
 
@@ -321,17 +336,13 @@ impl World {
                 self.closes.push((self.now, conn, reason));
                 (Task::Close, token, conn)
             }
-            Order::WriteOff { id, job, .. } => {
+            Order::WriteOff { id, .. } => {
                 self.written_off += 1;
-                // As `Shared::dispatch` has it.
-                let kind = match job {
-                    State::Opening => Kind::Open,
-                    State::Checking => Kind::Check,
-                    _ => Kind::Close,
-                };
-                self.running[kind as usize] -= 1;
-                self.posted.remove(&id);
-                return;
+                return self.over(id);
+            }
+            Order::Slow { id } => {
+                self.closers.remove(&id);
+                return self.take_up();
             }
             Order::Leak { id, .. } => return self.leaks.push(id),
         };
@@ -340,7 +351,10 @@ impl World {
 
     /// As `Shared::post` has it.
     fn post(&mut self, task: Task, token: Token, conn: Conn) {
-        let mut job = Job { token, conn, begun: self.now, counted: None };
+        if task == Task::Close && self.closers.len() >= CLOSERS {
+            return self.backlog.push_back((token, conn));
+        }
+        let mut job = Job { token, conn, begun: self.now, counted: false };
         if self.spawns {
             self.count(&mut job, task.kind());
             if self.takes.start > Duration::ZERO {
@@ -363,16 +377,25 @@ impl World {
     }
 
     fn count(&mut self, job: &mut Job, kind: Kind) {
-        job.counted = Some(kind);
-        self.running[kind as usize] += 1;
+        job.counted = true;
         self.posted.insert(job.token.id(), kind);
+        if kind == Kind::Close {
+            self.closers.insert(job.token.id());
+        }
     }
 
-    /// A job is over: its thread knows what it was sent, and is told whether it was replaced meanwhile.
-    fn over(&mut self, id: u64, counted: Option<Kind>, was_replaced: bool) {
-        if let (Some(kind), false) = (counted, was_replaced) {
-            self.running[kind as usize] -= 1;
-            self.posted.remove(&id);
+    /// A job is over, or is given up.
+    fn over(&mut self, id: u64) {
+        self.posted.remove(&id);
+        self.closers.remove(&id);
+        self.take_up();
+    }
+
+    /// Closes what waited for another close.
+    fn take_up(&mut self) {
+        while self.closers.len() < CLOSERS {
+            let Some((token, conn)) = self.backlog.pop_front() else { return };
+            self.post(Task::Close, token, conn);
         }
     }
 
@@ -394,7 +417,7 @@ impl World {
         } else {
             let Some(token) = self.ledger.begin(self.read(), job.token, 1.0) else {
                 self.watch_the_bound();
-                return self.over(id, job.counted, false);
+                return self.over(id);
             };
             job.token = token;
         }
@@ -411,9 +434,9 @@ impl World {
     fn report(&mut self, event: Event, mut job: Job) {
         let (now, id, conn) = (self.read(), job.token.id(), job.conn);
         match event {
-            Event::Begin(_) if job.counted.is_none() && !self.spawns => self.later(AGAIN, event, job),
+            Event::Begin(_) if !job.counted && !self.spawns => self.later(AGAIN, event, job),
             Event::Begin(task) => {
-                if job.counted.is_none() {
+                if !job.counted {
                     self.count(&mut job, task.kind());
                 }
                 self.begin(task, job);
@@ -432,7 +455,7 @@ impl World {
                 match self.ledger.opened(now, job.token, conn) {
                     Ok(()) => {
                         self.slowest_open = self.slowest_open.max(begun);
-                        self.over(id, job.counted, false);
+                        self.over(id);
                     }
                     Err((token, _)) => return self.close_late(Job { token, ..job }),
                 }
@@ -445,7 +468,7 @@ impl World {
                 self.server.remove(&conn);
                 let reason = if event == Event::Reset { CloseReason::ResetFailed } else { CloseReason::Invalid };
                 let was_written_off =
-                    !self.ledger.is_current(&job.token) || self.ledger.rows[job.token.index as usize].stuck;
+                    !self.ledger.is_current(&job.token) || self.ledger.rows[job.token.index as usize].phase == STUCK;
                 if reason == CloseReason::Invalid && !was_written_off {
                     self.suspect = self.now.min(now.max(self.ledger.now)); // or it was written off, which was the news
                 }
@@ -456,7 +479,7 @@ impl World {
             Event::Checked | Event::Reset => {
                 self.proven.insert(conn, self.now);
                 match self.ledger.checked(now, job.begun.minus(self.skew), job.token, conn) {
-                    Ok(()) => self.over(id, job.counted, false),
+                    Ok(()) => self.over(id),
                     Err((token, _)) => return self.close_late(Job { token, ..job }),
                 }
             }
@@ -467,8 +490,8 @@ impl World {
             }
             Event::Handled(false) | Event::Closed => {
                 self.server.remove(&conn);
-                let was_replaced = self.ledger.free(now, job.token);
-                self.over(id, job.counted, was_replaced);
+                self.ledger.free(now, job.token);
+                self.over(id);
             }
         }
         self.settle();
@@ -514,7 +537,7 @@ impl World {
             Join::Ready(token, conn) => self.lent(seat, token, conn),
             Join::Queued(ticket) => {
                 let at = self.waiting.partition_point(|w| w.1 < ticket);
-                self.waiting.insert(at, (seat, ticket, self.ledger.now));
+                self.waiting.insert(at, (seat, ticket, ticket.since));
             }
             Join::Refused | Join::Crowded(_) => self.refused.push(seat),
             Join::Closed => self.turned_out.push(seat),
@@ -718,7 +741,7 @@ impl World {
                 Event::Checked | Event::Reset => CHECK_PATIENCE,
             };
             let row = &self.ledger.rows[job.token.index as usize];
-            self.ledger.is_current(&job.token) && !row.stuck && job.begun.plus(patience) > self.now
+            self.ledger.is_current(&job.token) && row.phase != STUCK && job.begun.plus(patience) > self.now
         };
         self.jobs.values().filter(is_coming).count() as u32
     }
@@ -744,7 +767,9 @@ impl World {
         let (l, counts) = (&self.ledger, self.counts());
         let on_the_way = self.awake.values().filter(|&seat| self.waiting.iter().any(|w| w.0 == *seat)).count();
         let unserved = self.waiting.len() - on_the_way.min(l.idle.len());
-        let coming = self.coming();
+        // One more than are waited for is dialled, not one after another.
+        let slow = l.census.0[Census::SLOW_OPENING].saturating_sub(1);
+        let coming = self.coming() + slow;
         if coming as usize >= unserved {
             return;
         }
@@ -758,7 +783,12 @@ impl World {
     fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
         let ordered = l.outbox.orders.iter().any(|order| matches!(order, Order::Open(_) | Order::Check(..)));
-        if !self.strict || l.closed || ordered || self.coming() > l.unserved() {
+        if !self.strict
+            || l.closed
+            || ordered
+            || self.coming() + l.census.0[Census::SLOW_OPENING].saturating_sub(1)
+                > l.waiting() - l.called.len().min(l.ready(l.now)) as u32
+        {
             return;
         }
         let suspect = l.idle.last().is_some_and(|&(top, _)| l.needs_check(&l.rows[top as usize], l.now));
@@ -776,7 +806,7 @@ impl World {
             return;
         }
         let counts = l.counts();
-        let state = |s| l.rows().filter(|r| r.state == s).count() as u32;
+        let state = |s| l.rows().filter(|r| r.state() == s).count() as u32;
         assert_eq!(counts.idle, state(State::Idle));
         assert_eq!(counts.out, state(State::Out));
         assert_eq!(counts.checking, state(State::Checking));
@@ -784,14 +814,13 @@ impl World {
         assert_eq!(counts.closing, state(State::Closing));
         assert_eq!(counts.out as usize, self.out.len());
         assert_eq!(counts.waiting as usize, self.waiting.len());
-        assert_eq!(l.fading, l.rows().filter(|r| r.fading).count() as u32);
-        assert!(l.rows().all(|r| !r.fading || r.state == State::Idle));
+        let mut census = Census::default();
+        l.rows.iter().for_each(|r| census.0[Census::of(r.phase)] += 1);
+        assert_eq!(census.0, l.census.0, "counted where they are set, and where they are");
+        assert_eq!(counts.idle as usize, l.idle.len());
         assert_eq!(counts.total() as usize + l.free.len(), l.rows.len());
         assert!(self.server.len() <= (counts.total() + counts.lost) as usize, "the server sees more than is counted");
-        for kind in [Kind::Open, Kind::Check, Kind::Close] {
-            let (says, is) = (self.running[kind as usize], self.posted.values().filter(|&&k| k == kind).count() as i64);
-            assert_eq!(says, is, "the crew's count of what runs as {kind:?}, and what does");
-        }
+        assert_eq!(l.patience.len(), l.rows().filter(|r| r.patience != Moment::NEVER).count());
         // The stack is sorted, and where somebody waits beside it, they are called, or something is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
         assert!(since.is_sorted());
@@ -801,7 +830,7 @@ impl World {
         );
         if counts.waiting > 0 && !l.idle.is_empty() {
             let called = l.called.len() as u32;
-            assert!(called > 0 || l.opening + l.crew_checking >= counts.waiting, "idle, while somebody waits");
+            assert!(called > 0 || l.census.opens() + l.census.checks() >= counts.waiting, "idle, while somebody waits");
         }
         for ticket in l.called.keys() {
             let seat = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
@@ -810,17 +839,17 @@ impl World {
         // What is due has an alarm not later than itself.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
         for row in l.rows() {
-            if row.state == State::Idle {
+            if row.state() == State::Idle {
                 assert!(l.alarm <= row.dies || row.dies <= now, "a lifetime without an alarm");
             }
             assert!(l.alarm <= row.limit);
             assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
-            let own_check = row.state == State::Checking && row.check == Check::Own;
-            assert_eq!(row.holder.is_some(), row.state == State::Out || own_check);
+            let own_check = matches!(row.phase, Phase::Checking { by: Check::Own, .. });
+            assert_eq!(row.holder.is_some(), row.state() == State::Out || own_check);
         }
         for &(dies, index) in &l.lifetimes {
             let row = &l.rows[index as usize];
-            assert!(row.id != 0 && row.dies == dies && row.state != State::Closing && row.state != State::Opening);
+            assert!(row.id != 0 && row.dies == dies && row.state() != State::Closing && row.state() != State::Opening);
         }
         if l.closed {
             assert!(counts.idle == 0 && counts.waiting == 0);
@@ -1074,7 +1103,8 @@ fn closing_counts() {
     }
     let seats: Vec<_> = (0..10).map(|_| w.get()).collect();
     assert!(w.out.is_empty(), "there is no room");
-    w.run(secs(3));
+    // (Four begin at once, and four more each time that those before take longer than usual.)
+    w.run(secs(3) + CLOSE_PATIENCE * 2);
     assert_eq!((w.out.len(), w.most), (seats.len(), 10));
 }
 
@@ -1365,10 +1395,10 @@ fn what_became_suspect_is_checked_for_those_who_were_called() {
     w.run(us(1));
     w.put_back(seats[1], Back::Broken);
     assert!(matches!(w.ledger.take(w.now, here(), true), Take::Nothing), "nor taken out by one who came later");
-    w.run(us(29));
+    w.run(us(4));
     assert!(!w.out.contains_key(&first), "called, and it must not be had");
-    w.run(us(5));
-    assert!(w.out.contains_key(&first));
+    w.run(us(1));
+    assert!(w.out.contains_key(&first), "checked at once, not when it comes and finds nothing");
 }
 
 #[test]
@@ -1575,7 +1605,7 @@ fn one_who_checked_in_vain_keeps_its_place() {
     w.settle();
     let later = w.get();
     w.ledger.check_failed(w.now, &token, CloseReason::Invalid);
-    w.jobs.insert((w.now.plus(ms(10)), u64::MAX), (Event::Closed, Job { token, conn, begun: w.now, counted: None }));
+    w.jobs.insert((w.now.plus(ms(10)), u64::MAX), (Event::Closed, Job { token, conn, begun: w.now, counted: false }));
     let (Join::Queued(got), _) = w.ledger.join(w.now, here(), Some(ticket), 77) else { panic!() };
     assert_eq!(got, ticket);
     w.waiting.push_front((77, ticket, w.now)); // the naive account: ahead of `later`
@@ -1592,7 +1622,7 @@ fn who_checks_for_itself_is_known() {
     let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
     let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
-    let checking = |row: &Row| (row.state, row.holder.map(|h| h.thread));
+    let checking = |row: &Row| (row.state(), row.holder.map(|h| h.thread));
     assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Checking, Some(1))]);
     let (token, _) = l.cleared(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
     l.checkin(Moment::BIRTH, token, conn, Back::Keep);
@@ -1620,7 +1650,7 @@ fn keepalive_one_at_a_time_and_back_in_place() {
 
 #[test]
 fn a_job_past_its_limit_loses_its_slot() {
-    let mut w = World::new(Rules { max_size: 2, ..rules() });
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
     w.takes.open = secs(60);
     let a = w.get();
     w.run(secs(10));
@@ -1628,7 +1658,7 @@ fn a_job_past_its_limit_loses_its_slot() {
     w.takes.open = ms(1);
     w.run(secs(2));
     assert!(w.out.contains_key(&a), "the next attempt came through");
-    assert_eq!(w.server.len(), 2, "the lost one is still there");
+    assert_eq!((w.server.len(), w.counts().lost), (3, 2), "the lost ones are still there");
     w.run(secs(60));
     assert_eq!((w.server.len(), w.counts().lost), (1, 0), "and gone when it came back");
 }
@@ -1965,6 +1995,7 @@ mod property {
         /// The idle connections as a naive pool would reckon them: all that the server sees and nobody has, by last use.
         fn naive_idle(&self) -> Vec<Moment> {
             let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
+            let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));
             let busy: Vec<Conn> = self.out.values().map(|o| o.1).chain(at_work).collect();
             let mut used: Vec<_> =
                 self.server.iter().filter(|(conn, _)| !busy.contains(conn)).map(|(_, &(_, used))| used).collect();
@@ -1983,16 +2014,20 @@ mod property {
                 assert_eq!(due.count(), 0, "idle for too long");
             }
             // P2: nothing idle is past its end.
-            assert!(l.rows().all(|r| r.state != State::Idle || r.dies > self.now), "too old");
+            assert!(l.rows().all(|r| r.state() != State::Idle || r.dies > self.now), "too old");
             // P5: the server sees what is counted, and `lost` at most; those are bounded.
             let counts = self.counts();
             assert!(self.server.len() <= (counts.total() + counts.lost) as usize);
             // Whoever waits has something to wait for: room that will come back, a job, or a time to dial.
             if counts.waiting > 0 {
-                let hope = counts.alive() + counts.opening + counts.closing > 0 || l.alarm < Moment::NEVER;
+                let hope = counts.total() > 0 || l.alarm < Moment::NEVER;
                 assert!(hope, "waiting for nothing: {counts:?}");
             }
-            assert!(l.tally.max_lateness <= self.most_skew);
+            // P1, to the moment a close begins: four at once, and four more each time that those before take long.
+            if self.starts_at_once {
+                let late = self.most_skew + CLOSE_PATIENCE * (l.rows.len() / CLOSERS) as u32;
+                assert!(l.tally.max_lateness <= late, "{:?} late, of {late:?}", l.tally.max_lateness);
+            }
         }
     }
 
@@ -2050,10 +2085,16 @@ mod property {
                 Op::Abandon => {}
                 Op::Server(refuse) => w.refuse = refuse,
                 Op::Leaves(one) => w.leaves_one = one,
-                Op::Network(takes) => w.takes = takes,
+                Op::Network(takes) => {
+                    w.takes = takes;
+                    w.starts_at_once &= takes.start == Duration::ZERO;
+                }
                 Op::Release => w.release(),
                 Op::Skew(n) => w.set_skew(us(n)),
-                Op::Threads(spawns) => w.spawns = spawns,
+                Op::Threads(spawns) => {
+                    w.spawns = spawns;
+                    w.starts_at_once &= spawns;
+                }
                 Op::Kill(n) => {
                     if let Some(conn) = nth(w.server.keys().copied().collect(), n) {
                         w.dead.push(conn);
@@ -2086,7 +2127,7 @@ mod property {
         assert_eq!(w.counts().lost, 0);
         assert!(w.server.is_empty());
         assert_eq!(w.ledger.lifetimes.len() + w.ledger.limits.len(), 0);
-        assert_eq!(w.running, [0; 3], "the crew's counts");
+        assert!(w.posted.is_empty() && w.closers.is_empty() && w.backlog.is_empty(), "the crew has nothing left to do");
     }
 
     proptest! {
