@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{Write, stderr};
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc;
@@ -22,8 +23,10 @@ use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use millpond::event::{AcquireEvent, CheckinEvent, CheckoutEvent, HandleEvent, ReleaseEvent, TimeoutEvent};
 use millpond::{
-    CustomizeConnection, ErrorKind, HandleError, Manage, Opening, Pool, PooledConnection, Returned, Stats, Validate,
+    Cause, CustomizeConnection, ErrorKind, HandleError, Manage, Opening, Pool, PooledConnection, Returned, Stats,
+    Validate,
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use support::{alone, ms, threads_named, wait_until};
@@ -148,7 +151,8 @@ impl Dice {
 /// What a call comes to.
 enum Act {
     Succeed,
-    Fail,
+    /// And whether for good.
+    Fail(bool),
     Panic,
     Last(Duration),
     /// For so long, or until all is calm, or until it is cut; and whether it fails then.
@@ -223,6 +227,26 @@ impl Server {
         self.state.lock().flaw(what);
     }
 
+    fn calm_down(&self) {
+        self.state.lock().calm = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until nothing is left, and says what was wrong; if anything, with `what` kind of pool.
+    fn flaws(&self, what: &str) -> Vec<String> {
+        let all_gone = || self.state.lock().living.is_empty() && threads_named(NAME).is_empty();
+        if !wait_until(Instant::now() + LONG, all_gone) {
+            let living: Vec<u64> = self.state.lock().living.keys().copied().collect();
+            self.flaw(format!("left behind: {living:?}, {:?}", threads_named(NAME)));
+        }
+        let mut flaws = std::mem::take(&mut *PANICS.lock());
+        flaws.append(&mut self.state.lock().flaws);
+        if !flaws.is_empty() {
+            flaws.push(what.to_owned());
+        }
+        flaws
+    }
+
     fn event(&self) -> u64 {
         let mut state = self.state.lock();
         state.events += 1;
@@ -262,7 +286,7 @@ impl Server {
         let act = self.act(state);
         match act {
             Act::Succeed => Ok(()),
-            Act::Fail => Err(Failed::new()),
+            Act::Fail(for_good) => Err(Failed::new(for_good)),
             // Not while one is under way: that would end the process.
             Act::Panic if thread::panicking() => Ok(()),
             Act::Panic => panic_quietly(),
@@ -275,15 +299,26 @@ impl Server {
                 let mut state = self.state.lock();
                 loop {
                     if id.is_some_and(|id| state.living.get(&id).is_some_and(|life| life.cut)) {
-                        return Err(Failed::new());
+                        return Err(Failed::new(false));
                     }
                     if state.calm || Instant::now() >= deadline {
                         break;
                     }
                     self.changed.wait_until(&mut state, deadline);
                 }
-                if fails || limit.is_some_and(|limit| limit <= time) { Err(Failed::new()) } else { Ok(()) }
+                if fails || limit.is_some_and(|limit| limit <= time) { Err(Failed::new(false)) } else { Ok(()) }
             }
+        }
+    }
+
+    /// Panics now and then.
+    fn strike(&self) {
+        let strikes = {
+            let mut state = self.state.lock();
+            !state.calm && state.dice.one_in(50)
+        };
+        if strikes && !thread::panicking() {
+            panic_quietly();
         }
     }
 
@@ -296,7 +331,7 @@ impl Server {
             return Act::Hang(dice.between(60, 400), dice.one_in(2));
         }
         match dice.roll(10) {
-            0..3 => Act::Fail,
+            0..3 => Act::Fail(dice.one_in(20)),
             3 => Act::Panic,
             _ => Act::Last(dice.between(0, 4)),
         }
@@ -339,11 +374,15 @@ struct Wire {
 
 /// An error that stays on its thread, as a manager's may.
 #[derive(Debug)]
-struct Failed(std::marker::PhantomData<*const ()>);
+struct Failed {
+    /// Whether it will not go away.
+    for_good: bool,
+    _stays: PhantomData<*const ()>,
+}
 
 impl Failed {
-    fn new() -> Failed {
-        Failed(std::marker::PhantomData)
+    fn new(for_good: bool) -> Failed {
+        Failed { for_good, _stays: PhantomData }
     }
 }
 
@@ -496,6 +535,11 @@ impl Manage for Wild {
     fn server_id(&self, wire: &Wire) -> Option<u64> {
         Some(wire.id)
     }
+
+    fn explain(&self, error: &Failed) -> Cause {
+        let cause = Cause::text(error);
+        if error.for_good { cause.permanent() } else { cause }
+    }
 }
 
 impl Wild {
@@ -537,6 +581,31 @@ impl CustomizeConnection<Wire, Failed> for Hooks {
 impl HandleError<Failed> for Hooks {
     fn handle_error(&self, _: Failed) {
         let _ = self.0.call(None, None);
+        // It uses the pool itself, as a handler that writes to a table would.
+        let pool = if self.0.event().is_multiple_of(4) { self.0.pool.lock().clone() } else { None };
+        drop(pool.and_then(|pool| pool.get_timeout(ms(1)).ok()));
+    }
+}
+
+impl HandleEvent for Hooks {
+    fn handle_acquire(&self, _: AcquireEvent) {
+        self.0.strike();
+    }
+
+    fn handle_release(&self, _: ReleaseEvent) {
+        self.0.strike();
+    }
+
+    fn handle_checkout(&self, _: CheckoutEvent) {
+        self.0.strike();
+    }
+
+    fn handle_timeout(&self, _: TimeoutEvent) {
+        self.0.strike();
+    }
+
+    fn handle_checkin(&self, _: CheckinEvent) {
+        self.0.strike();
     }
 }
 
@@ -727,11 +796,26 @@ fn live(seed: u64) -> Vec<String> {
     if dice.one_in(2) {
         builder = builder.connection_customizer(Box::new(Hooks(Arc::clone(&server))));
     }
+    if dice.one_in(3) {
+        builder = builder.event_handler(Box::new(Hooks(Arc::clone(&server))));
+    }
     if dice.one_in(4) {
         builder = builder.right_of_way(Duration::ZERO);
     }
+    let waits_for_one = dice.one_in(4);
     let end = [End::Close, End::Guard, End::LastHandle, End::Early][dice.roll(4) as usize];
-    let pool = builder.build_unchecked(Wild(Arc::clone(&server)));
+    let pool = if waits_for_one {
+        match builder.connection_timeout(ms(200)).build(Wild(Arc::clone(&server))) {
+            Ok(pool) => pool,
+            // Nor does one that could not be built leave anything behind.
+            Err(_) => {
+                server.calm_down();
+                return server.flaws("not built");
+            }
+        }
+    } else {
+        builder.build_unchecked(Wild(Arc::clone(&server)))
+    };
     *server.pool.lock() = Some(pool.clone());
     let settings = pool.settings().clone();
     let crowd = Crowd { pool, server: Arc::clone(&server), validate, shelf: Mutex::default() };
@@ -762,11 +846,12 @@ fn live(seed: u64) -> Vec<String> {
     });
 
     // From here on all is well.
-    server.state.lock().calm = true;
-    server.changed.notify_all();
+    server.calm_down();
     let Crowd { pool, shelf, .. } = crowd;
     shelf.into_inner().into_iter().for_each(drop);
     if !pool.is_closed() {
+        // What was refused for good is forgotten, or there would be no other attempt for seconds.
+        pool.recycle();
         is_as_good_as_new(&pool, &server);
     }
     *server.pool.lock() = None;
@@ -788,17 +873,7 @@ fn live(seed: u64) -> Vec<String> {
         }
         End::LastHandle => drop(pool),
     }
-    let all_gone = || server.state.lock().living.is_empty() && threads_named(NAME).is_empty();
-    if !wait_until(Instant::now() + LONG, all_gone) {
-        let living: Vec<u64> = server.state.lock().living.keys().copied().collect();
-        server.flaw(format!("left behind: {living:?}, {:?}", threads_named(NAME)));
-    }
-    let mut flaws = std::mem::take(&mut *PANICS.lock());
-    flaws.append(&mut server.state.lock().flaws);
-    if !flaws.is_empty() {
-        flaws.push(format!("{end:?}, trouble {}, hangs {}, {settings:?}", server.trouble, server.hangs));
-    }
-    flaws
+    server.flaws(&format!("{end:?}, trouble {}, hangs {}, {settings:?}", server.trouble, server.hangs))
 }
 
 fn brief(stats: &Stats) -> String {
