@@ -582,7 +582,7 @@ impl HandleError<Failed> for Hooks {
     fn handle_error(&self, _: Failed) {
         let _ = self.0.call(None, None);
         // It uses the pool itself, as a handler that writes to a table would.
-        let pool = if self.0.event().is_multiple_of(4) { self.0.pool.lock().clone() } else { None };
+        let pool = if self.0.event() % 4 == 0 { self.0.pool.lock().clone() } else { None };
         drop(pool.and_then(|pool| pool.get_timeout(ms(1)).ok()));
     }
 }
