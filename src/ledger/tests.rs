@@ -172,6 +172,11 @@ struct World {
     events: u64,
     proven: HashMap<Conn, u64>,
     suspect: u64,
+    /// With which event each connection was dialled, and the last that replaces what was dialled before.
+    dialled: HashMap<Conn, u64>,
+    replaced: u64,
+    /// The greatest size there ever was.
+    greatest: u32,
     most: usize,
     /// What was given to the crew, has not ended, and is not written off.
     posted: BTreeMap<u64, Kind>,
@@ -237,6 +242,9 @@ impl World {
             events: 0,
             proven: HashMap::new(),
             suspect: 0,
+            dialled: HashMap::new(),
+            replaced: 0,
+            greatest: 0,
             most: 0,
             posted: BTreeMap::new(),
             closers: BTreeSet::new(),
@@ -327,6 +335,7 @@ impl World {
         *used = self.now;
         let row = &self.ledger.rows[token.index as usize];
         assert!(row.dies > self.now, "handed out past its lifetime");
+        assert!(self.dialled[&conn] > self.replaced, "replaced, and lent");
         // P9: what proves this one well began after any other was found dead.
         assert!(
             self.proven[&conn] > self.suspect || self.ledger.rules.validate == Validate::Never,
@@ -437,9 +446,28 @@ impl World {
         job.event = self.event();
         if task == Task::Open {
             self.server.insert(job.conn, (self.now, self.now));
+            self.dialled.insert(job.conn, job.event);
+            self.assert_a_dial_is_due();
             self.dials.push(self.now);
         }
         self.later(takes, event, job);
+    }
+
+    /// P5: with those that are lost and those that are dialled the server sees as many more as the pool has slots, at
+    /// most; beyond that one is dialled in a minute.
+    fn assert_a_dial_is_due(&self) {
+        let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
+        let others = self.counts().lost + dialled.count() as u32;
+        let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
+        assert!(
+            others < self.greatest.max(self.ledger.rules.max_size) || probe,
+            "{others} may be lost, and one more is dialled"
+        );
+    }
+
+    /// Whether the job has its slot.
+    fn is_counted_on(&self, job: &Job) -> bool {
+        self.ledger.is_current(&job.token) && self.ledger.rows[job.token.index as usize].phase != STUCK
     }
 
     /// What a job has come to.
@@ -694,8 +722,11 @@ impl World {
         let (token, conn) = self.out.remove(&seat).unwrap_or_else(|| panic!("{seat} has none"));
         let now = self.read().max(self.ledger.now);
         self.server.get_mut(&conn).unwrap().1 = now;
-        if back == Back::Broken {
-            self.suspect = self.event();
+        match back {
+            Back::Broken => self.suspect = self.event(),
+            // Once for all that are as old.
+            Back::Outdated if self.dialled[&conn] > self.replaced => self.replaced = self.event(),
+            _ => {}
         }
         self.ledger.checkin(self.read(), token, conn, back);
         self.settle();
@@ -2091,9 +2122,15 @@ mod property {
                 Op::Run(n) => w.run(ms(n)),
                 Op::Blink(n) => w.run(us(n)),
                 Op::Sleepy(n) => w.wake_time = us(n),
-                Op::Resize(n) if n >= floor => w.ledger.resize(w.read(), n),
+                Op::Resize(n) if n >= floor => {
+                    w.greatest = w.greatest.max(w.ledger.rules.max_size);
+                    w.ledger.resize(w.read(), n);
+                }
                 Op::Resize(_) => {}
-                Op::Recycle => w.ledger.recycle(w.read()),
+                Op::Recycle => {
+                    w.replaced = w.event();
+                    w.ledger.recycle(w.read());
+                }
                 Op::Close => {
                     w.ledger.close(w.read());
                 }
