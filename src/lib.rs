@@ -75,13 +75,14 @@
 //!
 //! # Features
 //!
-//! * `postgres` (default): [`millpond::postgres`](postgres), what a pool can do when it knows that the other side is
-//!   PostgreSQL.
+//! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
 //!
 //! # Limits
 //!
-//! * After a `fork` the child has none of the pool's threads: whatever would need them fails with an error that says
-//!   so, and no connection is closed there, since it is the parent's. Build a pool after the fork.
+//! * After a `fork` the child has none of the pool's threads: [`get`](Pool::get) fails there with an error that says so,
+//!   [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no connection is
+//!   closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of the coarse clock
+//!   (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool after the fork.
 //! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
 #![forbid(unsafe_code)]
 
@@ -94,6 +95,7 @@ mod defect;
 mod error;
 pub mod event;
 mod guard;
+mod here;
 mod jobs;
 mod keep;
 mod ledger;
@@ -105,6 +107,7 @@ mod reaper;
 mod settings;
 mod shared;
 mod stats;
+mod text;
 mod waiter;
 mod who;
 

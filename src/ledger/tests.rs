@@ -968,17 +968,6 @@ fn max_idle_zero_keeps_nothing() {
 }
 
 #[test]
-fn a_rehearsal_is_forgotten_but_not_what_it_opened_and_closed() {
-    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
-    w.use_once(ms(5));
-    w.ledger.forget_rehearsal();
-    let tally = &w.ledger.tally;
-    assert_eq!((tally.checkouts, tally.waits, tally.wait.count(), tally.hold.count()), (0, 0, 0, 0));
-    assert_eq!((tally.opens, tally.open.count(), tally.closes[CloseReason::Idle as usize]), (1, 1, 1));
-    assert_eq!(w.counts().total(), 0);
-}
-
-#[test]
 fn max_idle_none_keeps_all() {
     let mut w = World::new(Rules { max_idle: None, ..rules() });
     w.burst(17);
@@ -1523,6 +1512,18 @@ fn with_nobody_waiting_the_pause_grows_and_the_first_waiter_ends_it() {
 }
 
 #[test]
+fn build_waits_too_though_not_in_the_queue() {
+    let mut w = World::new(rules());
+    w.refuse = Some(false);
+    w.ledger.watchers = 1;
+    w.ledger.set_min_idle(w.now, 1);
+    w.settle();
+    w.run(secs(10));
+    // 0, 50, 150, 350, 750, then every second.
+    assert_eq!(w.dials.len(), 5 + 9);
+}
+
+#[test]
 fn a_kick_keeps_its_distance() {
     let mut w = World::new(rules());
     w.refuse = Some(false);
@@ -1879,13 +1880,177 @@ fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
     assert_eq!(w.written_off, 0);
 }
 
+// ---------------------------------------------------------------------------------------------------- what hangs
+
 #[test]
-fn what_build_did_is_nobodys_use() {
+fn an_open_that_hangs_keeps_nobody_from_what_is_idle() {
+    for waits in [true, false] {
+        let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), ..rules() });
+        w.burst(1);
+        let a = w.get();
+        w.takes.open = Duration::MAX;
+        let b = w.get(); // dials, and hangs
+        w.put(a);
+        w.put(b);
+        w.run(secs(2)); // what is idle needs a check by now
+        assert_eq!((w.counts().idle, w.counts().opening), (1, 1));
+        if waits {
+            let c = w.get();
+            assert!(w.out.contains_key(&c), "it needs no more than its check");
+        } else {
+            assert!(w.try_get().is_none());
+            assert!(w.try_get().is_some(), "it was checked for it");
+        }
+    }
+}
+
+#[test]
+fn beside_an_open_that_hangs_one_more_is_dialled() {
     let mut w = World::new(rules());
-    w.use_once(ms(1));
-    w.ledger.forget_rehearsal();
-    assert!(w.ledger.rows().all(|row| row.uses == 0));
-    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 1), "but what it opened is there");
+    w.takes.open = Duration::MAX;
+    let a = w.get();
+    w.run(ms(999));
+    assert_eq!(w.dials.len(), 1, "it may come any moment");
+    w.takes.open = ms(10);
+    w.run(ms(11));
+    assert!(w.out.contains_key(&a), "long before the first is given up");
+    assert_eq!((w.written_off, w.dials.len()), (0, 2));
+}
+
+#[test]
+fn how_long_an_open_is_counted_on_depends_on_what_is_usual() {
+    for (usual, patience) in [(ms(10), ms(250)), (ms(500), ms(1_500))] {
+        let mut w = World::new(rules());
+        w.takes.open = usual;
+        w.burst(1);
+        w.get();
+        w.takes.open = Duration::MAX;
+        let a = w.get();
+        w.run(patience - ms(1));
+        assert_eq!(w.dials.len(), 2);
+        w.takes.open = usual;
+        w.run(usual + ms(1));
+        assert!(w.out.contains_key(&a));
+        assert_eq!((w.written_off, w.dials.len()), (0, 3));
+    }
+}
+
+#[test]
+fn a_server_that_answers_no_connect_is_not_dialled_a_third_time() {
+    let mut w = World::new(rules());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(secs(9));
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn what_comes_back_outdated_keeps_its_slot_until_it_is_closed() {
+    let mut w = World::new(Rules { max_size: 1, ..rules() });
+    w.takes.close = ms(5);
+    let (a, b) = (w.get(), w.get());
+    w.put_back(a, Back::Outdated); // (the world holds every order against the bound)
+    assert_eq!((w.counts().closing, w.dials.len()), (1, 1));
+    w.run(ms(5));
+    assert!(w.out.contains_key(&b));
+}
+
+#[test]
+fn what_was_recycled_and_hangs_gives_its_place_to_one_who_waits() {
+    let mut w = World::new(Rules { max_size: 3, ..rules() });
+    w.burst(3);
+    w.takes.close = Duration::MAX;
+    w.ledger.recycle(w.now);
+    w.settle();
+    let seats: Vec<_> = (0..2).map(|_| w.get()).collect();
+    w.run(ms(499));
+    assert!(w.out.is_empty() && w.written_off == 0, "its close may end any moment");
+    w.run(ms(1));
+    assert!(seats.iter().all(|seat| w.out.contains_key(seat)), "a tenth of the limit of a close");
+    assert_eq!((w.written_off, w.counts().lost, w.counts().closing), (2, 2, 1), "no more than are waited for");
+    // Nobody waits for the third.
+    w.run(secs(4));
+    assert_eq!(w.written_off, 2);
+}
+
+#[test]
+fn closes_that_hang_hold_up_no_other() {
+    let mut w = World::new(Rules { max_idle: Some(secs(2)), ..rules() });
+    w.burst(9);
+    w.takes.close = Duration::MAX;
+    w.run(secs(2) + CLOSE_PATIENCE * 2);
+    assert_eq!(w.ledger.census.0[Census::CLOSING], 9, "each has begun");
+    assert_eq!(w.ledger.tally.max_lateness, CLOSE_PATIENCE * 2, "counted to the moment the last one did");
+}
+
+// ---------------------------------------------------------------------------------------------------- the order of things
+
+#[test]
+fn a_check_that_began_before_another_was_found_dead_proves_nothing() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..rules() });
+    w.burst(2);
+    let dead = w.get();
+    w.run(secs(2));
+    w.takes.check = ms(10);
+    let a = w.get();
+    w.run(ms(5));
+    w.put_back(dead, Back::Broken);
+    w.takes.open = Duration::MAX;
+    w.run(ms(5));
+    assert!(!w.out.contains_key(&a), "what it brought may have died with the other");
+    w.run(ms(10));
+    assert!(w.out.contains_key(&a), "and was checked again");
+}
+
+#[test]
+fn one_who_checked_for_itself_gets_nothing_that_became_suspect_meanwhile() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..rules() });
+    w.burst(2);
+    let dead = w.get();
+    w.run(secs(2));
+    w.takes.check = ms(10);
+    let a = w.get_or_check(true);
+    w.run(ms(5));
+    w.put_back(dead, Back::Broken);
+    w.takes.open = Duration::MAX;
+    w.run(ms(5));
+    assert!(!w.out.contains_key(&a));
+    w.run(ms(10));
+    assert!(w.out.contains_key(&a));
+}
+
+#[test]
+fn one_who_comes_back_from_its_own_check_has_waited_all_the_while() {
+    let mut w = World::new(Rules { validate: Validate::Always, right_of_way: us(700), max_size: 2, ..rules() });
+    w.burst(1);
+    w.takes.check = ms(1);
+    w.takes.open = ms(5);
+    w.takes.close = secs(1);
+    w.dead = w.server.keys().copied().collect();
+    let begun = w.now;
+    w.get_or_check(true);
+    w.run(us(10));
+    w.get();
+    w.run(ms(1));
+    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so nobody passes it, nor those behind it");
+}
+
+#[test]
+fn a_wish_that_shortens_the_pause_is_not_left_to_chance() {
+    let mut w = World::new(rules());
+    w.refuse = Some(false);
+    for _ in 0..6 {
+        w.run(secs(60));
+        w.ledger.prepare(w.now);
+        w.settle();
+    }
+    let dials = w.dials.len();
+    w.run(ms(1));
+    w.refuse = None;
+    w.ledger.prepare(w.now);
+    w.settle();
+    w.run(ms(50));
+    assert_eq!((w.dials.len(), w.counts().idle), (dials + 1, 1), "50 ms after the last failure");
 }
 
 // ---------------------------------------------------------------------------------------------------- a year
