@@ -211,7 +211,12 @@ fn check<M: Manage>(
         if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
             shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
         }
-        result
+        match (&shared.hooks.customizer, &result) {
+            (Some(customizer), Ok(Ok(()))) if shared.manager.undoes_on_acquire() => {
+                catch(|| customizer.on_acquire(conn.get_mut()))
+            }
+            _ => result,
+        }
     } else {
         catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout))
     };

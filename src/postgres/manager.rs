@@ -1,7 +1,7 @@
 //! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
 
 use super::budget::{self, Budget};
-use super::connection::{Canceller, Connection};
+use super::connection::{CANCEL_LIMIT, Canceller, Connection, Opened, SendCancel};
 use super::error::{Error, parse_error};
 use super::guards::ServerGuards;
 use super::observer::{Connector, Observer, Watch};
@@ -9,12 +9,11 @@ use super::statements;
 use crate::stats::Short;
 use crate::{Cause, Manage, Opening, Returned, Settings};
 use ::postgres::config::TargetSessionAttrs;
-use ::postgres::{CancelToken, Client, Config};
+use ::postgres::{Client, Config};
 use crossbeam_channel::bounded;
 use r2d2_postgres::PostgresConnectionManager;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,8 +33,6 @@ pub enum Reset {
     None,
 }
 
-/// How long the pool waits for a cancel request of its own to be sent and to have its effect.
-const CANCEL_LIMIT: Duration = Duration::from_secs(1);
 /// How long a user waits for one.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
 /// What a server takes to act on one, at best.
@@ -166,26 +163,13 @@ impl<T: Connector> PostgresManager<T> {
         PostgresConnectionManager::new(self.config, self.tls)
     }
 
-    /// Asks the server to cancel what a connection is doing, from any thread. The query fails with SQLSTATE 57014, or ends
-    /// before the request arrives. The connection is closed when it is returned.
-    ///
-    /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (`cancel_query` of the
-    /// `postgres` crate, which is used where connections are not observed, hangs up at once instead. PgBouncer 1.18 then
-    /// does not pass the request on, and may end itself.)
+    /// [`Canceller::cancel`], which needs no manager.
     ///
     /// # Errors
     ///
-    /// If the request could not be sent. That it had an effect is not said by success.
+    /// As [`Canceller::cancel`].
     pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
-        canceller.cancelled.store(true, Ordering::Relaxed);
-        match self.observer(&self.config) {
-            Some(observer) => {
-                let limit = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
-                send_cancel(limit, &observer, &canceller.token)?;
-            }
-            None => canceller.token.cancel_query(self.tls.clone())?,
-        }
-        Ok(())
+        canceller.cancel()
     }
 
     fn observer(&self, config: &Config) -> Option<Observer<T>> {
@@ -241,17 +225,25 @@ impl<T: Connector> PostgresManager<T> {
         config
     }
 
-    fn connect(&self, opening: &Opening) -> Result<(Client, Option<Arc<Watch>>), Error> {
+    fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
         let config = self.complete(opening.pool(), opening.limit());
+        let cancel_patience = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
+        let begun = Instant::now();
         let Some(observer) = self.observer(&config) else {
             let client = config.connect(self.tls.clone())?;
+            let took = begun.elapsed();
             let (token, tls) = (client.cancel_token(), self.tls.clone());
-            opening.on_cancel(move || {
-                let _ = token.cancel_query(tls.clone());
+            let cancel: SendCancel = Arc::new(move |limit| {
+                let (token, tls) = (token.clone(), tls.clone());
+                send_within(limit, move || token.cancel_query(tls), || {})
             });
-            return Ok((client, None));
+            let send = Arc::clone(&cancel);
+            opening.on_cancel(move || {
+                let _ = send(CANCEL_LIMIT);
+            });
+            return Ok(Opened { client, watch: None, cancel, cancel_patience, took });
         };
-        let (watch, begun) = (Watch::new(), Instant::now());
+        let watch = Watch::new();
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.cut());
         // A pooler lets everybody in; whether there is a server behind it, the first answer shows.
@@ -264,20 +256,27 @@ impl<T: Connector> PostgresManager<T> {
             }
             Error::of(error, &watch)
         })?;
-        let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
-        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
-        Ok((client, Some(watch)))
+        let took = begun.elapsed();
+        let token = client.cancel_token();
+        let cancel: SendCancel = Arc::new(move |limit| {
+            let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+            let switch = Arc::clone(&watch);
+            send_within(limit, move || observer.cancel(&token, &watch), || switch.cut())
+        });
+        let (send, watched) = (Arc::clone(&cancel), Arc::clone(&watch));
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &send, &watched));
+        Ok(Opened { client, watch: Some(watch), cancel, cancel_patience, took })
     }
 }
 
 /// Asks the server to cancel what the connection `watched` is doing, and waits for it to be done; gives up at the limit.
 /// It is the first half of cutting a connection: the second must not wait for a server that is silent.
-fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken, watched: &Watch) {
+fn cancel_within(limit: Duration, send: &SendCancel, watched: &Watch) {
     if !watched.is_waiting() {
         return;
     }
     let begun = Instant::now();
-    let _ = send_cancel(limit, observer, token);
+    let _ = send(limit);
     // The server's own word for it ("canceling statement due to user request") is to come before the cut.
     while watched.is_waiting() && begun.elapsed() < limit {
         thread::sleep(REACTION);
@@ -286,13 +285,16 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
     thread::sleep(REACTION);
 }
 
-/// Sends a cancel request, on a thread of its own: a TCP connect cannot be cut.
-fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) -> Result<(), Error> {
-    let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+/// Sends a cancel request on a thread of its own, since a TCP connect cannot be cut, and waits for it; at the limit has
+/// it given up.
+fn send_within(
+    limit: Duration,
+    send: impl FnOnce() -> Result<(), ::postgres::Error> + Send + 'static,
+    give_up: impl FnOnce(),
+) -> Result<(), Error> {
     let (done, wait) = bounded(1);
-    let switch = Arc::clone(&watch);
     let send = move || {
-        let _ = done.send(observer.cancel(&token, &watch));
+        let _ = done.send(send());
     };
     if let Err(e) = thread::Builder::new().name("millpond-cancel".into()).spawn(send) {
         return Err(Error::own(format!("cannot start a thread to cancel on: {e}"), false));
@@ -300,7 +302,7 @@ fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &Ca
     match wait.recv_timeout(limit) {
         Ok(sent) => Ok(sent?),
         Err(_) => {
-            switch.cut();
+            give_up();
             Err(Error::own(format!("no answer to a request to cancel within {}", Short(limit)), false))
         }
     }
@@ -320,12 +322,11 @@ impl<T: Connector> Manage for PostgresManager<T> {
     type Error = Error;
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
-        let (client, watch) = self.connect(opening)?;
-        let mut connection = Connection::new(client, watch, self.statement_cache)?;
+        let mut connection = Connection::new(self.connect(opening)?, self.statement_cache)?;
         match self.guard(&mut connection) {
             Ok(()) => Ok(connection),
             Err(e) => {
-                connection.close();
+                connection.close(opening.limit());
                 Err(e)
             }
         }
@@ -352,12 +353,17 @@ impl<T: Connector> Manage for PostgresManager<T> {
         if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
     }
 
+    /// `DISCARD ALL` takes a customizer's settings for a user's.
+    fn undoes_on_acquire(&self) -> bool {
+        self.reset == Reset::DiscardAll
+    }
+
     fn remark(&self, connection: &mut Connection) -> Option<String> {
         connection.take_remark()
     }
 
-    fn close(&self, connection: Connection, _limit: Duration) {
-        connection.close();
+    fn close(&self, connection: Connection, limit: Duration) {
+        connection.close(limit);
     }
 
     fn started(&self, connection: &mut Connection, settings: &Settings) -> Result<(), Cause> {

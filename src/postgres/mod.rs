@@ -89,6 +89,7 @@ mod error;
 mod guards;
 mod host;
 mod manager;
+mod marked;
 // What the pool's own manager does not use, tests do.
 #[allow(dead_code)]
 mod observer;

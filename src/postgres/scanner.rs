@@ -63,6 +63,7 @@ pub(crate) struct Scanner {
     /// Of the request that is being answered: what it runs has parameters and a plan, and is about to run.
     bound: bool,
     refused_statement: bool,
+    missed_statement: bool,
     /// From an error to the next `ReadyForQuery`.
     failing: bool,
     in_hot_standby: Option<bool>,
@@ -99,6 +100,7 @@ impl Scanner {
             refused_write: false,
             bound: false,
             refused_statement: false,
+            missed_statement: false,
             failing: false,
             in_hot_standby: None,
             read_only_by_default: None,
@@ -185,6 +187,7 @@ impl Scanner {
                 self.refused_write |= code == Some(*b"25006");
                 if !self.bound && self.pending.front() == Some(&Request::Sync) {
                     self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
+                    self.missed_statement |= code == Some(*b"26000");
                 }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
@@ -275,6 +278,12 @@ impl Scanner {
     /// changed (0A000).
     pub(crate) fn take_refused_statement(&mut self) -> bool {
         std::mem::take(&mut self.refused_statement)
+    }
+
+    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have removed
+    /// those of the `postgres` crate as well, which it does not notice.
+    pub(crate) fn has_missed_a_statement(&self) -> bool {
+        self.missed_statement
     }
 
     /// Whether the server is a standby; reported since PostgreSQL 14.
