@@ -8,7 +8,7 @@ use super::observer::{Connector, Observer, Watch};
 use super::statements;
 use crate::stats::Short;
 use crate::{Cause, Manage, Opening, Returned, Settings};
-use ::postgres::config::TargetSessionAttrs;
+use ::postgres::config::{Host, TargetSessionAttrs};
 use ::postgres::{Client, Config};
 use crossbeam_channel::bounded;
 use r2d2_postgres::PostgresConnectionManager;
@@ -91,7 +91,12 @@ impl<T: Connector> PostgresManager<T> {
     ///
     /// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
     pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
-        let config = params.parse().map_err(|e| parse_error(params, &e))?;
+        let config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
+        // It would be looked up by name, and be in the logs of whoever is asked for it.
+        if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+            let text = "invalid connection string: an `@` in a host's name (in a user name or password write %40)";
+            return Err(Error::own(text, true));
+        }
         Ok(Self::new(config, tls))
     }
 
@@ -386,13 +391,26 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 }
 
-/// Never the password, nor the configuration as a whole.
+/// Never the password, nor the configuration as a whole. Of a password that is not escaped in a URL the parts behind an `@`,
+/// `/` or `,` are taken for hosts, or for a database: whatever stands before an `@` is left out.
 impl<T> fmt::Debug for PostgresManager<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));
+        let dbname = self.config.get_dbname().map(|name| behind_at(name).unwrap_or_else(|| name.to_owned()));
+        let mut hosts: Vec<Box<dyn fmt::Debug + '_>> = Vec::new();
+        for host in self.config.get_hosts() {
+            match host {
+                Host::Tcp(name) if name.contains('@') => hosts = vec![Box::new(behind_at(name).unwrap_or_default())],
+                host => hosts.push(Box::new(host)),
+            }
+        }
+        if self.config.get_dbname().is_some_and(|name| name.contains('@')) {
+            hosts = vec![Box::new("…")];
+        }
         f.debug_struct("PostgresManager")
-            .field("hosts", &self.config.get_hosts())
+            .field("hosts", &hosts)
             .field("user", &self.config.get_user())
-            .field("dbname", &self.config.get_dbname())
+            .field("dbname", &dbname)
             .field("observe", &self.observe)
             .field("reset", &self.reset)
             .field("statement_cache", &self.statement_cache)
@@ -441,5 +459,25 @@ mod tests {
     fn debug_keeps_the_password() {
         let text = format!("{:?}", manager("host=h user=u password=hunter2"));
         assert!(!text.contains("hunter2") && text.contains("\"u\""), "{text}");
+        // Not escaped, it ends at its first `@` or `/`, and the rest is taken for what follows it.
+        for (params, shown) in [
+            ("postgres://u:p@hunter2@h/db", "[\"…@h\"]"),
+            ("postgres://u:p@hun,hunter2@a,b/db", "[\"…@a\", Tcp(\"b\")]"),
+            ("postgres://u:p@hun/hunter2@h/db", "\"…@h/db\""),
+        ] {
+            let text = format!("{:?}", PostgresManager::new(params.parse().unwrap(), NoTls));
+            assert!(!text.contains("hun") && text.contains(shown), "{text}");
+        }
+        let text = format!("{:?}", manager("host=a,b dbname=c user=d@e"));
+        assert!(text.contains("[Tcp(\"a\"), Tcp(\"b\")]") && text.contains("\"c\"") && text.contains("d@e"), "{text}");
+    }
+
+    #[test]
+    fn an_unescaped_password_is_not_taken_for_a_host() {
+        let parse = |params: &str| PostgresManager::parse(params, NoTls).map(drop).map_err(|e| e.to_string());
+        let error = parse("postgres://u:p@hunter2@h/db").unwrap_err();
+        assert!(error.contains("%40") && !error.contains("hunter2"), "{error}");
+        assert_eq!(parse("postgres://u%40e:p%40hunter2@h/d%40b"), Ok(()));
+        assert_eq!(parse("host=h user=u@e password=p@hunter2 dbname=d@b"), Ok(()));
     }
 }

@@ -34,6 +34,8 @@ enum Request {
     Simple,
     /// A `Sync` that ends a batch of the extended protocol.
     Sync,
+    /// A `Sync` that ends a batch which began with a `Bind`: of a statement that was prepared before.
+    Bind,
     /// A `Sync` after nothing but `Close`: what `postgres` sends when a statement is dropped.
     Close,
 }
@@ -45,7 +47,7 @@ pub(crate) struct Scanner {
     frontend: Frames,
     /// Requests not yet answered, oldest first.
     pending: VecDeque<Request>,
-    /// The messages of the frontend since its last `Sync` or query: none, only `Close`, or others.
+    /// The messages of the frontend since its last `Sync` or query: none, only `Close`, a `Bind` first, or others.
     batch: Option<Request>,
     status: Status,
     pid: Option<i32>,
@@ -140,16 +142,15 @@ impl Scanner {
                 self.pending.push_back(Request::Simple);
                 self.batch = None;
             }
-            b'S' => self.pending.push_back(match self.batch.take() {
-                Some(Request::Close) => Request::Close,
-                _ => Request::Sync,
-            }),
+            b'S' => self.pending.push_back(self.batch.take().unwrap_or(Request::Sync)),
             b'C' if self.batch.is_none() => self.batch = Some(Request::Close),
             b'C' => {}
+            b'B' if matches!(self.batch, None | Some(Request::Close)) => self.batch = Some(Request::Bind),
             // Poison, rule 1. `postgres` queues the end of a COPY even when the server refused the COPY. The server skips
             // it but answers the `Sync` that follows, and from then on every call gets the answer to the one before it
             // (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
+            _ if self.batch == Some(Request::Bind) => {}
             _ => self.batch = Some(Request::Sync),
         }
     }
@@ -175,7 +176,7 @@ impl Scanner {
             b'G' => {
                 self.copy_in = true;
                 // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
-                if self.pending.front() == Some(&Request::Sync) {
+                if matches!(self.pending.front(), Some(Request::Sync | Request::Bind)) {
                     self.pending.pop_front();
                 }
             }
@@ -185,7 +186,7 @@ impl Scanner {
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
                 self.refused_write |= code == Some(*b"25006");
-                if !self.bound && self.pending.front() == Some(&Request::Sync) {
+                if !self.bound && self.pending.front() == Some(&Request::Bind) {
                     self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
                     self.missed_statement |= code == Some(*b"26000");
                 }
