@@ -343,7 +343,7 @@ fn state(observer: &mut Client, pid: Option<i32>) -> Option<String> {
 #[test]
 fn what_is_abandoned_is_cancelled_before_its_slot_is_free() {
     type Leave = (&'static str, fn(PooledConnection<PostgresManager<NoTls>>));
-    let leaves: [Leave; 3] = [
+    let leaves: [Leave; 4] = [
         ("returned", drop),
         ("discarded", PooledConnection::discard),
         ("lost to a panic", |client| {
@@ -353,13 +353,18 @@ fn what_is_abandoned_is_cancelled_before_its_slot_is_free() {
             }));
             assert!(panic.is_err());
         }),
+        ("detached and dropped", |client| drop(PooledConnection::detach(client))),
     ];
     let mut observer = Server::shared().connect();
     for way in WAYS {
         for reset in [Reset::Rollback, Reset::DiscardAll, Reset::None] {
             // Unobserved and not to be reset, it goes to the next as it is.
             for (what, leave) in leaves.into_iter().skip(usize::from(reset == Reset::None && way != Way::Tcp)) {
-                let builder = manager("abandoned", way).reset(reset).builder().max_size(1);
+                let mut builder = manager("abandoned", way).reset(reset).builder().max_size(1);
+                if reset == Reset::DiscardAll {
+                    // Then it is the customizer who drops it.
+                    builder = builder.connection_customizer(Box::new(Nothing));
+                }
                 let pool = builder.connection_timeout(SOON).close_timeout(SOON).open().unwrap();
                 let mut client = pool.get().unwrap();
                 let pid = client.backend_pid();
@@ -378,6 +383,12 @@ fn what_is_abandoned_is_cancelled_before_its_slot_is_free() {
         }
     }
 }
+
+/// The default: `on_release` drops the connection.
+#[derive(Debug)]
+struct Nothing;
+
+impl CustomizeConnection<Connection, millpond::postgres::Error> for Nothing {}
 
 #[test]
 fn a_little_that_is_left_to_read_costs_no_connection() {
@@ -409,6 +420,24 @@ fn a_return_does_not_wait_for_what_was_left() {
     took.sort();
     // A few may meet a busy machine; to read on took ten times as long in every second one.
     assert!(took[11] < ms(2), "{took:?}");
+}
+
+/// Where they do not survive the checkout, what comes with the answer to that does not either.
+#[test]
+fn what_is_notified_between_checkouts_reaches_nobody() {
+    for way in WAYS {
+        let pool = manager("between", way).reset(Reset::DiscardAll).builder().max_size(1).open().unwrap();
+        let mut client = pool.get().unwrap();
+        let channel = format!("between_{way:?}").to_lowercase();
+        client.execute_cached(&format!("LISTEN {channel}"), &[]).unwrap();
+        let notify =
+            format!("DO $$ BEGIN FOR i IN 1..50 LOOP PERFORM pg_notify('{channel}', i::text); END LOOP; END $$");
+        Server::shared().connect().batch_execute(&notify).unwrap();
+        drop(client);
+        let mut next = pool.get().unwrap();
+        next.query_cached("SELECT 1", &[]).unwrap();
+        assert_eq!(next.notifications().len(), 0, "{way:?}");
+    }
 }
 
 /// A server that is silent as well: nothing waits longer than the limits.

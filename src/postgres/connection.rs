@@ -17,6 +17,10 @@ use std::time::{Duration, Instant};
 /// For what is generic over [`postgres::GenericClient`](::postgres::GenericClient), hand over the client itself: of a
 /// [`PooledConnection`](super::PooledConnection) named `client` that is `&mut **client`, of a
 /// [`Transaction`](super::Transaction) `&mut *tx`.
+///
+/// To drop one (that was [detached](crate::PooledConnection::detach), say) takes a moment, where the drop of a
+/// `postgres::Client` waits for whatever is unanswered: a query that still runs is cancelled, and what cannot be cancelled within
+/// a second is cut.
 pub struct Connection {
     /// Goes before the statements, which therefore have nobody left to tell. What a statement leaves that is dropped later
     /// goes out before the next request, and does no harm.
@@ -223,6 +227,8 @@ impl Connection {
             self.statements.clear();
             self.client.whole(|client| client.batch_execute(DISCARD))?;
         }
+        // What came with these answers was not for the next.
+        self.client.forget_notifications();
         match &self.watch {
             Some(watch) if reset == Reset::None && !watch.is_lost() && !watch.is_busy() => Ok(()),
             Some(watch) if !watch.is_idle() => {
@@ -237,9 +243,14 @@ impl Connection {
         self.remark.take().map(String::from)
     }
 
-    /// Closes it. What its backend still does is cancelled first, for that would go on without it. Then, if it is still in
-    /// the middle of something, it is cut: to end in good order it would wait for an answer.
+    /// Closes it, within the limit where that can be done.
     pub(super) fn close(mut self, limit: Duration) {
+        self.finish(limit);
+    }
+
+    /// Before it is dropped. What its backend still does is cancelled first, for that would go on without it. Then, if it is
+    /// still in the middle of something, it is cut: to end in good order it would wait for an answer.
+    fn finish(&mut self, limit: Duration) {
         self.end_lease();
         if self.may_be_at_work() {
             self.stop(limit);
@@ -247,7 +258,7 @@ impl Connection {
         if self.watch.as_ref().is_some_and(|watch| !watch.is_idle()) {
             self.cut();
         }
-        drop(self.client);
+        self.client.unmark();
     }
 
     /// From now on those who could cancel what it does cannot. Whether somebody has.
@@ -270,6 +281,13 @@ impl Connection {
     /// `false`: it was cancelled, or is beyond that, and can only be closed.
     fn stop(&mut self, limit: Duration) -> bool {
         let drain = self.drain.min(limit / 4);
+        if let Some(watch) = &self.watch {
+            // Much of what is unread is short, and has arrived.
+            let _ = observer::flush(self.client.reach());
+            if !watch.is_waiting() {
+                return !watch.is_lost();
+            }
+        }
         if self.client.reach().is_valid(drain).is_ok() {
             return self.watch.as_ref().is_none_or(|watch| !watch.is_busy());
         }
@@ -471,6 +489,13 @@ impl Canceller {
 impl fmt::Debug for Canceller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Canceller").field("lease", &self.lease).finish_non_exhaustive()
+    }
+}
+
+/// What is dropped elsewhere than in the pool: detached, or given to a customizer's `on_release`.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.finish(2 * CANCEL_LIMIT);
     }
 }
 
