@@ -522,6 +522,52 @@ fn a_customizer_that_fails_after_a_reset_costs_the_connection() {
     assert!(times.load(SeqCst) >= 2);
 }
 
+/// The table in the documentation of `Reset`.
+#[test]
+fn what_a_session_has_set_stays_or_goes_as_documented() {
+    let left: [(&str, &str, bool); 10] = [
+        ("SET ROLE pg_monitor", "SELECT current_user = 'pg_monitor'", false),
+        ("SET search_path = nowhere", "SELECT current_setting('search_path') = 'nowhere'", false),
+        (
+            "SET default_transaction_read_only = on",
+            "SELECT current_setting('default_transaction_read_only') = 'on'",
+            false,
+        ),
+        ("SET client_encoding = 'LATIN1'", "SELECT current_setting('client_encoding') = 'LATIN1'", false),
+        (
+            "SELECT pg_advisory_lock(4712)",
+            "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid())",
+            false,
+        ),
+        (
+            "BEGIN; DECLARE held CURSOR WITH HOLD FOR SELECT 1; COMMIT",
+            "SELECT EXISTS (SELECT FROM pg_cursors WHERE name = 'held')",
+            false,
+        ),
+        ("CREATE TEMP TABLE kept_for_later (n int)", "SELECT to_regclass('kept_for_later') IS NOT NULL", false),
+        ("LISTEN to_me", "SELECT EXISTS (SELECT pg_listening_channels())", false),
+        ("PREPARE mine AS SELECT 1", "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE name = 'mine')", true),
+        ("BEGIN; SET LOCAL work_mem = '123kB'", "SELECT current_setting('work_mem') = '123kB'", false),
+    ];
+    for way in WAYS {
+        for reset in [Reset::Rollback, Reset::DiscardAll] {
+            for (sql, is_there, survives_a_discard) in left {
+                let pool = manager("table", way).reset(reset).builder().max_size(1).open().unwrap();
+                pool.get().unwrap().batch_execute(sql).unwrap();
+                let answer = pool.get().unwrap().simple_query(is_there).unwrap();
+                let there =
+                    |m: &SimpleQueryMessage| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("t"));
+                let expected = match reset {
+                    Reset::Rollback => !sql.contains("SET LOCAL"),
+                    _ => survives_a_discard,
+                };
+                assert_eq!(answer.iter().any(there), expected, "{way:?}, {reset:?}: {sql}");
+                assert_eq!(pool.stats().opens, 1, "{way:?}, {reset:?}: {sql}");
+            }
+        }
+    }
+}
+
 /// `postgres` looks up types with statements of its own, and does not notice when a `DISCARD ALL` has removed them.
 #[test]
 fn types_are_found_again_after_somebody_discarded_all() {

@@ -23,7 +23,10 @@
 //!   until the deadline. See [`Error`].
 //! * **Clean hand-over.** Nobody receives another's transaction: a connection that comes back inside one is rolled back
 //!   before anyone gets it, with a warning that names the line that had borrowed it; one in the middle of a COPY, or whose
-//!   answers no longer match its questions, is closed. See [`Reset`].
+//!   answers no longer match its questions, is closed. What a session has set stays, unless you say otherwise: see [`Reset`].
+//! * **What is abandoned ends.** A query of which nobody reads the rest, or whose user has gone, is cancelled before another
+//!   takes its place. A [`Canceller`] ends with its checkout: a watchdog that fires late hits nobody else's query.
+//! * **A commit that keeps nothing is an error.** See [`Transaction::commit`].
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
@@ -78,9 +81,25 @@
 //! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
 //! crate's own around yours, which negotiates by your `sslmode` exactly as `postgres` does. Beside
 //! a round trip it costs little (`cargo bench --bench postgres`). It cannot see **unix sockets**: there a connection is asked
-//! with one query when it comes back, which costs as much as a small query, and nothing can be cut.
-//! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
-//! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
+//! with one query when it comes back (and is pinged before, if more than the `_cached` functions was used), which costs as
+//! much as a small query, and nothing can be cut. [`PostgresManager::observe`] switches it off. With it on,
+//! `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//!
+//! # Code that is generic over `GenericClient`
+//!
+//! ```no_run
+//! fn total(client: &mut impl postgres::GenericClient) -> Result<i64, postgres::Error> {
+//!     Ok(client.query_one("SELECT coalesce(sum(total), 0)::bigint FROM orders", &[])?.get(0))
+//! }
+//!
+//! # fn f(pool: &millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut client = pool.get()?;
+//! total(&mut **client)?; // through the pool's connection to the `Client` itself
+//! let mut tx = client.begin()?;
+//! total(&mut *tx)?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod audit;
 mod budget;

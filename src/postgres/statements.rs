@@ -397,7 +397,8 @@ impl Connection {
         self.run_cached::<Execute>(sql, params)
     }
 
-    /// [`Client::transaction`], with the statement cache at hand.
+    /// [`Client::transaction`], with the statement cache at hand, and with a [`commit`](Transaction::commit) that fails if
+    /// nothing is kept.
     ///
     /// ```no_run
     /// # fn f(mut client: millpond::postgres::PooledConnection) -> Result<(), postgres::Error> {
