@@ -62,8 +62,9 @@ pub(super) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
 /// connection is closed, so that costs a cancel, which is a connect, and a connect.)
 const DRAIN: Duration = Duration::from_millis(50);
 
-/// Where nobody watches, silence may also be the network's, or the server's that is busy.
-const DRAIN_UNOBSERVED: Duration = Duration::from_millis(250);
+/// Where nobody watches it is not known that an answer is left at all: silence may also be that of a network or server which
+/// is busy, and is not to be given more work.
+const DRAIN_UNOBSERVED: Duration = Duration::from_millis(500);
 
 /// Whether the server has the statement with which `postgres` looks up types: as far as is known where nobody watches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +277,7 @@ impl Connection {
     }
 
     /// Brings what it does to an end, by reading for a moment what is left of an answer, and where that does not help by
-    /// having the server cancel it. Takes three quarters of `limit` at most, and 1.3 seconds if to connect was quick.
+    /// having the server cancel it. Takes three quarters of `limit` at most, and not much more than a second.
     ///
     /// `false`: it was cancelled, or is beyond that, and can only be closed.
     fn stop(&mut self, limit: Duration) -> bool {
@@ -288,18 +289,20 @@ impl Connection {
                 return !watch.is_lost();
             }
         }
-        if self.client.reach().is_valid(drain).is_ok() {
+        let answer = self.client.reach().is_valid(drain);
+        if answer.is_ok() {
             return self.watch.as_ref().is_none_or(|watch| !watch.is_busy());
         }
-        if !self.client.peek().is_closed() {
+        // Unless it is dead, or has answered another question than this one, to which there is no error.
+        if !self.client.peek().is_closed() && answer.is_err_and(|e| e.code().is_none()) {
             let (begun, limit) = (Instant::now(), CANCEL_LIMIT.min(limit / 2));
             if (self.cancel)(limit).is_ok() {
                 // Until the server's own word for it has come, with what it had said before.
                 let _ = self.client.reach().is_valid(limit.saturating_sub(begun.elapsed()));
             }
-            // Tried once is enough.
-            self.client.unmark();
         }
+        // Tried once is enough.
+        self.client.unmark();
         if self.watch.as_ref().is_some_and(|watch| !watch.is_idle()) {
             self.cut();
         }

@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 /// * a `COPY ... FROM STDIN` on it was refused, failed or was broken off, where it is [observed](super#the-observer). (Where not,
 ///   a question to it finds out.)
 /// * [`Canceller::cancel`] was called for it: the request may arrive late.
-/// * more was left of an answer than can be read within 50 ms (250 ms where it is not observed), or the time it took to
+/// * more was left of an answer than can be read within 50 ms (500 ms where it is not observed), or the time it took to
 ///   connect if that is longer. The query is cancelled, and its slot is free when that is done.
 /// * the server had lost a prepared statement of it (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE ALL` of the user's:
 ///   those with which the `postgres` crate looks up types may be gone as well, and it would fail to for ever.
