@@ -1,15 +1,22 @@
 //! The [`Crew`]: the threads that may block.
 //!
 //! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind
-//! uses up those of another; what is over the limit waits in a backlog of its kind. A thread whose job is written off
-//! no longer counts: another takes its place, and it leaves when that job ends.
+//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual
+//! may be told to count [no longer](Crew::discount) against that limit. A thread whose job is written off is
+//! [replaced](Crew::replace): it leaves when that job ends.
+//!
+//! What counts is what stands in the [list of running jobs](Roster::running), each under the kind it was started as. So
+//! a job that runs elsewhere (on its caller, where no thread can be started) or that goes on to do something else (a
+//! failed check closes what it has) counts as what it is: nothing, and a check.
 //!
 //! A thread that cannot be started loses nothing: an `Open` comes back to the caller, what else there is waits for
 //! another thread of the crew, and if there is none a `Close` comes back too and the others wait to be tried again.
 
+use crate::text::is_harmful;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use std::collections::VecDeque;
+use std::any::Any;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +24,11 @@ use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);
-/// How many close at once. Closes are many at a time (a burst that went idle) and may each take long.
+/// How many close at once, of those that do not take longer than usual. Closes are many at a time: a burst that went idle.
 const CLOSERS: usize = 4;
+/// How many of the other kinds run at once, of each. A process that has no thread left for others ends; what is over the
+/// limit waits, in a pool of more than as many connections.
+const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. What comes on top is dropped, and counted.
 const MAX_NOTICES: usize = 1024;
 
@@ -40,21 +50,28 @@ const KINDS: usize = 5;
 impl Kind {
     fn limit(self) -> usize {
         match self {
-            Kind::Open | Kind::Check | Kind::Cut => usize::MAX,
+            Kind::Open | Kind::Check | Kind::Cut => MOST,
             Kind::Close => CLOSERS,
             Kind::Notice => 1,
         }
     }
 }
 
+/// What there is to do.
+pub(crate) trait Task: Send + 'static {
+    fn kind(&self) -> Kind;
+
+    /// The slot that it has, by whose number it may be discounted and replaced.
+    fn slot(&self) -> Option<u64>;
+}
+
 /// What a crew works for.
 pub(crate) trait Work: Send + Sync + 'static {
-    type Job: Send;
+    type Job: Task;
 
     fn crew(&self) -> &Crew<Self::Job>;
 
-    /// Does a job. `true`: it was written off meanwhile, so its thread has been replaced.
-    fn run(self: &Arc<Self>, job: Self::Job) -> bool;
+    fn run(self: &Arc<Self>, job: Self::Job);
 
     /// A thread has left the crew.
     fn left(&self);
@@ -64,26 +81,42 @@ pub(crate) struct Crew<J> {
     name: String,
     roster: Mutex<Roster<J>>,
     /// To the threads that linger: a job, or the word to leave.
-    send: Sender<Option<(Kind, J)>>,
-    receive: Receiver<Option<(Kind, J)>>,
+    send: Sender<Option<Started<J>>>,
+    receive: Receiver<Option<Started<J>>>,
     spawn: Spawn,
 }
 
 /// How a thread is started.
 type Spawn = fn(thread::Builder, Box<dyn FnOnce() + Send>) -> io::Result<()>;
 
+/// A job that stands in the list of running jobs, under this number.
+struct Started<J> {
+    number: u64,
+    job: J,
+}
+
+/// What the list of running jobs says of one.
+struct Running {
+    kind: Kind,
+    slot: Option<u64>,
+    /// Whether it counts against the limit of its kind.
+    counts: bool,
+}
+
 struct Roster<J> {
-    /// Threads that have not left, those with a job that was written off among them.
+    /// Threads that have not left, those that were replaced among them.
     threads: usize,
     /// Threads that linger and to which nothing has been sent.
     idle: usize,
-    running: [usize; KINDS],
+    /// The jobs that were given to a thread which was not replaced, in the order in which they were.
+    running: BTreeMap<u64, Running>,
+    started: u64,
     backlog: [VecDeque<J>; KINDS],
     dropped_notices: u64,
     closed: bool,
 }
 
-impl<J: Send + 'static> Crew<J> {
+impl<J: Task> Crew<J> {
     pub(crate) fn new(name: String) -> Self {
         Self::with_spawn(name, |builder, body| builder.spawn(body).map(drop))
     }
@@ -94,7 +127,8 @@ impl<J: Send + 'static> Crew<J> {
         let roster = Roster {
             threads: 0,
             idle: 0,
-            running: [0; KINDS],
+            running: BTreeMap::new(),
+            started: 0,
             backlog: std::array::from_fn(|_| VecDeque::new()),
             dropped_notices: 0,
             closed: false,
@@ -107,46 +141,43 @@ impl<J: Send + 'static> Crew<J> {
         self.roster.lock().threads
     }
 
-    /// Log records that were dropped because the logger had blocked for too long.
+    /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for them.
     pub(crate) fn dropped_notices(&self) -> u64 {
         self.roster.lock().dropped_notices
     }
 
     /// Has a job done. `Ok(false)`: it waits, and somebody must [`nudge`](Crew::nudge). `Err`: no thread could be
     /// started, and the job is one that must not wait for one.
-    pub(crate) fn post<S: Work<Job = J>>(&self, work: &Arc<S>, kind: Kind, job: J) -> Result<bool, (io::Error, J)> {
+    pub(crate) fn post<S: Work<Job = J>>(&self, work: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
         let mut roster = self.roster.lock();
-        if roster.running[kind as usize] >= kind.limit() {
-            if kind == Kind::Notice && roster.backlog[kind as usize].len() >= MAX_NOTICES {
-                roster.dropped_notices += 1;
-            } else {
-                roster.backlog[kind as usize].push_back(job);
-            }
+        let kind = job.kind();
+        if !roster.has_room(kind) {
+            roster.put_off(job);
             return Ok(true);
         }
-        roster.running[kind as usize] += 1;
+        let started = roster.start(job);
         if roster.idle > 0 {
             roster.idle -= 1;
             drop(roster);
-            self.tell(Some((kind, job)));
+            self.tell(Some(started));
             return Ok(true);
         }
         roster.threads += 1;
         drop(roster);
         match self.start(work) {
             Ok(()) => {
-                self.tell(Some((kind, job)));
+                self.tell(Some(started));
                 Ok(true)
             }
             Err(e) => {
                 let mut roster = self.roster.lock();
                 roster.threads -= 1;
-                roster.running[kind as usize] -= 1;
+                roster.running.remove(&started.number);
                 match kind {
-                    Kind::Open => Err((e, job)),
-                    Kind::Close if roster.threads == 0 => Err((e, job)),
+                    Kind::Open => Err((e, started.job)),
+                    Kind::Close if roster.threads == 0 => Err((e, started.job)),
                     _ => {
-                        roster.backlog[kind as usize].push_back(job);
+                        roster.put_off(started.job);
                         Ok(false)
                     }
                 }
@@ -154,12 +185,12 @@ impl<J: Send + 'static> Crew<J> {
         }
     }
 
-    /// Starts threads for what waits though there is room: after a thread could not be started, or was written off.
+    /// Starts threads for what waits though there is room: after a thread could not be started, or no longer counts.
     /// `false`: something still waits that no thread will come for.
     pub(crate) fn nudge<S: Work<Job = J>>(&self, work: &Arc<S>) -> bool {
         loop {
             let mut roster = self.roster.lock();
-            let Some((kind, job)) = roster.next_in_backlog(None) else { return true };
+            let Some(started) = roster.next_in_backlog(None) else { return true };
             let due = if roster.idle > 0 {
                 roster.idle -= 1;
                 true
@@ -174,23 +205,41 @@ impl<J: Send + 'static> Crew<J> {
                 started
             };
             if !due {
-                roster.running[kind as usize] -= 1;
-                roster.backlog[kind as usize].push_front(job);
+                roster.running.remove(&started.number);
+                roster.backlog[started.job.kind() as usize].push_front(started.job);
                 return false;
             }
             drop(roster);
-            self.tell(Some((kind, job)));
+            self.tell(Some(started));
         }
     }
 
     /// Leaves a job for the next [`nudge`](Crew::nudge).
-    pub(crate) fn strand(&self, kind: Kind, job: J) {
-        self.roster.lock().backlog[kind as usize].push_back(job);
+    pub(crate) fn strand(&self, job: J) {
+        self.roster.lock().put_off(job);
     }
 
-    /// A job of this kind is given up: its thread counts no longer, and what waits behind it goes on.
-    pub(crate) fn write_off<S: Work<Job = J>>(&self, work: &Arc<S>, kind: Kind) -> bool {
-        self.roster.lock().running[kind as usize] -= 1;
+    /// The job that has this slot takes long: it counts no longer against the limit of its kind, and what waits behind it
+    /// goes on. Nothing happens if it does not run here.
+    pub(crate) fn discount<S: Work<Job = J>>(&self, work: &Arc<S>, slot: u64) -> bool {
+        {
+            let mut roster = self.roster.lock();
+            if let Some(number) = roster.find(slot) {
+                roster.running.entry(number).and_modify(|job| job.counts = false);
+            }
+        }
+        self.nudge(work)
+    }
+
+    /// The job that has this slot is given up: its thread leaves when it ends, and what waits behind it goes on. Nothing
+    /// happens if it does not run here.
+    pub(crate) fn replace<S: Work<Job = J>>(&self, work: &Arc<S>, slot: u64) -> bool {
+        {
+            let mut roster = self.roster.lock();
+            if let Some(number) = roster.find(slot) {
+                roster.running.remove(&number);
+            }
+        }
         self.nudge(work)
     }
 
@@ -203,7 +252,7 @@ impl<J: Send + 'static> Crew<J> {
         }
     }
 
-    fn tell(&self, what: Option<(Kind, J)>) {
+    fn tell(&self, what: Option<Started<J>>) {
         // The receiver lives as long as `self`, so this cannot fail.
         let _ = self.send.send(what);
     }
@@ -224,7 +273,7 @@ impl<J: Send + 'static> Crew<J> {
     fn serve<S: Work<Job = J>>(&self, work: &Arc<S>) {
         loop {
             let mut next = match self.receive.recv_timeout(LINGER) {
-                Ok(Some(job)) => Some(job),
+                Ok(Some(started)) => Some(started),
                 Ok(None) => break,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     let mut roster = self.roster.lock();
@@ -236,15 +285,17 @@ impl<J: Send + 'static> Crew<J> {
                     continue;
                 }
             };
-            while let Some((kind, job)) = next.take() {
+            while let Some(Started { number, job }) = next.take() {
                 // What a job may do to its thread is to end it: nothing else is shared.
-                let replaced = catch_unwind(AssertUnwindSafe(|| work.run(job))).unwrap_or(false);
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| work.run(job))) {
+                    drop_payload(payload);
+                }
                 let mut roster = self.roster.lock();
-                if replaced {
+                let Some(Running { kind, .. }) = roster.running.remove(&number) else {
+                    // It was replaced.
                     roster.threads -= 1;
                     return;
-                }
-                roster.running[kind as usize] -= 1;
+                };
                 next = roster.next_in_backlog(Some(kind));
                 if next.is_none() {
                     if roster.closed {
@@ -259,15 +310,41 @@ impl<J: Send + 'static> Crew<J> {
     }
 }
 
-impl<J> Roster<J> {
-    /// A job from the backlog for which there is room, of the kind `first` if there is one, and counts it as running.
-    fn next_in_backlog(&mut self, first: Option<Kind>) -> Option<(Kind, J)> {
+impl<J: Task> Roster<J> {
+    fn has_room(&self, kind: Kind) -> bool {
+        self.running.values().filter(|job| job.counts && job.kind == kind).count() < kind.limit()
+    }
+
+    /// Enters a job in the list of those that run.
+    fn start(&mut self, job: J) -> Started<J> {
+        let number = self.started;
+        self.started += 1;
+        self.running.insert(number, Running { kind: job.kind(), slot: job.slot(), counts: true });
+        Started { number, job }
+    }
+
+    /// The job that has this slot: of two the later, for the earlier has handed the slot on and is about to end.
+    fn find(&self, slot: u64) -> Option<u64> {
+        self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
+    }
+
+    /// Puts a job in the backlog of its kind.
+    fn put_off(&mut self, job: J) {
+        let kind = job.kind();
+        if kind == Kind::Notice && self.backlog[kind as usize].len() >= MAX_NOTICES {
+            self.dropped_notices += 1;
+        } else {
+            self.backlog[kind as usize].push_back(job);
+        }
+    }
+
+    /// A job from the backlog for which there is room, of the kind `first` if there is one, entered as running.
+    fn next_in_backlog(&mut self, first: Option<Kind>) -> Option<Started<J>> {
         let all = [Kind::Open, Kind::Check, Kind::Close, Kind::Cut, Kind::Notice];
         for kind in first.into_iter().chain(all) {
-            if self.running[kind as usize] < kind.limit() {
+            if !self.backlog[kind as usize].is_empty() && self.has_room(kind) {
                 if let Some(job) = self.backlog[kind as usize].pop_front() {
-                    self.running[kind as usize] += 1;
-                    return Some((kind, job));
+                    return Some(self.start(job));
                 }
             }
         }
@@ -275,14 +352,22 @@ impl<J> Roster<J> {
     }
 }
 
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept.
+/// Drops what a panic came with. That may panic as well, and so on: what the second one comes with is leaked.
+pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
+    if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(second);
+    }
+}
+
+/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
+/// that does something to a terminal.
 pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
     let mut end = pool.len().min(15 - suffix.len());
     while !pool.is_char_boundary(end) {
         end -= 1;
     }
-    // A NUL would make `spawn` panic.
-    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+    // A NUL would make `spawn` panic, and there is no room to escape the others.
+    format!("{}{suffix}", &pool[..end]).replace(is_harmful, "?")
 }
 
 #[cfg(test)]
@@ -291,7 +376,17 @@ mod tests {
     use crossbeam_channel::bounded;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-    type Job = Box<dyn FnOnce() -> bool + Send>;
+    struct Job(Kind, Option<u64>, Box<dyn FnOnce() + Send>);
+
+    impl Task for Job {
+        fn kind(&self) -> Kind {
+            self.0
+        }
+
+        fn slot(&self) -> Option<u64> {
+            self.1
+        }
+    }
 
     struct Yard {
         crew: Crew<Job>,
@@ -305,8 +400,8 @@ mod tests {
             &self.crew
         }
 
-        fn run(self: &Arc<Self>, job: Job) -> bool {
-            job()
+        fn run(self: &Arc<Self>, job: Job) {
+            (job.2)()
         }
 
         fn left(&self) {
@@ -319,6 +414,12 @@ mod tests {
         (Arc::new(Yard { crew: Crew::new("yard".into()), left }), gone)
     }
 
+    impl Yard {
+        fn post(self: &Arc<Self>, kind: Kind, slot: impl Into<Option<u64>>, job: impl FnOnce() + Send + 'static) {
+            self.crew.post(self, Job(kind, slot.into(), Box::new(job))).map_err(|e| e.0).unwrap();
+        }
+    }
+
     const SOON: Duration = Duration::from_secs(20);
 
     #[test]
@@ -327,6 +428,7 @@ mod tests {
         assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
         assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
         assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
+        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
     }
 
     #[test]
@@ -336,18 +438,17 @@ mod tests {
         let (done, seen) = unbounded();
         for n in 0..6 {
             let (wait, done) = (wait.clone(), done.clone());
-            let job: Job = Box::new(move || {
+            yard.post(Kind::Close, n, move || {
                 let _ = wait.recv();
-                done.send(n).is_err()
+                done.send(n).unwrap();
             });
-            yard.crew.post(&yard, Kind::Close, job).map_err(|e| e.0).unwrap();
         }
         assert_eq!(yard.crew.threads(), CLOSERS);
         let open = done.clone();
-        yard.crew.post(&yard, Kind::Open, Box::new(move || open.send(100).is_err())).map_err(|e| e.0).unwrap();
+        yard.post(Kind::Open, 100, move || open.send(100).unwrap());
         assert_eq!(seen.recv_timeout(SOON), Ok(100), "while every closer is busy");
         drop(go);
-        let mut closed: Vec<i32> = (0..6).map(|_| seen.recv_timeout(SOON).unwrap()).collect();
+        let mut closed: Vec<u64> = (0..6).map(|_| seen.recv_timeout(SOON).unwrap()).collect();
         closed.sort();
         assert_eq!(closed, [0, 1, 2, 3, 4, 5]);
         yard.crew.close();
@@ -358,36 +459,104 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_is_written_off_is_replaced_and_leaves_in_the_end() {
+    fn a_thread_that_is_replaced_leaves_in_the_end() {
         let (yard, gone) = yard();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
-        for _ in 0..CLOSERS {
+        for n in 0..CLOSERS as u64 {
             let wait = wait.clone();
-            yard.crew.post(&yard, Kind::Close, Box::new(move || wait.recv().is_err())).map_err(|e| e.0).unwrap();
+            yard.post(Kind::Close, n, move || _ = wait.recv());
         }
-        yard.crew.post(&yard, Kind::Close, Box::new(move || done.send(()).is_err())).map_err(|e| e.0).unwrap();
+        yard.post(Kind::Close, 4, move || done.send(()).unwrap());
         assert!(seen.is_empty());
-        assert!(yard.crew.write_off(&yard, Kind::Close));
+        assert!(yard.crew.replace(&yard, 0));
         seen.recv_timeout(SOON).expect("the fifth close goes on");
-        drop(go); // the stuck ones return, and are told that they were replaced
+        drop(go); // the stuck ones return, one of them to leave
         yard.crew.close();
         for _ in 0..CLOSERS + 1 {
+            gone.recv_timeout(SOON).unwrap();
+        }
+        assert_eq!(yard.crew.threads(), 0);
+    }
+
+    #[test]
+    fn one_that_takes_long_holds_up_nobody_and_its_thread_stays() {
+        let (yard, gone) = yard();
+        let (go, wait) = bounded::<()>(0);
+        let (done, seen) = unbounded();
+        for n in 0..CLOSERS as u64 {
+            let wait = wait.clone();
+            yard.post(Kind::Close, n, move || _ = wait.recv());
+        }
+        for n in 4..6 {
+            let (wait, done) = (wait.clone(), done.clone());
+            yard.post(Kind::Close, n, move || {
+                done.send(n).unwrap();
+                _ = wait.recv();
+            });
+        }
+        assert!(yard.crew.discount(&yard, 2));
+        assert_eq!(seen.recv_timeout(SOON), Ok(4));
+        assert!(yard.crew.discount(&yard, 2), "a second time it is not counted down again");
+        assert!(seen.is_empty());
+        assert!(yard.crew.discount(&yard, 4));
+        assert_eq!(seen.recv_timeout(SOON), Ok(5));
+        drop(go);
+        yard.crew.close();
+        for _ in 0..CLOSERS + 2 {
             gone.recv_timeout(SOON).unwrap();
         }
     }
 
     #[test]
+    fn what_does_not_run_here_counts_nothing_down() {
+        let (yard, gone) = yard();
+        let (go, wait) = bounded::<()>(0);
+        // A check that failed, and goes on to close what it has.
+        let hangs = wait.clone();
+        yard.post(Kind::Check, 1, move || _ = hangs.recv());
+        assert!(yard.crew.replace(&yard, 1));
+        // A close that ran on its caller.
+        assert!(yard.crew.replace(&yard, 2));
+        for n in 10..10 + CLOSERS as u64 {
+            let wait = wait.clone();
+            yard.post(Kind::Close, n, move || _ = wait.recv());
+        }
+        let (done, seen) = unbounded();
+        yard.post(Kind::Close, 20, move || done.send(()).unwrap());
+        assert_eq!(yard.crew.threads(), 1 + CLOSERS, "as many closes run as may, and no more");
+        assert!(seen.is_empty());
+        drop(go);
+        seen.recv_timeout(SOON).expect("the last close is done");
+        yard.crew.close();
+        for _ in 0..1 + CLOSERS {
+            gone.recv_timeout(SOON).unwrap();
+        }
+        assert_eq!(yard.crew.threads(), 0);
+    }
+
+    #[test]
     fn a_panic_costs_nothing() {
+        struct Worse;
+        impl Drop for Worse {
+            fn drop(&mut self) {
+                std::panic::panic_any(Worst);
+            }
+        }
+        struct Worst;
+        impl Drop for Worst {
+            fn drop(&mut self) {
+                panic!("on purpose, for the third time");
+            }
+        }
         let (yard, _gone) = yard();
         let (done, seen) = unbounded();
         for n in 0..3 {
             let done = done.clone();
-            let job: Job = Box::new(move || {
+            yard.post(Kind::Notice, None, move || {
                 done.send(n).unwrap();
-                panic!("on purpose")
+                std::panic::panic_any(Worse)
             });
-            yard.crew.post(&yard, Kind::Notice, job).map_err(|e| e.0).unwrap();
         }
         for n in 0..3 {
             assert_eq!(seen.recv_timeout(SOON), Ok(n));
@@ -395,12 +564,29 @@ mod tests {
     }
 
     #[test]
+    fn there_is_an_end_to_the_threads_of_each_kind() {
+        // None of them ever runs: it is about how many are wanted.
+        let (left, _gone) = unbounded();
+        let crew = Crew::with_spawn("yard".into(), |_, body| {
+            drop(body);
+            Ok(())
+        });
+        let yard = Arc::new(Yard { crew, left });
+        for _ in 0..3000 {
+            for kind in [Kind::Open, Kind::Check, Kind::Cut] {
+                yard.post(kind, None, || {});
+            }
+        }
+        assert!(yard.crew.threads() <= 3 * 1024, "{} threads", yard.crew.threads());
+    }
+
+    #[test]
     fn a_blocked_logger_drops_what_is_too_much() {
         let (yard, _gone) = yard();
         let (go, wait) = bounded::<()>(0);
-        yard.crew.post(&yard, Kind::Notice, Box::new(move || wait.recv().is_ok())).map_err(|e| e.0).unwrap();
+        yard.post(Kind::Notice, None, move || _ = wait.recv());
         for _ in 0..MAX_NOTICES + 7 {
-            yard.crew.post(&yard, Kind::Notice, Box::new(|| false)).map_err(|e| e.0).unwrap();
+            yard.post(Kind::Notice, None, || {});
         }
         assert_eq!(yard.crew.dropped_notices(), 7);
         drop(go);
@@ -420,21 +606,25 @@ mod tests {
             }
         });
         let yard = Arc::new(Yard { crew, left });
-        let job = || -> Job {
-            Box::new(|| {
-                RUN.fetch_add(1, Ordering::SeqCst);
-                false
-            })
+        let run = || {
+            RUN.fetch_add(1, Ordering::SeqCst);
         };
+        let job = |kind| Job(kind, None, Box::new(run));
         SPAWNS.store(false, Ordering::SeqCst);
-        assert!(yard.crew.post(&yard, Kind::Open, job()).is_err(), "an open fails, to be tried again");
-        assert!(yard.crew.post(&yard, Kind::Close, job()).is_err(), "a close runs on the caller if there is nobody");
-        assert!(yard.crew.post(&yard, Kind::Check, job()).is_ok_and(|ok| !ok), "a check waits");
+        assert!(yard.crew.post(&yard, job(Kind::Open)).is_err(), "an open fails, to be tried again");
+        assert!(yard.crew.post(&yard, job(Kind::Close)).is_err(), "a close runs on the caller if there is nobody");
+        assert!(yard.crew.post(&yard, job(Kind::Check)).is_ok_and(|ok| !ok), "a check waits");
         assert!(!yard.crew.nudge(&yard), "and still does");
+        for _ in 0..MAX_NOTICES + 7 {
+            assert!(yard.crew.post(&yard, job(Kind::Notice)).is_ok_and(|ok| !ok));
+        }
+        assert_eq!(yard.crew.dropped_notices(), 7, "log records do not pile up without bound");
         SPAWNS.store(true, Ordering::SeqCst);
         assert!(yard.crew.nudge(&yard));
         yard.crew.close();
-        gone.recv_timeout(SOON).unwrap();
-        assert_eq!(RUN.load(Ordering::SeqCst), 1);
+        while yard.crew.threads() > 0 {
+            gone.recv_timeout(SOON).unwrap();
+        }
+        assert_eq!(RUN.load(Ordering::SeqCst), 1 + MAX_NOTICES);
     }
 }

@@ -5,13 +5,14 @@
 
 use crate::clock::Moment;
 use crate::connection::{Conn, Link};
-use crate::crew::{Crew, Work};
+use crate::crew::{Crew, Kind, Task, Work, drop_payload};
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
 use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
 use crate::shared::{Shared, by};
 use crate::stats::{CloseReason, Short};
+use crate::text::{CAUSE, brief};
 use log::Level;
 use std::any::Any;
 use std::cell::Cell;
@@ -28,7 +29,28 @@ pub(crate) enum Job<M: Manage> {
     Close(Slot<M>, Box<Conn<M>>, CloseReason),
     /// Abort what this connection is doing, after asking the server to cancel it if `true`.
     Cut(Arc<Opening>, bool),
+    /// Drop a cause: what it was made of may be the user's.
+    Drop(Cause),
     Notice(Notice),
+}
+
+impl<M: Manage> Task for Job<M> {
+    fn kind(&self) -> Kind {
+        match self {
+            Job::Open(..) => Kind::Open,
+            Job::Check(..) | Job::Reset(..) => Kind::Check,
+            Job::Close(..) => Kind::Close,
+            Job::Cut(..) | Job::Drop(..) => Kind::Cut,
+            Job::Notice(..) => Kind::Notice,
+        }
+    }
+
+    fn slot(&self) -> Option<u64> {
+        match self {
+            Job::Open(slot) | Job::Check(slot, _) | Job::Reset(slot, ..) | Job::Close(slot, ..) => Some(slot.id()),
+            Job::Cut(..) | Job::Drop(..) | Job::Notice(..) => None,
+        }
+    }
 }
 
 /// A log record.
@@ -63,8 +85,8 @@ impl<M: Manage> Work for Shared<M> {
         &self.crew
     }
 
-    fn run(self: &Arc<Self>, job: Job<M>) -> bool {
-        job.run(self)
+    fn run(self: &Arc<Self>, job: Job<M>) {
+        job.run(self);
     }
 
     fn left(&self) {
@@ -73,13 +95,8 @@ impl<M: Manage> Work for Shared<M> {
 }
 
 impl<M: Manage> Job<M> {
-    /// `true`: the job was written off meanwhile.
-    pub(crate) fn run(self, shared: &Arc<Shared<M>>) -> bool {
-        let id = match &self {
-            Job::Open(slot) | Job::Check(slot, _) | Job::Reset(slot, ..) | Job::Close(slot, ..) => slot.id(),
-            Job::Cut(..) | Job::Notice(..) => 0,
-        };
-        let before = CREW.replace((Arc::as_ptr(shared) as usize, id));
+    pub(crate) fn run(self, shared: &Arc<Shared<M>>) {
+        let before = CREW.replace((Arc::as_ptr(shared) as usize, self.slot().unwrap_or(0)));
         let _restore = Restore(before);
         match self {
             Job::Open(slot) => open(shared, slot),
@@ -91,12 +108,10 @@ impl<M: Manage> Job<M> {
                     shielded(|| opening.cancel());
                 }
                 shielded(|| opening.abort());
-                false
+                shielded(|| drop(opening));
             }
-            Job::Notice(Notice { level, text }) => {
-                shielded(|| log::log!(target: "millpond", level, "{text}"));
-                false
-            }
+            Job::Drop(cause) => shielded(|| drop(cause)),
+            Job::Notice(Notice { level, text }) => shielded(|| log::log!(target: "millpond", level, "{text}")),
         }
     }
 }
@@ -111,8 +126,8 @@ impl Drop for Restore {
 
 // -------------------------------------------------------------------------------------------------- the jobs
 
-fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) -> bool {
-    let Some(slot) = slot.begin() else { return false };
+fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
+    let Some(slot) = slot.begin() else { return };
     let (id, limit) = (slot.id(), shared.settings.open_timeout);
     let begun = shared.clock.precise();
     let opening = Arc::new(Opening::new(Arc::clone(&shared.name), limit));
@@ -141,13 +156,7 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) -> bool {
 }
 
 /// The second half of an open: the connection is there, and shown around.
-fn start<M: Manage>(
-    shared: &Arc<Shared<M>>,
-    slot: Slot<M>,
-    mut conn: Box<Conn<M>>,
-    opening: &Opening,
-    begun: Moment,
-) -> bool {
+fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, opening: &Opening, begun: Moment) {
     if shared.starting.load(Ordering::Acquire) {
         let verdict = catch(|| shared.manager.started(conn.get_mut(), &shared.settings));
         if let Err(cause) = verdict.unwrap_or_else(Err) {
@@ -168,24 +177,23 @@ fn start<M: Manage>(
                 let server = opening.server_id().map(|id| format!(" (server id {id})")).unwrap_or_default();
                 format!("opened #{id}{server} in {}", Short(took))
             });
-            false
         }
         Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
     }
 }
 
 /// An open failed with the manager's own error.
-fn failed<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, error: M::Error) -> bool {
+fn failed<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, error: M::Error) {
     let cause = explain(shared, &error);
     report(shared, &slot, cause);
     handle(shared, error);
-    gone(shared, slot)
+    gone(shared, slot);
 }
 
 /// An open failed without an error of the manager's.
-fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, cause: Cause) -> bool {
+fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, cause: Cause) {
     report(shared, &slot, cause);
-    gone(shared, slot)
+    gone(shared, slot);
 }
 
 fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
@@ -198,17 +206,13 @@ fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
 }
 
 /// Validates, or resets what `reset` had last.
-fn check<M: Manage>(
-    shared: &Arc<Shared<M>>,
-    slot: Slot<M>,
-    mut conn: Box<Conn<M>>,
-    reset: Option<Option<Holder>>,
-) -> bool {
-    let Some(slot) = slot.begin() else { return false };
+fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, reset: Option<Option<Holder>>) {
+    let Some(slot) = slot.begin() else { return };
     let begun = shared.clock.precise();
     let result = if let Some(holder) = reset {
         let result = catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout));
         if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
+            let remark = brief(remark, CAUSE);
             shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
         }
         match (&shared.hooks.customizer, &result) {
@@ -226,14 +230,14 @@ fn check<M: Manage>(
         (Ok(Err(_)), false) => CloseReason::Invalid,
         (Ok(Ok(())), _) => {
             return match slot.settle(|l, now, token| l.checked(now, begun, token, conn)) {
-                Ok(()) => false,
+                Ok(()) => {}
                 Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
             };
         }
     };
     slot.report_check(reason);
     refused(shared, slot.id(), reason, result);
-    close(shared, slot, *conn, reason)
+    close(shared, slot, *conn, reason);
 }
 
 /// Says that a validation or reset has failed, to the log and the user's handler.
@@ -255,7 +259,7 @@ pub(crate) fn refused<M: Manage>(
 }
 
 /// Closes a connection and frees its slot.
-fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reason: CloseReason) -> bool {
+fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reason: CloseReason) {
     slot.begin_close();
     let (id, age) = (slot.id(), shared.clock.precise().since(conn.link().born));
     if let Some(events) = &shared.hooks.events {
@@ -268,13 +272,13 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reaso
     }
     shielded(|| drop(extensions));
     shared.notice(Level::Debug, || format!("closed #{id}: {reason}, age {}", Short(age)));
-    gone(shared, slot)
+    gone(shared, slot);
 }
 
-fn gone<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) -> bool {
+fn gone<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
     let opening = shared.openings.lock().remove(&slot.id());
     shielded(|| drop(opening));
-    slot.free()
+    drop(slot);
 }
 
 // -------------------------------------------------------------------------------------------------- user's code
@@ -284,8 +288,7 @@ pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Cause> {
     // What the code may leave half done is the connection, which is closed, or the manager's own.
     catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
         let text = format!("panicked: {}", panic_text(&*payload));
-        // The payload's own drop may panic as well.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+        drop_payload(payload);
         Cause::message(text)
     })
 }
@@ -371,23 +374,13 @@ impl<M: Manage> Slot<M> {
     /// An open that could not even begin.
     pub(crate) fn fail(self, permanent: bool) {
         self.report_failure(permanent);
-        self.free();
-    }
-
-    /// `true`: the job was written off meanwhile.
-    fn free(mut self) -> bool {
-        self.give_back()
-    }
-
-    fn give_back(&mut self) -> bool {
-        let Some(token) = self.token.take() else { return false };
-        let now = self.shared.clock.precise();
-        self.shared.with(|l| l.free(now, token))
     }
 }
 
 impl<M: Manage> Drop for Slot<M> {
     fn drop(&mut self) {
-        self.give_back();
+        let Some(token) = self.token.take() else { return };
+        let now = self.shared.clock.precise();
+        self.shared.with(|l| l.free(now, token));
     }
 }

@@ -8,11 +8,18 @@
 //! |---|---|
 //! | who gets a connection next | [`supply`](Ledger::supply): the first in the queue, or the idle stack |
 //! | who may pass those who wait | [`has_right_of_way`](Ledger::has_right_of_way), [`is_passable`](Ledger::is_passable) |
-//! | what is opened, and when | [`provision`](Ledger::provision): for those who wait, then for the floor |
+//! | what is checked and opened, and when | [`plan`](Ledger::plan), at the end of every step: for those who wait, then for the floor |
+//! | whether another open is wanted | [`wants_open`](Ledger::wants_open), asked by `plan`, and again before it dials |
 //! | whether the server may be dialled | [`dial_at`](Ledger::dial_at): the bound, the back-off, the jobs written off |
+//! | who is no longer counted on | [`lapse`](Ledger::lapse): an open, check or close that takes longer than usual |
 //! | what is closed for idleness | [`idle_deadline`](Ledger::idle_deadline): what lies above the floor in the stack |
 //! | what is too old | [`Row::dies`], looked at on checkout, on return and by [`reap`](Ledger::reap) |
 //! | what must be checked first | [`needs_check`](Ledger::needs_check) |
+//!
+//! Every public method that changes something is one [`step`](Ledger::step): it ends with the plan, so that none can
+//! forget somebody who waits. Every slot is in one [`Phase`], which carries what is true in that phase only; the slots
+//! are counted by phase where the phase is set ([`set`](Ledger::set)), and nowhere else, so that no slot is ever counted
+//! twice or not at all.
 //!
 //! What is to be done comes out in two ways: as the return value, where it concerns the caller alone, and in the
 //! [`Outbox`], for everybody else (grants to waiters, orders to the crew, a bell for the reaper). The caller empties the
@@ -97,6 +104,18 @@ const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
 /// How long those who wait count on a check or a reset that goes on. One that takes longer may hang: then another
 /// connection is checked or opened for them beside it, where there is room.
 const CHECK_PATIENCE: Duration = Duration::from_millis(100);
+/// How long they count on an open: so many times as long as it usually takes...
+const OPEN_PATIENCE: u32 = 3;
+/// ... but at least so long, for a server that has much to do is not helped by being dialled again...
+const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
+/// ... and so long while nothing is known of what is usual.
+const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
+/// How long a close counts among those that run side by side. It takes a millisecond or two; one that takes longer may
+/// hang, and must not hold up the next by more than what is scheduling noise anyway.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
+/// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if somebody waits for
+/// its place: the server it leads to may be the one that failed.
+const REPLACED_PATIENCE: u32 = 10;
 /// The least time between two dials once as many jobs as the pool has slots are written off and have not come back.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
@@ -124,17 +143,21 @@ impl Token {
 
 /// A place in the queue. Lower is earlier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Ticket(u64);
+pub(crate) struct Ticket {
+    number: u64,
+    /// When it was drawn: who leaves the queue for a check of its own and comes back has waited all the while.
+    since: Moment,
+}
 
 /// What the ledger knows of one slot.
 #[derive(Clone, Debug)]
 pub(crate) struct Row {
     /// 0: the slot is free.
     pub(crate) id: u64,
-    pub(crate) state: State,
-    /// When it took this state; for an idle connection since when it is unused.
+    phase: Phase,
+    /// When it took its state; for an idle connection since when it is unused.
     pub(crate) since: Moment,
-    /// While `Checking`: the `since` it goes back to in the idle stack, for maintenance is not use.
+    /// Since when it is unused, while it is idle, and while it is checked for maintenance, which is not use.
     unused_since: Moment,
     /// When `connect` began.
     pub(crate) born: Moment,
@@ -142,25 +165,57 @@ pub(crate) struct Row {
     dies: Moment,
     /// When it was last known to be well.
     proven: Moment,
+    /// How many had been found dead when what proved that began...
+    proven_after: u64,
+    /// ... and when what goes on now did.
+    begun_after: u64,
     /// How often `recycle` had been called when `connect` began.
     generation: u64,
     pub(crate) uses: u64,
     pub(crate) holder: Option<Holder>,
     /// When the job that has this slot is written off.
     limit: Moment,
-    /// Whether a leak was reported for this checkout.
-    warned: bool,
-    /// Whether it ends within the replacement lead: the floor no longer counts on it.
-    fading: bool,
-    /// While `Checking`: who does what.
-    check: Check,
-    /// Ordered by `prepare`, for a caller that does not wait.
-    unawaited: bool,
-    /// A job past its limit whose slot could not be given up.
-    stuck: bool,
+    /// Until when the job that has this slot is counted on.
+    patience: Moment,
 }
 
-/// What is done to a connection in `State::Checking`.
+impl Row {
+    /// The state as users know it.
+    pub(crate) fn state(&self) -> State {
+        match self.phase {
+            Phase::Idle { .. } => State::Idle,
+            Phase::Out { .. } => State::Out,
+            Phase::Checking { .. } => State::Checking,
+            Phase::Opening { .. } => State::Opening,
+            Phase::Closing { .. } | Phase::Free => State::Closing,
+        }
+    }
+}
+
+/// What a slot is in, with what is true in it only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Free,
+    /// `fading`: it ends within the replacement lead, so the floor no longer counts on it.
+    Idle {
+        fading: bool,
+    },
+    /// `warned`: a leak was reported for this checkout.
+    Out {
+        warned: bool,
+    },
+    /// `slow`: it takes so long that those who wait no longer count on it. So for an open.
+    Checking {
+        by: Check,
+        slow: bool,
+    },
+    Opening {
+        slow: bool,
+    },
+    Closing(Close),
+}
+
+/// What is done to a connection in [`Phase::Checking`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Check {
     /// A worker validates it, for itself.
@@ -169,6 +224,84 @@ enum Check {
     Crew,
     /// The crew resets it.
     Reset,
+}
+
+/// How far a close is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Close {
+    /// Ordered, and due since then if it is an eviction.
+    Ordered { due: Moment },
+    /// It runs, or the job in which the open, check or reset failed runs what comes before it.
+    Runs,
+    /// Past its limit, and its slot could not be given up.
+    Stuck,
+}
+
+/// How many slots are in each phase. Changed by [`Ledger::set`] and nothing else.
+#[derive(Clone, Debug, Default)]
+struct Census([u32; 11]);
+
+impl Census {
+    const FREE: usize = 0;
+    const IDLE: usize = 1;
+    const FADING: usize = 2;
+    const OUT: usize = 3;
+    const OWN_CHECK: usize = 4;
+    const CHECK: usize = 5;
+    const SLOW_CHECK: usize = 6;
+    const OPENING: usize = 7;
+    const SLOW_OPENING: usize = 8;
+    const CLOSE_ORDERED: usize = 9;
+    const CLOSING: usize = 10;
+
+    #[inline]
+    fn of(phase: Phase) -> usize {
+        match phase {
+            Phase::Free => Self::FREE,
+            Phase::Idle { fading: false } => Self::IDLE,
+            Phase::Idle { fading: true } => Self::FADING,
+            Phase::Out { .. } => Self::OUT,
+            Phase::Checking { by: Check::Own, .. } => Self::OWN_CHECK,
+            Phase::Checking { slow: false, .. } => Self::CHECK,
+            Phase::Checking { slow: true, .. } => Self::SLOW_CHECK,
+            Phase::Opening { slow: false } => Self::OPENING,
+            Phase::Opening { slow: true } => Self::SLOW_OPENING,
+            Phase::Closing(Close::Ordered { .. }) => Self::CLOSE_ORDERED,
+            Phase::Closing(Close::Runs | Close::Stuck) => Self::CLOSING,
+        }
+    }
+
+    /// Checks and resets by the crew, slow ones included.
+    fn checks(&self) -> u32 {
+        self.0[Self::CHECK] + self.0[Self::SLOW_CHECK]
+    }
+
+    fn opens(&self) -> u32 {
+        self.0[Self::OPENING] + self.0[Self::SLOW_OPENING]
+    }
+
+    fn closes(&self) -> u32 {
+        self.0[Self::CLOSE_ORDERED] + self.0[Self::CLOSING]
+    }
+
+    fn idle(&self) -> u32 {
+        self.0[Self::IDLE] + self.0[Self::FADING]
+    }
+
+    /// All that `max_size` bounds.
+    fn total(&self) -> u32 {
+        self.0[1..].iter().sum()
+    }
+
+    /// All but those that are being closed.
+    fn live(&self) -> u32 {
+        self.total() - self.closes()
+    }
+
+    /// Connections that will or may come to the next in the queue.
+    fn alive(&self) -> u32 {
+        self.live() - self.opens()
+    }
 }
 
 /// What becomes of a waiter.
@@ -190,11 +323,18 @@ pub(crate) enum Order<C> {
     /// With who had it last.
     Reset(Token, C, Option<Holder>),
     Close(Token, C, CloseReason),
-    /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread.
+    /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread. `was`: what
+    /// it was doing, for words only.
     WriteOff {
         id: u64,
-        job: State,
+        was: State,
         limit: Duration,
+        /// Whether the server may be at work for it, and is to be asked to stop.
+        cancel: bool,
+    },
+    /// The close of this connection takes longer than usual: it is no longer one of those that run side by side.
+    Slow {
+        id: u64,
     },
     /// A connection was out for longer than `leak_threshold`.
     Leak {
@@ -292,7 +432,7 @@ struct Failure {
     retry: Moment,
 }
 
-/// The counts of slots by state; the idle ones are counted by their stack.
+/// The counts of slots by state, and what else there is to be counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) idle: u32,
@@ -304,22 +444,6 @@ pub(crate) struct Counts {
     pub(crate) lost: u32,
 }
 
-impl Counts {
-    /// All slots in use: what `max_size` bounds.
-    pub(crate) fn total(&self) -> u32 {
-        self.live() + self.closing
-    }
-
-    fn live(&self) -> u32 {
-        self.idle + self.out + self.checking + self.opening
-    }
-
-    /// Connections that will or may come to the next in the queue.
-    fn alive(&self) -> u32 {
-        self.idle + self.out + self.checking
-    }
-}
-
 /// The rules of the pool; see the module. `C` is a connection, `W` the seat of a waiting thread: it looks into neither.
 pub(crate) struct Ledger<C, W> {
     rules: Rules,
@@ -329,8 +453,8 @@ pub(crate) struct Ledger<C, W> {
     free: Vec<u32>,
     /// Unused connections, the longest unused at the bottom. Sorted by `since`.
     idle: Vec<(u32, C)>,
-    /// How many of the idle are `fading`.
-    fading: u32,
+    /// The slots by phase.
+    census: Census,
     /// Those who wait and are not called.
     queue: BTreeMap<Ticket, Waiter<W>>,
     /// Those who wait and are called.
@@ -345,12 +469,14 @@ pub(crate) struct Ledger<C, W> {
     faded: Moment,
     /// The limit of every job that runs.
     limits: BTreeSet<(Moment, u32)>,
-    out: u32,
-    checking: u32,
-    /// Those of `checking` that the crew checks; the others a worker checks for itself.
-    crew_checking: u32,
-    opening: u32,
-    closing: u32,
+    /// Until when each job is counted on that still is.
+    patience: BTreeSet<(Moment, u32)>,
+    /// How long an open usually takes.
+    usual_open: Option<Duration>,
+    /// Somebody who does not wait has asked for a connection to be made ready.
+    asked: bool,
+    /// A slot has changed its phase, other than between idle and out, since the last plan.
+    dirty: bool,
     /// Jobs written off that have not come back.
     lost: u32,
     /// Checks that failed since the last connection was known to be well.
@@ -360,8 +486,9 @@ pub(crate) struct Ledger<C, W> {
     next_id: u64,
     next_ticket: u64,
     generation: u64,
-    /// What was proven before is suspect.
-    suspect: Moment,
+    /// How many connections were found dead. What was proven before the last of them is suspect. (Counted, not dated: what
+    /// came before what is known by the order of the steps, and by no clock.)
+    findings: u64,
     /// The slot whose keepalive goes on.
     keepalive: Option<u64>,
     /// When the reaper means to look again.
@@ -381,7 +508,7 @@ impl<C, W: Clone> Ledger<C, W> {
             rows: Vec::new(),
             free: Vec::new(),
             idle: Vec::new(),
-            fading: 0,
+            census: Census::default(),
             queue: BTreeMap::new(),
             called: BTreeMap::new(),
             front: None,
@@ -389,11 +516,10 @@ impl<C, W: Clone> Ledger<C, W> {
             restacked: Moment::BIRTH,
             faded: Moment::BIRTH,
             limits: BTreeSet::new(),
-            out: 0,
-            checking: 0,
-            crew_checking: 0,
-            opening: 0,
-            closing: 0,
+            patience: BTreeSet::new(),
+            usual_open: None,
+            asked: false,
+            dirty: false,
             lost: 0,
             misses: 0,
             failure: None,
@@ -401,7 +527,7 @@ impl<C, W: Clone> Ledger<C, W> {
             next_id: 1,
             next_ticket: 0,
             generation: 0,
-            suspect: Moment::BIRTH,
+            findings: 0,
             keepalive: None,
             alarm: Moment::NEVER,
             closed: false,
@@ -423,11 +549,11 @@ impl<C, W: Clone> Ledger<C, W> {
 
     pub(crate) fn counts(&self) -> Counts {
         Counts {
-            idle: self.idle.len() as u32,
-            out: self.out,
-            checking: self.checking,
-            opening: self.opening,
-            closing: self.closing,
+            idle: self.census.idle(),
+            out: self.census.0[Census::OUT],
+            checking: self.census.0[Census::OWN_CHECK] + self.census.checks(),
+            opening: self.census.opens(),
+            closing: self.census.closes(),
             waiting: self.waiting(),
             lost: self.lost,
         }
@@ -456,7 +582,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the pool is closed and nothing will be due, so that nobody need keep time. A limit that begins later sets
     /// an alarm of its own.
     pub(crate) fn is_over(&self) -> bool {
-        self.closed && self.checking + self.closing == 0 && self.limits.is_empty()
+        let counts = self.counts();
+        self.closed && counts.checking + counts.closing == 0 && self.limits.is_empty()
     }
 
     /// When the reaper is to call [`reap`](Ledger::reap) next.
@@ -469,13 +596,201 @@ impl<C, W: Clone> Ledger<C, W> {
         self.failure.is_some_and(|f| f.permanent)
     }
 
+    // ---------------------------------------------------------------------------------------------- one step
+
+    /// One step: what `act` changes, then the plan for what has become of it.
+    #[inline]
+    fn step<R>(&mut self, now: Moment, act: impl FnOnce(&mut Self, Moment) -> R) -> R {
+        let now = self.tick(now);
+        let answer = act(self, now);
+        if self.dirty || self.asked || self.front.is_some() || self.rules.min_idle > 0 {
+            self.plan(now);
+        }
+        answer
+    }
+
+    #[inline]
+    fn tick(&mut self, now: Moment) -> Moment {
+        if now > self.now {
+            self.now = now;
+        }
+        self.now
+    }
+
+    /// Sees to it that those who wait are served and the floor stands, as far as the rules allow at this moment; and that
+    /// the reaper looks again when they will allow more.
+    fn plan(&mut self, now: Moment) {
+        self.dirty = false;
+        self.lapse(now);
+        if !self.closed {
+            if self.front.is_some() && self.is_refused(now) {
+                self.turn_out(now, || Grant::Refused);
+            }
+            let demand = self.plan_checks(now);
+            self.plan_opens(now, demand);
+            if demand > 0 {
+                self.arm_for_patience();
+            }
+        }
+        if self.census.0[Census::CLOSE_ORDERED] > 0 {
+            self.arm_for_patience();
+        }
+    }
+
+    /// Calls those for whom something is ready, and has checked for the others what is idle and needs it. Returns how many
+    /// connections are then wanted beside what is ready.
+    fn plan_checks(&mut self, now: Moment) -> u32 {
+        loop {
+            let ready = self.ready(now);
+            self.call(ready);
+            self.asked &= ready == 0;
+            let demand = self.demand_beside(ready);
+            // After a check that failed more are checked than are wanted, doubling with every further failure.
+            let ahead = if self.misses == 0 { 0 } else { 1u32.checked_shl(self.misses - 1).unwrap_or(u32::MAX) };
+            let enough = self.census.0[Census::CHECK] >= demand.saturating_add(ahead);
+            if demand == 0 || enough || !self.start_next_check(ready, now) {
+                return demand;
+            }
+        }
+    }
+
+    /// Orders opens, as long as one is wanted and may be dialled.
+    fn plan_opens(&mut self, now: Moment, demand: u32) {
+        while self.wants_open(demand, None) {
+            let at = self.dial_at(now);
+            if at <= now {
+                self.order_open(now);
+            } else if demand == 0 || !self.make_room(now) {
+                return self.arm(at);
+            }
+        }
+    }
+
+    /// Whether another open is wanted for this demand: for those who wait, who count on every check and open that does not
+    /// take longer than usual; and for the floor, which counts on what is idle and lasts and on all that comes without
+    /// anybody waiting for it. The one rule for refill and for replacement. `beside`: this one, slow or not, is not counted.
+    fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
+        let mut quick = self.census.0[Census::OPENING];
+        let mut slow = self.census.0[Census::SLOW_OPENING];
+        match beside {
+            Some(true) => slow -= 1,
+            Some(false) => quick -= 1,
+            None => {}
+        }
+        // One more is dialled than is waited for, not one after another: a server that answers to none is not helped, and
+        // those that hang take slots.
+        let counted_on = quick + slow.saturating_sub(1) + self.census.0[Census::CHECK];
+        // After a check that failed an open is among what is under way: six dead connections cost one connect, not six
+        // timeouts in a row.
+        let missed = self.misses > 0 && quick + slow == 0;
+        let users = demand > 0 && (missed || counted_on < demand);
+        let coming = quick + slow + self.census.checks();
+        users || self.census.0[Census::IDLE] + coming.saturating_sub(demand) < self.rules.min_idle
+    }
+
+    /// How many wait, or have asked, for whom nothing is ready.
+    fn demand(&self, now: Moment) -> u32 {
+        self.demand_beside(self.ready(now))
+    }
+
+    fn demand_beside(&self, ready: usize) -> u32 {
+        self.waiting() - self.called.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
+    }
+
+    /// How many of the idle, from the top, could be handed out as they are. Looks at no more than are waited for.
+    fn ready(&self, now: Moment) -> usize {
+        let wanted = (self.waiting() as usize).max(1);
+        let rows = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.rows[index as usize]);
+        rows.take_while(|row| !self.is_expired(row, now) && !self.needs_check(row, now)).count()
+    }
+
+    /// Calls those who come next, if more connections are ready than are called for.
+    fn call(&mut self, ready: usize) {
+        while self.called.len() < ready {
+            let Some((ticket, waiter)) = self.queue.pop_first() else { return };
+            self.outbox.calls.push(waiter.seat.clone());
+            self.called.insert(ticket, waiter);
+        }
+    }
+
+    /// Has the crew check the idle connection that would be handed out after those that are `ready`. `false`: there is none.
+    fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
+        while let Some(at) = self.idle.len().checked_sub(ready + 1) {
+            let (index, conn) = self.idle.remove(at);
+            let row = &self.rows[index as usize];
+            if self.is_expired(row, now) {
+                let due = row.dies;
+                self.evict(index, conn, CloseReason::Lifetime, now, due);
+                continue;
+            }
+            let token = Token { index, id: row.id };
+            self.start_check(index, now, Check::Crew);
+            self.outbox.orders.push(Order::Check(token, conn));
+            return true;
+        }
+        false
+    }
+
+    /// Whatever takes longer than usual is no longer counted on.
+    fn lapse(&mut self, now: Moment) {
+        while let Some(&(until, index)) = self.patience.first() {
+            if until > now {
+                return;
+            }
+            self.patience.pop_first();
+            let row = &mut self.rows[index as usize];
+            row.patience = Moment::NEVER;
+            let (id, phase) = (row.id, row.phase);
+            match phase {
+                Phase::Opening { .. } => self.set(index, Phase::Opening { slow: true }),
+                Phase::Checking { by, .. } => self.set(index, Phase::Checking { by, slow: true }),
+                Phase::Closing(_) => self.outbox.orders.push(Order::Slow { id }),
+                Phase::Free | Phase::Idle { .. } | Phase::Out { .. } => unreachable!("only jobs are counted on"),
+            }
+        }
+    }
+
+    fn arm_for_patience(&mut self) {
+        if let Some(&(until, _)) = self.patience.first() {
+            self.arm(until);
+        }
+    }
+
+    /// Counts on the job that has this slot until then.
+    fn count_on(&mut self, index: u32, until: Moment) {
+        self.end_patience(index);
+        if until != Moment::NEVER {
+            self.rows[index as usize].patience = until;
+            self.patience.insert((until, index));
+        }
+    }
+
+    fn end_patience(&mut self, index: u32) {
+        let until = std::mem::replace(&mut self.rows[index as usize].patience, Moment::NEVER);
+        if until != Moment::NEVER {
+            self.patience.remove(&(until, index));
+        }
+    }
+
+    /// How long an open is counted on.
+    fn open_patience(&self) -> Duration {
+        match self.usual_open {
+            Some(usual) => usual.saturating_mul(OPEN_PATIENCE).max(OPEN_PATIENCE_LEAST),
+            None => OPEN_PATIENCE_FIRST,
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------- checkout
 
     /// Takes an idle connection if one may be handed out at this moment. One that needs a check comes as
     /// [`Take::Check`] to a caller that can check `here`, and not at all to another.
     #[inline]
     pub(crate) fn take(&mut self, now: Moment, holder: Holder, here: bool) -> Take<C> {
-        let now = self.tick(now);
+        self.step(now, |l, now| l.take_idle(now, holder, here))
+    }
+
+    #[inline]
+    fn take_idle(&mut self, now: Moment, holder: Holder, here: bool) -> Take<C> {
         if self.closed || !self.is_passable(now) {
             return Take::Nothing;
         }
@@ -486,21 +801,17 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let conn = self.pop_idle();
         let token = Token { index, id: self.rows[index as usize].id };
-        let taken = if check {
+        if check {
             self.start_check(index, now, Check::Own);
             self.rows[index as usize].holder = Some(holder);
-            Take::Check(token, conn, self.ticket())
+            Take::Check(token, conn, self.ticket(now))
         } else {
             if let Some(front) = &mut self.front {
                 front.passed += 1;
             }
             self.lend(index, now, holder);
             Take::Ready(token, conn)
-        };
-        if self.rules.min_idle > 0 {
-            self.provision(now);
         }
-        taken
     }
 
     /// The idle connection that would be handed out next, and whether it needs a check. Those before it that have
@@ -512,7 +823,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if !self.is_expired(row, now) {
                 return Some((index, self.needs_check(row, now)));
             }
-            self.bury_expired(index, now);
+            self.evict_top(index, now);
         }
         None
     }
@@ -525,116 +836,104 @@ impl<C, W: Clone> Ledger<C, W> {
         ticket: Option<Ticket>,
         seat: W,
     ) -> (Join<C>, Option<W>) {
-        let now = self.tick(now);
-        if self.closed {
-            return (Join::Closed, Some(seat));
-        }
-        if let Take::Ready(token, conn) = self.take(now, holder, false) {
-            return (Join::Ready(token, conn), Some(seat));
-        }
-        if self.is_refused(now) {
-            return (Join::Refused, Some(seat));
-        }
-        let waiting = self.waiting();
-        if self.rules.max_waiting.is_some_and(|max| waiting >= max) {
-            self.tally.turned_away += 1;
-            self.prepare(now);
-            return (Join::Crowded(waiting), Some(seat));
-        }
-        if waiting == 0 {
-            self.kick(now);
-        }
-        let ticket = ticket.unwrap_or_else(|| self.ticket());
-        self.queue.insert(ticket, Waiter { seat, holder, since: now });
-        if self.front.is_none_or(|front| ticket < front.ticket) {
-            self.front = Some(Front { ticket, since: now, first_since: now, passed: 0 });
-        }
-        self.tally.waits += 1;
-        self.provision(now);
-        (Join::Queued(ticket), None)
+        self.step(now, |l, now| {
+            if l.closed {
+                return (Join::Closed, Some(seat));
+            }
+            if let Take::Ready(token, conn) = l.take_idle(now, holder, false) {
+                return (Join::Ready(token, conn), Some(seat));
+            }
+            if l.is_refused(now) {
+                return (Join::Refused, Some(seat));
+            }
+            let waiting = l.waiting();
+            if l.rules.max_waiting.is_some_and(|max| waiting >= max) {
+                l.tally.turned_away += 1;
+                l.ask();
+                return (Join::Crowded(waiting), Some(seat));
+            }
+            if waiting == 0 {
+                l.kick(now);
+            }
+            let ticket = ticket.unwrap_or_else(|| l.ticket(now));
+            l.queue.insert(ticket, Waiter { seat, holder, since: ticket.since });
+            if l.front.is_none_or(|front| ticket < front.ticket) {
+                l.front = Some(Front { ticket, since: ticket.since, first_since: now, passed: 0 });
+            }
+            l.tally.waits += 1;
+            (Join::Queued(ticket), None)
+        })
     }
 
     /// The next place in the queue.
-    fn ticket(&mut self) -> Ticket {
+    fn ticket(&mut self, now: Moment) -> Ticket {
         self.next_ticket += 1;
-        Ticket(self.next_ticket)
+        Ticket { number: self.next_ticket, since: now }
     }
 
     /// One who was called has come. `None`: somebody was faster, or it was not called, or no longer waits; if it still
     /// does, it has its place.
     pub(crate) fn claim(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
-        let now = self.tick(now);
-        let waiter = self.called.remove(&ticket)?;
-        let holder = waiter.holder;
-        self.queue.insert(ticket, waiter);
-        let is_first = self.front.is_some_and(|front| front.ticket == ticket);
-        // With two there the first is not passed by one who takes one.
-        if is_first || self.is_passable(now) || self.idle.len() > 1 {
-            if let Some((index, false)) = self.top(now) {
-                let conn = self.pop_idle();
-                let (waiter, _) = self.unqueue(now, ticket).expect("it has its place");
-                if let Some(front) = self.front.as_mut().filter(|_| !is_first) {
-                    front.passed += 1;
-                }
-                self.tally.wait.record(now.nanos_since(waiter.since));
-                self.lend(index, now, holder);
-                if self.rules.min_idle > 0 {
-                    self.provision(now);
-                }
-                return Some((Token { index, id: self.rows[index as usize].id }, conn));
+        self.step(now, |l, now| {
+            let waiter = l.called.remove(&ticket)?;
+            let holder = waiter.holder;
+            l.queue.insert(ticket, waiter);
+            let is_first = l.front.is_some_and(|front| front.ticket == ticket);
+            // With two there the first is not passed by one who takes one.
+            if !is_first && !l.is_passable(now) && l.idle.len() <= 1 {
+                return None;
             }
-        }
-        self.provision(now);
-        None
+            let Some((index, false)) = l.top(now) else { return None };
+            let conn = l.pop_idle();
+            let waiter = l.unqueue(now, ticket).expect("it has its place");
+            if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
+                front.passed += 1;
+            }
+            l.tally.wait.record(now.nanos_since(waiter.since));
+            l.lend(index, now, holder);
+            Some((Token { index, id: l.rows[index as usize].id }, conn))
+        })
     }
 
     /// Gives up a place. `Some`: it was still queued, and this is its seat. `None`: its seat is filled.
     pub(crate) fn leave(&mut self, now: Moment, ticket: Ticket) -> Option<W> {
-        let now = self.tick(now);
-        let (waiter, was_called) = self.unqueue(now, ticket)?;
-        self.tally.timeouts += 1;
-        self.tally.wait.record(now.nanos_since(waiter.since));
-        if was_called {
-            self.call(now);
-        }
-        Some(waiter.seat)
+        self.step(now, |l, now| {
+            let waiter = l.unqueue(now, ticket)?;
+            l.tally.timeouts += 1;
+            l.tally.wait.record(now.nanos_since(waiter.since));
+            Some(waiter.seat)
+        })
     }
 
-    /// Takes one out of the queue; with whether it was called.
-    fn unqueue(&mut self, now: Moment, ticket: Ticket) -> Option<(Waiter<W>, bool)> {
-        let removed = match self.queue.remove(&ticket) {
-            Some(waiter) => (waiter, false),
-            None => (self.called.remove(&ticket)?, true),
-        };
+    /// Takes one out of the queue. If it was called, the plan calls another.
+    fn unqueue(&mut self, now: Moment, ticket: Ticket) -> Option<Waiter<W>> {
+        let waiter = self.queue.remove(&ticket).or_else(|| self.called.remove(&ticket))?;
         if self.front.is_some_and(|front| front.ticket == ticket) {
             let first = [self.queue.first_key_value(), self.called.first_key_value()];
             let first = first.into_iter().flatten().min_by_key(|&(ticket, _)| ticket);
             self.front =
                 first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, passed: 0 });
         }
-        Some(removed)
+        Some(waiter)
     }
 
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
     pub(crate) fn prepare(&mut self, now: Moment) {
-        let now = self.tick(now);
-        if self.closed {
-            return;
-        }
-        // One at a time: what is under way and not spoken for is the one. It may have been ordered for somebody who
-        // gave up, and not have dialled: it is wanted again.
-        if self.opening + self.crew_checking > self.unserved() {
-            self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Opening).for_each(|r| r.unawaited = true);
-            return;
-        }
-        self.kick(now);
-        if !self.start_next_check(now) && self.dial_at(now) <= now {
-            let index = self.order_open(now);
-            self.rows[index as usize].unawaited = true;
-        }
+        self.step(now, |l, now| {
+            if !l.closed {
+                l.kick(now);
+                l.ask();
+            }
+        });
     }
 
-    /// The caller's own check has succeeded. `None`: it may not have the connection after all, which is on its way out.
+    /// One connection is to be made ready. Until it is, or an open fails: nobody waits to see it tried again.
+    fn ask(&mut self) {
+        self.asked = true;
+    }
+
+    /// The caller's own check has succeeded. `None`: it may not have the connection after all: that is on its way out, or
+    /// another was found dead while it was checked, so that the check proves nothing.
     pub(crate) fn cleared(
         &mut self,
         now: Moment,
@@ -643,21 +942,19 @@ impl<C, W: Clone> Ledger<C, W> {
         conn: C,
         holder: Holder,
     ) -> Option<(Token, C)> {
-        let now = self.tick(now);
-        let index = token.index;
-        self.end_check(index);
-        self.proved(index, begun);
-        match self.unfit(index, now) {
-            Some(reason) => {
-                self.doom(index, conn, reason, now);
-                self.provision(now);
-                None
+        self.step(now, |l, now| {
+            let index = token.index;
+            let fresh = l.proved(index, begun);
+            match l.unfit(index, now) {
+                Some(reason) => l.doom(index, conn, reason, now),
+                None if !fresh => l.supply(index, conn, now, false),
+                None => {
+                    l.lend(index, now, holder);
+                    return Some((token, conn));
+                }
             }
-            None => {
-                self.lend(index, now, holder);
-                Some((token, conn))
-            }
-        }
+            None
+        })
     }
 
     // ---------------------------------------------------------------------------------------------- return
@@ -665,224 +962,245 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Takes a connection back.
     #[inline]
     pub(crate) fn checkin(&mut self, now: Moment, token: Token, conn: C, back: Back) {
-        let now = self.tick(now);
-        let index = token.index;
-        let row = &self.rows[index as usize];
-        debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.nanos_since(row.since));
-        self.out -= 1;
-        let mut reason = self.unfit(index, now);
-        match back {
-            Back::Keep => {}
-            Back::Reset if reason.is_none() => {
-                let row = &mut self.rows[index as usize];
-                row.unused_since = now;
-                let holder = row.holder;
-                self.start_check(index, now, Check::Reset);
-                self.outbox.orders.push(Order::Reset(token, conn, holder));
-                return self.provision(now);
-            }
-            Back::Reset => {}
-            Back::Discard(why) => reason = Some(why),
-            Back::Broken => {
-                self.suspect(now);
-                reason = Some(CloseReason::Broken);
-            }
-            Back::Outdated => {
-                // Once for all that are as old: those opened since are not the ones that were meant.
-                if self.rows[index as usize].generation == self.generation {
-                    self.recycle(now);
+        self.step(now, |l, now| {
+            let index = token.index;
+            l.debug_assert_out(&token);
+            l.tally.hold.record(now.nanos_since(l.rows[index as usize].since));
+            let mut reason = l.unfit(index, now);
+            match back {
+                Back::Keep => {}
+                Back::Reset if reason.is_none() => {
+                    let row = &mut l.rows[index as usize];
+                    row.unused_since = now;
+                    let holder = row.holder;
+                    l.start_check(index, now, Check::Reset);
+                    return l.outbox.orders.push(Order::Reset(token, conn, holder));
                 }
-                reason = Some(CloseReason::Outdated);
+                Back::Reset => {}
+                Back::Discard(why) => reason = Some(why),
+                Back::Broken => {
+                    l.suspect();
+                    reason = Some(CloseReason::Broken);
+                }
+                Back::Outdated => {
+                    // Once for all that are as old: those opened since are not the ones that were meant.
+                    if l.rows[index as usize].generation == l.generation {
+                        l.outdate(now);
+                    }
+                    reason = Some(CloseReason::Outdated);
+                }
             }
-        }
-        match reason {
-            Some(reason) => {
-                self.doom(index, conn, reason, now);
-                self.provision(now);
+            match reason {
+                Some(reason) => l.doom(index, conn, reason, now),
+                None => {
+                    l.rows[index as usize].unused_since = now;
+                    l.supply(index, conn, now, false);
+                }
             }
-            None => {
-                self.rows[index as usize].unused_since = now;
-                self.supply(index, conn, now, false);
-            }
-        }
+        });
     }
 
     /// Lets a connection go its own way: the pool no longer counts it.
     pub(crate) fn detach(&mut self, now: Moment, token: Token) {
-        let now = self.tick(now);
+        self.step(now, |l, now| {
+            l.debug_assert_out(&token);
+            l.tally.hold.record(now.nanos_since(l.rows[token.index as usize].since));
+            l.tally.detached += 1;
+            l.release(token.index);
+        });
+    }
+
+    #[inline]
+    fn debug_assert_out(&self, token: &Token) {
         let row = &self.rows[token.index as usize];
-        debug_assert!(row.id == token.id && row.state == State::Out, "a token out of place: {row:?}");
-        self.tally.hold.record(now.nanos_since(row.since));
-        self.out -= 1;
-        self.forget_lifetime(token.index);
-        self.tally.detached += 1;
-        self.release(token.index);
-        self.provision(now);
+        debug_assert!(row.id == token.id && row.state() == State::Out, "a token out of place: {row:?}");
     }
 
     // ---------------------------------------------------------------------------------------------- the crew's reports
 
-    /// A job starts to run: its limit counts from now. `None`: an open that nobody wants any longer, whose slot is free.
+    /// An open, check or reset starts to run: its limit counts from now. `None`: an open that nobody wants any longer, whose slot is free.
     pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
-        let now = self.tick(now);
-        let index = token.index;
-        let row = &self.rows[index as usize];
-        debug_assert_eq!(row.id, token.id, "a job begins with the slot it was given");
-        let limit = match row.state {
-            State::Opening if self.closed || !self.is_wanted(index, now) => {
-                self.opening -= 1;
-                self.release(index);
-                return None;
-            }
-            State::Opening => {
-                self.last_dial = now;
-                let generation = self.generation;
-                let dies = match self.rules.max_lifetime {
-                    None => Moment::NEVER,
-                    Some(whole) => {
-                        let off = whole.mul_f64(self.rules.lifetime_jitter.clamp(0.0, 1.0) * jitter.clamp(0.0, 1.0));
-                        now.plus(whole.saturating_sub(off))
+        self.step(now, |l, now| {
+            let index = token.index;
+            debug_assert_eq!(l.rows[index as usize].id, token.id, "a job begins with the slot it was given");
+            match l.rows[index as usize].phase {
+                Phase::Opening { slow } => {
+                    if l.closed || !l.wants_open(l.demand(now), Some(slow)) {
+                        l.release(index);
+                        return None;
                     }
-                };
-                let row = &mut self.rows[index as usize];
-                (row.born, row.proven, row.since, row.dies, row.generation) = (now, now, now, dies, generation);
-                self.limit_of(&self.rows[index as usize])
+                    l.dial(index, now, jitter);
+                }
+                Phase::Checking { by, slow } => {
+                    l.rows[index as usize].begun_after = l.findings;
+                    l.start_limit(index, now.plus(l.limit_of(by)));
+                    if !slow {
+                        l.count_on(index, now.plus(CHECK_PATIENCE));
+                    }
+                }
+                _ => unreachable!("no open, check or reset has this slot"),
             }
-            _ => self.limit_of(row),
-        };
-        if self.rows[index as usize].state == State::Checking && self.front.is_some() {
-            self.arm(now.plus(CHECK_PATIENCE));
-        }
-        self.start_limit(index, now.plus(limit));
-        Some(token)
+            Some(token)
+        })
     }
 
-    /// A job goes on to close what it has, for which there is a limit of its own.
+    /// An open dials now.
+    fn dial(&mut self, index: u32, now: Moment, jitter: f64) {
+        self.last_dial = now;
+        let dies = match self.rules.max_lifetime {
+            None => Moment::NEVER,
+            Some(whole) => {
+                let off = whole.mul_f64(self.rules.lifetime_jitter.clamp(0.0, 1.0) * jitter.clamp(0.0, 1.0));
+                now.plus(whole.saturating_sub(off))
+            }
+        };
+        let generation = self.generation;
+        let row = &mut self.rows[index as usize];
+        (row.born, row.proven, row.since, row.dies, row.generation) = (now, now, now, dies, generation);
+        row.begun_after = self.findings;
+        self.set(index, Phase::Opening { slow: false });
+        self.start_limit(index, now.plus(self.rules.open_timeout));
+        self.count_on(index, now.plus(self.open_patience()));
+    }
+
+    /// A close starts to run, in a job of its own or in one that goes on to close what it has: it has a limit of its own.
     pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
-        let now = self.tick(now);
-        let row = &self.rows[token.index as usize];
-        if row.id == token.id && row.state == State::Closing && !row.stuck {
-            self.start_limit(token.index, now.plus(self.rules.close_timeout));
+        self.step(now, |l, now| {
+            if l.is_current(token) {
+                l.close_begins(token.index, now);
+            }
+        });
+    }
+
+    fn close_begins(&mut self, index: u32, now: Moment) {
+        match self.rows[index as usize].phase {
+            Phase::Closing(Close::Ordered { due }) => {
+                if due != Moment::NEVER {
+                    self.tally.evicted_late(now.since(due));
+                }
+                self.turn(index, Phase::Closing(Close::Runs), now);
+                self.count_on(index, now.plus(CLOSE_PATIENCE));
+            }
+            Phase::Closing(Close::Runs) => {}
+            _ => return,
         }
+        self.start_limit(index, now.plus(self.rules.close_timeout));
     }
 
     /// A connection has arrived. `Err`: too late, it was written off; to be closed, and then [`free`](Ledger::free)d.
     pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
-        let now = self.tick(now);
-        let index = token.index;
-        if !self.is_current(&token) {
-            return Err((token, conn));
-        }
-        self.end_limit(index);
-        self.opening -= 1;
-        let row = &mut self.rows[index as usize];
-        row.unused_since = now;
-        self.tally.open.record(now.nanos_since(row.born));
-        if self.is_expired(&self.rows[index as usize], now) {
-            let born = self.rows[index as usize].born;
-            self.tally.failed_opens += 1;
-            self.failed(now, born, false, 0.5);
-            // Not counted among the closed, for it is not among the opened.
-            self.send_off(index, conn, CloseReason::Lifetime, now);
-            self.provision(now);
-            return Ok(());
-        }
-        let Row { dies, born, .. } = self.rows[index as usize];
-        self.failure = None;
-        self.misses = 0;
-        self.tally.opens += 1;
-        if dies != Moment::NEVER {
-            self.lifetimes.insert((dies, index));
-            self.arm(dies);
-            if self.rules.min_idle > 0 {
-                self.arm(dies.minus(self.lead()));
+        self.step(now, |l, now| {
+            let index = token.index;
+            if !l.is_current(&token) {
+                return Err((token, conn));
             }
-        }
-        self.proved(index, born);
-        match self.unfit(index, now) {
-            Some(reason) => self.doom(index, conn, reason, now),
-            None => self.supply(index, conn, now, true),
-        }
-        self.provision(now);
-        Ok(())
+            let Row { dies, born, .. } = l.rows[index as usize];
+            let took = now.since(born);
+            l.rows[index as usize].unused_since = now;
+            l.tally.open.record(now.nanos_since(born));
+            if l.is_expired(&l.rows[index as usize], now) {
+                l.tally.failed_opens += 1;
+                l.failed(now, born, false, 0.5);
+                // Not counted among the closed, for it is not among the opened.
+                l.send_off(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
+                return Ok(());
+            }
+            // No single one says much of what is usual.
+            l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
+            l.failure = None;
+            // (Even if it is suspect by now: the server is there.)
+            l.misses = 0;
+            l.tally.opens += 1;
+            if dies != Moment::NEVER {
+                l.lifetimes.insert((dies, index));
+                l.arm(dies);
+                if l.rules.min_idle > 0 {
+                    l.arm(dies.minus(l.lead()));
+                }
+            }
+            l.proven(index, born, now, conn);
+            Ok(())
+        })
     }
 
     /// An open has failed. The slot stays in use until [`free`](Ledger::free), for the job still has handlers to run.
     pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
-        let now = self.tick(now);
-        if !self.is_current(token) || self.rows[token.index as usize].state != State::Opening {
-            return;
-        }
-        let born = self.rows[token.index as usize].born;
-        self.opening -= 1;
-        self.close_row(token.index, now);
-        self.tally.failed_opens += 1;
-        self.failed(now, born, permanent, jitter);
-        self.provision(now);
+        self.step(now, |l, now| {
+            let index = token.index;
+            if !l.is_current(token) || l.rows[index as usize].state() != State::Opening {
+                return;
+            }
+            let born = l.rows[index as usize].born;
+            l.turn(index, Phase::Closing(Close::Runs), now);
+            l.start_limit(index, now.plus(l.rules.close_timeout));
+            l.tally.failed_opens += 1;
+            l.failed(now, born, permanent, jitter);
+        });
     }
 
     /// A check or reset by the crew has succeeded. `Err`: too late, it was written off; to be closed and freed.
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
-        let now = self.tick(now);
-        let index = token.index;
-        if !self.is_current(&token) || self.rows[index as usize].stuck {
-            return Err((token, conn));
-        }
-        self.end_limit(index);
-        self.end_check(index);
-        self.proved(index, begun);
+        self.step(now, |l, now| {
+            if !l.is_current(&token) || l.rows[token.index as usize].state() != State::Checking {
+                return Err((token, conn));
+            }
+            l.proven(token.index, begun, now, conn);
+            Ok(())
+        })
+    }
+
+    /// What the crew brings was well at `at`.
+    fn proven(&mut self, index: u32, at: Moment, now: Moment, conn: C) {
+        let fresh = self.proved(index, at);
         match self.unfit(index, now) {
             Some(reason) => self.doom(index, conn, reason, now),
-            None => self.supply(index, conn, now, true),
+            None => {
+                // It is there for whoever asked, unless it goes to one who waits.
+                self.asked &= !fresh || self.front.is_some();
+                self.supply(index, conn, now, fresh);
+            }
         }
-        self.provision(now);
-        Ok(())
     }
 
     /// A check or reset has failed, the crew's or a worker's own. The slot stays in use until [`free`](Ledger::free).
     /// A failed `check` makes the siblings suspect; a failed reset says nothing of them.
     pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
-        let now = self.tick(now);
-        if !self.is_current(token) || self.rows[token.index as usize].state != State::Checking {
-            return;
-        }
-        self.end_check(token.index);
-        self.forget_lifetime(token.index);
-        self.close_row(token.index, now);
-        self.tally.closed(reason);
-        if reason == CloseReason::Invalid {
-            self.suspect(now);
-            self.misses = self.misses.saturating_add(1);
-        }
-        self.provision(now);
+        self.step(now, |l, now| {
+            let index = token.index;
+            let Phase::Checking { by, .. } = l.rows[index as usize].phase else { return };
+            if !l.is_current(token) {
+                return;
+            }
+            if by == Check::Own {
+                // It is closed by a job that is yet to begin.
+                l.turn(index, Phase::Closing(Close::Ordered { due: Moment::NEVER }), now);
+            } else {
+                l.turn(index, Phase::Closing(Close::Runs), now);
+                l.start_limit(index, now.plus(l.rules.close_timeout));
+            }
+            l.tally.closed(reason);
+            if reason == CloseReason::Invalid {
+                l.suspect();
+                l.misses = l.misses.saturating_add(1);
+            }
+        });
     }
 
-    /// What had this slot is gone. `true`: the job was written off meanwhile, so its thread has been replaced.
-    pub(crate) fn free(&mut self, now: Moment, token: Token) -> bool {
-        let now = self.tick(now);
-        if !self.is_current(&token) {
-            self.lost -= 1;
-            self.outbox.changed |= self.watchers > 0;
-            self.provision(now);
-            return true;
-        }
-        let index = token.index;
-        self.end_limit(index);
-        match self.rows[index as usize].state {
-            State::Closing => self.closing -= 1,
-            // A job that ended without a word: it panicked where nothing could catch it, or was never run.
-            State::Opening => self.opening -= 1,
-            State::Checking => {
-                self.end_check(index);
-                self.forget_lifetime(index);
+    /// What had this slot is gone.
+    pub(crate) fn free(&mut self, now: Moment, token: Token) {
+        self.step(now, |l, _| {
+            if !l.is_current(&token) {
+                l.lost -= 1;
+                l.outbox.changed |= l.watchers > 0;
+                return;
             }
-            State::Idle | State::Out => unreachable!("freed while in use"),
-        }
-        let stuck = self.rows[index as usize].stuck;
-        self.release(index);
-        self.provision(now);
-        stuck
+            // An open or a check ends without a word if it panicked where nothing could catch it, or was never run.
+            debug_assert!(
+                !matches!(l.rows[token.index as usize].state(), State::Idle | State::Out),
+                "freed while in use"
+            );
+            l.release(token.index);
+        });
     }
 
     // ---------------------------------------------------------------------------------------------- time
@@ -893,16 +1211,15 @@ impl<C, W: Clone> Ledger<C, W> {
         self.alarm = Moment::NEVER;
         // Floor connections near their end: marked first, so that what replaces them is ordered before they go.
         self.mark_fading(now);
-        self.provision(now);
+        self.plan(now);
         while let Some(&(dies, index)) = self.lifetimes.first() {
             if dies > now {
                 break;
             }
             self.lifetimes.pop_first();
-            if self.rows[index as usize].state == State::Idle {
-                self.tally.evicted_late(now.since(dies));
+            if self.rows[index as usize].state() == State::Idle {
                 let conn = self.remove_idle(index);
-                self.doom(index, conn, CloseReason::Lifetime, now);
+                self.evict(index, conn, CloseReason::Lifetime, now, dies);
             }
         }
         self.evict_idle(now);
@@ -914,14 +1231,14 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         self.keep_alive(now);
         self.report_leaks(now);
-        self.provision(now);
-        self.alarm = self.alarm.min(self.next_deadline(now));
+        self.plan(now);
+        self.alarm = self.alarm.min(self.next_deadline());
         // Whoever calls this sleeps until the alarm just set.
         self.outbox.bell = false;
     }
 
-    /// When something will be due, as far as can be known now.
-    fn next_deadline(&self, now: Moment) -> Moment {
+    /// When something will be due, beside what the plan has armed for.
+    fn next_deadline(&self) -> Moment {
         let mut next = self.idle_deadline();
         if let Some(&(dies, _)) = self.lifetimes.first() {
             next = next.min(dies);
@@ -933,9 +1250,6 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         if let Some(&(limit, _)) = self.limits.first() {
             next = next.min(limit);
-        }
-        if self.has_demand(now) {
-            next = next.min(self.dial_at(now));
         }
         next.min(self.keepalive_due().0).min(self.leak_due())
     }
@@ -954,39 +1268,34 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    #[inline]
-    fn tick(&mut self, now: Moment) -> Moment {
-        if now > self.now {
-            self.now = now;
-        }
-        self.now
-    }
-
     // ---------------------------------------------------------------------------------------------- orders from above
 
     /// Sets the greatest number of connections. What is too many goes: the longest unused at once, others on return.
     pub(crate) fn resize(&mut self, now: Moment, max_size: u32) {
-        let now = self.tick(now);
-        self.rules.max_size = max_size;
-        let excess = self.counts().live().saturating_sub(max_size).min(self.idle.len() as u32);
-        for (index, conn) in self.drain_idle(0, excess as usize) {
-            self.doom(index, conn, CloseReason::Resized, now);
-        }
-        self.provision(now);
+        self.step(now, |l, now| {
+            l.rules.max_size = max_size;
+            let excess = l.census.live().saturating_sub(max_size).min(l.idle.len() as u32);
+            for (index, conn) in l.drain_idle(0, excess as usize) {
+                l.doom(index, conn, CloseReason::Resized, now);
+            }
+        });
     }
 
     /// Sets the floor.
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
-        let now = self.tick(now);
-        self.rules.min_idle = min_idle;
-        self.restacked = now;
-        self.arm(now);
-        self.provision(now);
+        self.step(now, |l, now| {
+            l.rules.min_idle = min_idle;
+            l.restacked = now;
+            l.arm(now);
+        });
     }
 
     /// Replaces every connection whose opening began before now: the idle ones at once, the others on return.
     pub(crate) fn recycle(&mut self, now: Moment) {
-        let now = self.tick(now);
+        self.step(now, |l, now| l.outdate(now));
+    }
+
+    fn outdate(&mut self, now: Moment) {
         self.generation += 1;
         for (index, conn) in self.drain_idle(0, self.idle.len()) {
             self.doom(index, conn, CloseReason::Recycled, now);
@@ -996,7 +1305,6 @@ impl<C, W: Clone> Ledger<C, W> {
             failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
             failure.permanent = false;
         }
-        self.provision(now);
     }
 
     /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
@@ -1010,26 +1318,28 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.
     pub(crate) fn close(&mut self, now: Moment) -> Option<u32> {
-        let now = self.tick(now);
-        if self.closed {
-            return None;
-        }
-        self.closed = true;
-        let waiting = self.waiting();
-        self.turn_out(now, || Grant::Closed);
-        for (index, conn) in self.drain_idle(0, self.idle.len()) {
-            self.doom(index, conn, CloseReason::Closed, now);
-        }
-        self.arm(now);
-        self.outbox.changed = true;
-        Some(waiting)
+        self.step(now, |l, now| {
+            if l.closed {
+                return None;
+            }
+            l.closed = true;
+            l.asked = false;
+            let waiting = l.waiting();
+            l.turn_out(now, || Grant::Closed);
+            for (index, conn) in l.drain_idle(0, l.idle.len()) {
+                l.doom(index, conn, CloseReason::Closed, now);
+            }
+            l.arm(now);
+            l.outbox.changed = true;
+            Some(waiting)
+        })
     }
 
     /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
     /// was not done by now, and no other open takes their place.
     pub(crate) fn abandon_opens(&mut self, now: Moment) {
         self.tick(now);
-        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state == State::Opening);
+        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state() == State::Opening);
         for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
             self.end_limit(index);
         }
@@ -1058,13 +1368,11 @@ impl<C, W: Clone> Ledger<C, W> {
             Validate::Never => false,
             Validate::Always => true,
             // A check that was made for somebody who did not wait for it, or to keep it alive, serves the next as well.
-            Validate::AfterIdle(limit) => {
-                row.proven < self.suspect || row.unused_since.max(row.proven).plus(limit) <= now
-            }
+            Validate::AfterIdle(limit) => self.is_suspect(row) || row.unused_since.max(row.proven).plus(limit) <= now,
         }
     }
 
-    /// Why a connection that is in nobody's hands may not be kept, if so.
+    /// Why a connection that changes hands may not be kept, if so.
     #[inline]
     fn unfit(&self, index: u32, now: Moment) -> Option<CloseReason> {
         let row = &self.rows[index as usize];
@@ -1074,10 +1382,9 @@ impl<C, W: Clone> Ledger<C, W> {
             Some(CloseReason::Lifetime)
         } else if row.generation != self.generation {
             Some(CloseReason::Recycled)
-        } else if self.free.len() + (self.rules.max_size as usize) < self.rows.len() && {
-            // The connection itself is counted nowhere at this moment.
-            self.counts().live() + 1 > self.rules.max_size
-        } {
+        } else if self.free.len() + (self.rules.max_size as usize) < self.rows.len()
+            && self.census.live() > self.rules.max_size
+        {
             Some(CloseReason::Resized)
         } else {
             None
@@ -1097,27 +1404,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.front.is_none_or(|front| now.since(front.since) < self.rules.right_of_way)
     }
 
-    /// Calls those who come next, if more connections are ready than are called for.
-    fn call(&mut self, now: Moment) {
-        // (Those above it in the stack were proven or used later.)
-        while let Some(next) = self.idle.len().checked_sub(self.called.len() + 1) {
-            let row = &self.rows[self.idle[next].0 as usize];
-            if self.queue.is_empty() || self.is_expired(row, now) || self.needs_check(row, now) {
-                return;
-            }
-            if let Some((ticket, waiter)) = self.queue.pop_first() {
-                self.outbox.calls.push(waiter.seat.clone());
-                self.called.insert(ticket, waiter);
-            }
-        }
-    }
-
-    /// How many wait for whom nothing is ready.
-    fn unserved(&self) -> u32 {
-        self.waiting() - self.called.len().min(self.idle.len()) as u32
-    }
-
-    /// Gives a connection to the first in the queue, or keeps it. `fresh`: it was proven well just now.
+    /// Gives a connection to the first in the queue, or keeps it. `fresh`: it was proven well just now. What is kept and
+    /// somebody waits for, the plan calls for, or has checked first.
     #[inline]
     fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
         if let Some(front) = self.front {
@@ -1132,150 +1420,62 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn supply_those_who_wait(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
-        if !fresh && self.needs_check(&self.rows[index as usize], now) {
-            let token = Token { index, id: self.rows[index as usize].id };
-            self.start_check(index, now, Check::Crew);
-            self.outbox.orders.push(Order::Check(token, conn));
-            return;
-        }
         // What the crew brings, it brings for them. What would not stay for as long as they may be passed, they get.
         let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.right_of_way);
-        if fresh || !lasts || self.has_right_of_way(front, now) {
-            if let Some((waiter, was_called)) = self.unqueue(now, front.ticket) {
+        let well = fresh || !self.needs_check(&self.rows[index as usize], now);
+        if well && (fresh || !lasts || self.has_right_of_way(front, now)) {
+            if let Some(waiter) = self.unqueue(now, front.ticket) {
                 let token = Token { index, id: self.rows[index as usize].id };
                 self.tally.wait.record(now.nanos_since(waiter.since));
                 self.lend(index, now, waiter.holder);
-                self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
-                if was_called {
-                    self.call(now);
-                }
+                return self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
             }
-            return;
         }
         self.push_idle(index, conn, now);
-        self.call(now);
     }
 
     #[inline]
     fn lend(&mut self, index: u32, now: Moment, holder: Holder) {
+        self.turn(index, Phase::Out { warned: false }, now);
         let row = &mut self.rows[index as usize];
-        row.state = State::Out;
-        row.since = now;
         row.holder = Some(holder);
         row.uses += 1;
-        row.warned = false;
-        self.out += 1;
         self.tally.checkouts += 1;
         if let Some(threshold) = self.rules.leak_threshold {
             self.arm(now.plus(threshold));
         }
     }
 
-    /// Sees to it that those who wait are served and the floor stands, as far as the rules allow at this moment.
-    fn provision(&mut self, now: Moment) {
-        if self.closed {
-            return;
-        }
-        if self.front.is_some() && self.is_refused(now) {
-            self.turn_out(now, || Grant::Refused);
-        }
-        self.call(now);
-        // Those who wait. After a check that failed more is under way than there are waiters, doubling with every
-        // further failure, and an open among it: six dead connections cost one connect, not six timeouts in a row.
-        let (slow, next_slow) = self.slow_checks(now);
-        self.arm(next_slow);
-        while self.unserved() > 0 {
-            let ahead = if self.misses == 0 { 0 } else { 1u32.checked_shl(self.misses - 1).unwrap_or(u32::MAX) };
-            let wanted = self.unserved().saturating_add(ahead);
-            if self.misses > 0 && self.opening == 0 && self.dial_at(now) <= now {
-                self.order_open(now);
-                continue;
-            }
-            if self.opening + self.crew_checking - slow >= wanted {
-                break;
-            }
-            if !self.start_next_check(now) {
-                if self.opening >= self.unserved() || self.dial_at(now) > now {
-                    break;
-                }
-                self.order_open(now);
-            }
-        }
-        // The floor: what is idle and stays, and what comes unasked for.
-        while self.floor_is_short() && self.dial_at(now) <= now {
-            self.order_open(now);
-        }
-        if (self.failure.is_some() || self.lost > 0) && self.has_demand(now) {
-            self.arm(self.dial_at(now));
-        }
-    }
-
-    /// How many checks and resets go on for so long that those who wait do not count on them any longer, and when the next
-    /// of them does.
-    fn slow_checks(&self, now: Moment) -> (u32, Moment) {
-        if self.front.is_none() || self.crew_checking == 0 {
-            return (0, Moment::NEVER);
-        }
-        let (mut slow, mut next) = (0, Moment::NEVER);
-        for &(_, index) in &self.limits {
-            let row = &self.rows[index as usize];
-            if row.state == State::Checking {
-                match row.since.plus(CHECK_PATIENCE) {
-                    until if until <= now => slow += 1,
-                    until => next = next.min(until),
-                }
-            }
-        }
-        (slow, next)
-    }
-
-    /// Idle connections that outlive the replacement lead, and those that come without anybody waiting for them, are
-    /// fewer than `min_idle`. The one rule for refill and for replacement.
-    fn floor_is_short(&self) -> bool {
-        let coming = (self.opening + self.crew_checking).saturating_sub(self.unserved());
-        !self.closed && self.idle.len() as u32 - self.fading + coming < self.rules.min_idle
-    }
-
-    fn has_demand(&self, now: Moment) -> bool {
-        let coming = self.opening + self.crew_checking - self.slow_checks(now).0;
-        !self.closed && (coming < self.unserved() || self.floor_is_short())
-    }
-
-    /// Whether an open that has been ordered is still needed: asked right before it dials.
-    fn is_wanted(&self, index: u32, now: Moment) -> bool {
-        let others = self.opening - 1 + self.crew_checking - self.slow_checks(now).0;
-        let wanted = self.waiting() + self.rules.min_idle;
-        let wanted = if self.rows[index as usize].unawaited { wanted.max(1) } else { wanted };
-        let ahead = self.misses > 0 && self.front.is_some();
-        ahead || self.idle.len() as u32 - self.fading + others < wanted
-    }
-
-    /// How long the job that has this slot may take.
-    fn limit_of(&self, row: &Row) -> Duration {
-        match (row.state, row.check) {
-            (State::Opening, _) => self.rules.open_timeout,
-            (State::Checking, Check::Own | Check::Crew) => self.rules.validation_timeout,
-            (State::Checking, Check::Reset) | (State::Closing, _) => self.rules.close_timeout,
-            (State::Idle | State::Out, _) => unreachable!("no job has an idle or lent connection"),
+    /// How long a check or reset may take.
+    fn limit_of(&self, by: Check) -> Duration {
+        match by {
+            Check::Own | Check::Crew => self.rules.validation_timeout,
+            Check::Reset => self.rules.close_timeout,
         }
     }
 
     /// The earliest moment at which another connection may be dialled as things stand; `NEVER` if only an event can
     /// make room.
     fn dial_at(&self, now: Moment) -> Moment {
-        if self.closed || self.counts().total() >= self.rules.max_size || self.opening >= self.rules.parallel_opens {
+        if self.census.total() >= self.rules.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
+    }
+
+    /// The same, if there were room.
+    fn dial_with_room_at(&self, now: Moment) -> Moment {
+        let opening = self.census.opens();
+        if self.closed || opening >= self.rules.parallel_opens {
             return Moment::NEVER;
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
             // While opens fail, one at a time is enough to learn that they no longer do.
-            if self.opening > 0 {
+            if opening > 0 {
                 return Moment::NEVER;
             }
             at = at.max(failure.retry);
         }
-        if self.lost + self.opening >= self.rules.max_size {
-            if self.opening > 0 {
+        if self.lost + opening >= self.rules.max_size {
+            if opening > 0 {
                 return Moment::NEVER;
             }
             at = at.max(self.last_dial.plus(PROBE_PERIOD));
@@ -1283,10 +1483,32 @@ impl<C, W: Clone> Ledger<C, W> {
         at
     }
 
+    /// Gives up on the close of a connection that was replaced, and hangs, if its place is all that is missing.
+    fn make_room(&mut self, now: Moment) -> bool {
+        let full = self.census.total() >= self.rules.max_size;
+        if !full || !self.may_lose() || self.dial_with_room_at(now) > now {
+            return false;
+        }
+        let hangs = |row: &&Row| row.phase == Phase::Closing(Close::Runs) && row.generation < self.generation;
+        let rows = self.limits.iter().map(|&(_, index)| (index, &self.rows[index as usize]));
+        let oldest = rows.filter(|(_, row)| hangs(row)).min_by_key(|&(_, row)| row.since);
+        match oldest.map(|(index, row)| (index, row.since.plus(self.rules.close_timeout / REPLACED_PATIENCE))) {
+            Some((index, until)) if until <= now => {
+                self.write_off(index, now, 0.5);
+                true
+            }
+            Some((_, until)) => {
+                self.arm(until);
+                false
+            }
+            None => false,
+        }
+    }
+
     /// Whether to wait is hopeless at this moment.
     fn is_refused(&self, now: Moment) -> bool {
         let refused = self.failure.is_some_and(|f| f.permanent && now < f.retry);
-        refused && self.counts().alive() == 0
+        refused && self.census.alive() == 0
     }
 
     /// Notes a failed open, and when to try again.
@@ -1303,6 +1525,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // Up to a fifth is taken off, so that many pools do not come back in step.
         let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
         self.failure = Some(Failure { count, last: now, permanent, retry });
+        self.asked = false;
         self.outbox.changed |= self.watchers > 0;
     }
 
@@ -1315,20 +1538,33 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// A connection was found dead: whatever was proven before now is suspect.
-    fn suspect(&mut self, now: Moment) {
-        self.suspect = now.plus(Duration::from_nanos(1));
+    /// A connection was found dead: whatever was proven before is suspect.
+    fn suspect(&mut self) {
+        self.findings += 1;
     }
 
-    /// A connection was known to be well at `at`.
-    fn proved(&mut self, index: u32, at: Moment) {
-        self.rows[index as usize].proven = at;
-        self.misses = 0;
+    /// Whether another was found dead since the last proof that this one is well began.
+    #[inline]
+    fn is_suspect(&self, row: &Row) -> bool {
+        row.proven_after < self.findings && self.rules.validate != Validate::Never
+    }
+
+    /// A connection was known to be well at `at`, by what began then. `false`: another was found dead since, so this says
+    /// nothing.
+    fn proved(&mut self, index: u32, at: Moment) -> bool {
+        let row = &mut self.rows[index as usize];
+        row.proven = at;
+        row.proven_after = row.begun_after;
+        let fresh = !self.is_suspect(&self.rows[index as usize]);
+        if fresh {
+            self.misses = 0;
+        }
+        fresh
     }
 
     /// Empties the queue.
     fn turn_out(&mut self, now: Moment, grant: impl Fn() -> Grant<C>) {
-        while let Some((waiter, _)) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
+        while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
             self.tally.wait.record(now.nanos_since(waiter.since));
             self.outbox.grants.push((waiter.seat, grant()));
         }
@@ -1347,15 +1583,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Closes all that were idle for too long, at once. Of the unused, the `min_idle` at the bottom stay.
     fn evict_idle(&mut self, now: Moment) {
         let Some(max) = self.rules.max_idle else { return };
-        let due = self.idle_deadline();
-        if due > now {
+        if self.idle_deadline() > now {
             return;
         }
-        self.tally.evicted_late(now.since(due.max(self.restacked)));
         let floor = self.rules.min_idle as usize;
         let end = self.idle.partition_point(|&(index, _)| self.rows[index as usize].since.plus(max) <= now);
         for (index, conn) in self.drain_idle(floor, end) {
-            self.doom(index, conn, CloseReason::Idle, now);
+            let due = self.rows[index as usize].since.plus(max).max(self.restacked);
+            self.evict(index, conn, CloseReason::Idle, now, due);
         }
     }
 
@@ -1369,11 +1604,11 @@ impl<C, W: Clone> Ledger<C, W> {
             return;
         }
         let until = now.plus(self.lead());
-        for &(_, index) in self.lifetimes.range((self.faded, 0)..=(until, u32::MAX)) {
-            let row = &mut self.rows[index as usize];
-            if row.state == State::Idle && !row.fading {
-                row.fading = true;
-                self.fading += 1;
+        let due: Vec<u32> =
+            self.lifetimes.range((self.faded, 0)..=(until, u32::MAX)).map(|&(_, index)| index).collect();
+        for index in due {
+            if self.rows[index as usize].state() == State::Idle {
+                self.set(index, Phase::Idle { fading: true });
             }
         }
         self.faded = self.faded.max(until);
@@ -1409,56 +1644,60 @@ impl<C, W: Clone> Ledger<C, W> {
     /// When the next checkout will have lasted too long.
     fn leak_due(&self) -> Moment {
         let Some(threshold) = self.rules.leak_threshold else { return Moment::NEVER };
-        let out = self.rows().filter(|r| r.state == State::Out && !r.warned);
+        let out = self.rows.iter().filter(|r| r.phase == Phase::Out { warned: false });
         out.map(|r| r.since.plus(threshold)).min().unwrap_or(Moment::NEVER)
     }
 
     fn report_leaks(&mut self, now: Moment) {
         let Some(threshold) = self.rules.leak_threshold else { return };
-        for row in self.rows.iter_mut().filter(|r| r.id != 0 && r.state == State::Out && !r.warned) {
-            if row.since.plus(threshold) <= now {
-                row.warned = true;
+        for index in 0..self.rows.len() as u32 {
+            let row = &self.rows[index as usize];
+            if row.phase == (Phase::Out { warned: false }) && row.since.plus(threshold) <= now {
+                let leak = Order::Leak { id: row.id, holder: row.holder, held: now.since(row.since) };
+                self.outbox.orders.push(leak);
                 self.tally.leaks += 1;
-                self.outbox.orders.push(Order::Leak { id: row.id, holder: row.holder, held: now.since(row.since) });
+                self.set(index, Phase::Out { warned: true });
             }
         }
     }
 
-    /// Gives up on a job past its limit. Its slot is freed, unless as many jobs are lost already as the pool has slots:
-    /// then an open still is (dialling stops by itself), but a connection that may be alive keeps its slot.
+    /// Whether the slot of a connection that may be alive can be given up: not if as many jobs are lost already, or may yet
+    /// be, as the pool has slots.
+    fn may_lose(&self) -> bool {
+        self.lost + self.census.opens() < self.rules.max_size
+    }
+
+    /// Gives up on a job past its limit. An open frees its slot (dialling stops by itself); so does another job, if the pool
+    /// [may lose](Ledger::may_lose) one more.
     fn write_off(&mut self, index: u32, now: Moment, jitter: f64) {
         let row = &self.rows[index as usize];
-        let (id, job, reset, limit) = (row.id, row.state, row.check == Check::Reset, self.limit_of(row));
-        self.end_limit(index);
-        self.outbox.orders.push(Order::WriteOff { id, job, limit });
+        let (id, was, phase, born) = (row.id, row.state(), row.phase, row.born);
         self.tally.written_off += 1;
-        match job {
-            State::Opening => {
-                self.opening -= 1;
+        let limit = match phase {
+            Phase::Opening { .. } => {
                 self.tally.failed_opens += 1;
-                let born = self.rows[index as usize].born;
                 self.failed(now, born, false, jitter);
+                self.rules.open_timeout
             }
-            State::Checking => {
-                self.end_check(index);
-                self.forget_lifetime(index);
+            Phase::Checking { by, .. } => {
                 self.tally.closed(CloseReason::WrittenOff);
-                if !reset {
-                    self.suspect(now);
+                if by != Check::Reset {
+                    self.suspect();
                     self.misses = self.misses.saturating_add(1);
                 }
-                self.close_row(index, now);
-                self.closing -= 1;
+                self.limit_of(by)
             }
-            State::Closing => self.closing -= 1,
-            State::Idle | State::Out => unreachable!("only jobs have limits"),
-        }
-        if job == State::Opening || self.lost < self.rules.max_size {
+            // (It may be given up before its limit, for its place.)
+            Phase::Closing(_) => now.since(row.since).min(self.rules.close_timeout),
+            Phase::Free | Phase::Idle { .. } | Phase::Out { .. } => unreachable!("only jobs have limits"),
+        };
+        let cancel = matches!(phase, Phase::Checking { by: Check::Reset, .. } | Phase::Closing(_));
+        self.outbox.orders.push(Order::WriteOff { id, was, limit, cancel });
+        if was == State::Opening || self.may_lose() {
             self.lost += 1;
             self.release(index);
         } else {
-            self.rows[index as usize].stuck = true;
-            self.closing += 1;
+            self.turn(index, Phase::Closing(Close::Stuck), now);
         }
     }
 
@@ -1468,26 +1707,61 @@ impl<C, W: Clone> Ledger<C, W> {
         self.rows[token.index as usize].id == token.id
     }
 
-    fn order_open(&mut self, now: Moment) -> u32 {
+    /// Sets the phase of a slot, and with it the counts.
+    #[inline]
+    fn set(&mut self, index: u32, phase: Phase) {
+        let before = std::mem::replace(&mut self.rows[index as usize].phase, phase);
+        self.census.0[Census::of(before)] -= 1;
+        self.census.0[Census::of(phase)] += 1;
+    }
+
+    /// A slot takes another state, since then. What belonged to the one before ends with it.
+    #[inline]
+    fn turn(&mut self, index: u32, phase: Phase, since: Moment) {
+        self.set(index, phase);
+        let row = &mut self.rows[index as usize];
+        row.since = since;
+        row.holder = None;
+        if !matches!(phase, Phase::Idle { .. } | Phase::Out { .. }) || row.limit.min(row.patience) != Moment::NEVER {
+            self.turn_job(index, phase);
+        }
+    }
+
+    /// The part of a turn that concerns jobs.
+    fn turn_job(&mut self, index: u32, phase: Phase) {
+        self.dirty = true;
+        self.end_limit(index);
+        self.end_patience(index);
+        let row = &self.rows[index as usize];
+        if self.keepalive == Some(row.id) && !matches!(phase, Phase::Checking { .. }) {
+            self.keepalive = None;
+            // The next one may be due already: the reaper is to look.
+            self.arm(self.now);
+        }
+        let dies = self.rows[index as usize].dies;
+        if matches!(phase, Phase::Closing(_) | Phase::Free) && dies != Moment::NEVER {
+            self.lifetimes.remove(&(dies, index));
+        }
+    }
+
+    fn order_open(&mut self, now: Moment) {
         let id = self.next_id;
         self.next_id += 1;
         let row = Row {
             id,
-            state: State::Opening,
+            phase: Phase::Free,
             since: now,
             unused_since: now,
             born: now,
             dies: Moment::NEVER,
             proven: now,
+            proven_after: 0,
+            begun_after: 0,
             generation: self.generation,
             uses: 0,
             holder: None,
             limit: Moment::NEVER,
-            warned: false,
-            fading: false,
-            check: Check::Own,
-            unawaited: false,
-            stuck: false,
+            patience: Moment::NEVER,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -1496,19 +1770,19 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             None => {
                 self.rows.push(row);
+                self.census.0[Census::FREE] += 1;
                 (self.rows.len() - 1) as u32
             }
         };
-        self.opening += 1;
+        self.turn(index, Phase::Opening { slow: false }, now);
+        self.count_on(index, now.plus(self.open_patience()));
         self.outbox.orders.push(Order::Open(Token { index, id }));
-        index
     }
 
-    /// Frees a slot whose count has been taken back.
+    /// Frees a slot.
     fn release(&mut self, index: u32) {
-        let row = &mut self.rows[index as usize];
-        row.id = 0;
-        row.holder = None;
+        self.turn(index, Phase::Free, self.now);
+        self.rows[index as usize].id = 0;
         self.free.push(index);
         self.outbox.changed |= self.watchers > 0;
         self.note_if_over();
@@ -1530,86 +1804,38 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    fn forget_lifetime(&mut self, index: u32) {
-        let dies = self.rows[index as usize].dies;
-        if dies != Moment::NEVER {
-            self.lifetimes.remove(&(dies, index));
-        }
-    }
-
-    /// Turns to `Closing`.
-    fn close_row(&mut self, index: u32, now: Moment) {
-        let row = &mut self.rows[index as usize];
-        row.state = State::Closing;
-        row.since = now;
-        row.holder = None;
-        self.closing += 1;
-    }
-
     /// Sends a connection off to be closed.
     fn doom(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
-        self.forget_lifetime(index);
+        self.evict(index, conn, reason, now, Moment::NEVER);
+    }
+
+    /// Sends off a connection whose time was over at `due`.
+    fn evict(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
         self.tally.closed(reason);
-        self.send_off(index, conn, reason, now);
+        self.send_off(index, conn, reason, now, due);
     }
 
     /// Has the crew close it.
-    fn send_off(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
-        self.close_row(index, now);
+    fn send_off(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
+        self.turn(index, Phase::Closing(Close::Ordered { due }), now);
         let token = Token { index, id: self.rows[index as usize].id };
         self.outbox.orders.push(Order::Close(token, conn, reason));
     }
 
     /// Closes the connection at the top of the stack, which a checkout found expired before the reaper did.
     #[cold]
-    fn bury_expired(&mut self, index: u32, now: Moment) {
-        self.tally.evicted_late(now.since(self.rows[index as usize].dies));
+    fn evict_top(&mut self, index: u32, now: Moment) {
+        let due = self.rows[index as usize].dies;
         let conn = self.pop_idle();
-        self.doom(index, conn, CloseReason::Lifetime, now);
-        self.provision(now);
+        self.evict(index, conn, CloseReason::Lifetime, now, due);
     }
 
-    fn start_check(&mut self, index: u32, now: Moment, check: Check) {
-        let row = &mut self.rows[index as usize];
-        row.state = State::Checking;
-        row.since = now;
-        row.holder = None;
-        row.check = check;
-        self.checking += 1;
-        self.crew_checking += u32::from(check != Check::Own);
-    }
-
-    fn end_check(&mut self, index: u32) {
-        let row = &self.rows[index as usize];
-        self.checking -= 1;
-        self.crew_checking -= u32::from(row.check != Check::Own);
-        if self.keepalive == Some(row.id) {
-            self.keepalive = None;
-            // The next one may be due already: the reaper is to look.
-            self.arm(self.now);
+    fn start_check(&mut self, index: u32, now: Moment, by: Check) {
+        self.turn(index, Phase::Checking { by, slow: false }, now);
+        self.rows[index as usize].begun_after = self.findings;
+        if by != Check::Own {
+            self.count_on(index, now.plus(CHECK_PATIENCE));
         }
-    }
-
-    /// Has the crew check the idle connection that would be handed out next. `false`: there is none that needs it.
-    fn start_next_check(&mut self, now: Moment) -> bool {
-        while let Some(&(index, _)) = self.idle.last() {
-            let row = &self.rows[index as usize];
-            if self.is_expired(row, now) {
-                self.tally.evicted_late(now.since(row.dies));
-                let conn = self.pop_idle();
-                self.doom(index, conn, CloseReason::Lifetime, now);
-                continue;
-            }
-            if !self.needs_check(row, now) {
-                return false;
-            }
-            let conn = self.pop_idle();
-            self.start_check(index, now, Check::Crew);
-            let token = Token { index, id: self.rows[index as usize].id };
-            self.outbox.orders.push(Order::Check(token, conn));
-            return true;
-        }
-        false
     }
 
     #[inline]
@@ -1618,13 +1844,8 @@ impl<C, W: Clone> Ledger<C, W> {
             let dies = self.rows[index as usize].dies;
             dies != Moment::NEVER && dies <= now.plus(self.lead())
         };
-        let row = &mut self.rows[index as usize];
-        let since = row.unused_since;
-        row.state = State::Idle;
-        row.since = since;
-        row.holder = None;
-        row.fading = fading;
-        self.fading += u32::from(fading);
+        let since = self.rows[index as usize].unused_since;
+        self.turn(index, Phase::Idle { fading }, since);
         match self.idle.last() {
             Some(&(top, _)) if self.rows[top as usize].since > since => {
                 self.restacked = now;
@@ -1644,12 +1865,10 @@ impl<C, W: Clone> Ledger<C, W> {
         self.outbox.changed |= self.watchers > 0;
     }
 
-    /// Takes the top of the stack, which there must be.
+    /// Takes the top of the stack, which there must be. Its phase is the caller's to change.
     #[inline]
     fn pop_idle(&mut self) -> C {
-        let (index, conn) = self.idle.pop().expect("looked at before");
-        self.fading -= u32::from(std::mem::take(&mut self.rows[index as usize].fading));
-        conn
+        self.idle.pop().expect("looked at before").1
     }
 
     /// Takes one out of the middle of the stack.
@@ -1657,16 +1876,11 @@ impl<C, W: Clone> Ledger<C, W> {
         let since = self.rows[index as usize].since;
         let from = self.idle.partition_point(|&(i, _)| self.rows[i as usize].since < since);
         let at = from + self.idle[from..].iter().position(|&(i, _)| i == index).expect("an idle row is in the stack");
-        self.fading -= u32::from(std::mem::take(&mut self.rows[index as usize].fading));
         self.idle.remove(at).1
     }
 
     fn drain_idle(&mut self, from: usize, to: usize) -> Vec<(u32, C)> {
-        let out: Vec<_> = self.idle.drain(from..to.max(from)).collect();
-        for &(index, _) in &out {
-            self.fading -= u32::from(std::mem::take(&mut self.rows[index as usize].fading));
-        }
-        out
+        self.idle.drain(from..to.max(from)).collect()
     }
 }
 

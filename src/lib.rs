@@ -104,6 +104,7 @@ mod reaper;
 mod settings;
 mod shared;
 mod stats;
+mod text;
 mod waiter;
 mod who;
 

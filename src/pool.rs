@@ -3,7 +3,6 @@
 use crate::builder::{Builder, Hooks};
 use crate::clock::Moment;
 use crate::connection::{Conn, PooledConnection};
-use crate::crew::Kind;
 use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
@@ -13,6 +12,7 @@ use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
 use crate::shared::{Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::text::Shown;
 use crate::waiter::News;
 use crate::{reaper, who};
 use log::Level;
@@ -281,7 +281,7 @@ impl<M: Manage> Pool<M> {
         let id = token.id();
         let slot = Slot::new(Arc::clone(shared), token);
         slot.report_check(reason);
-        shared.post(Kind::Close, Job::Close(slot, conn, reason));
+        shared.post(Job::Close(slot, conn, reason));
         refused(shared, id, reason, result);
         None
     }
@@ -292,7 +292,7 @@ impl<M: Manage> Pool<M> {
             let ledger = shared.lock();
             (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
         };
-        let mut out = shared.rows(|row| row.state == ConnectionState::Out);
+        let mut out = shared.rows(|row| row.state() == ConnectionState::Out);
         let me = who::tag();
         let held_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
@@ -514,7 +514,7 @@ impl CloseReport {
 
 impl fmt::Display for CloseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}' {}", self.pool, self.outcome())
+        write!(f, "pool '{}' {}", Shown(&self.pool), self.outcome())
     }
 }
 
@@ -595,7 +595,7 @@ fn close<M: Manage>(
         let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
         let others = ledger.rows().any(|row| !mine(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state != ConnectionState::Out);
+        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state() != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         (!others && !reaper && threads <= my_thread).then_some(())
     });

@@ -7,13 +7,14 @@ use crate::bell::Bell;
 use crate::builder::Hooks;
 use crate::clock::{Clock, Moment};
 use crate::connection::Conn;
-use crate::crew::{Crew, Kind};
+use crate::crew::Crew;
 use crate::error::{Cause, Closed, Error, ErrorKind};
-use crate::jobs::{Job, Notice, Slot};
+use crate::jobs::{Job, Notice, Slot, shielded};
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
+use crate::text::Shown;
 use crate::waiter::Seat;
 use crate::{reaper, who};
 use log::Level;
@@ -189,7 +190,8 @@ impl<M: Manage> Shared<M> {
             // These connections are the parent's: whatever is done to them here is done to it.
             return orders.into_iter().for_each(std::mem::forget);
         }
-        orders.into_iter().for_each(|order| self.dispatch(order));
+        // One that panics takes none of the others with it.
+        orders.into_iter().for_each(|order| shielded(|| self.dispatch(order)));
     }
 
     /// Looks until `look` finds what it looks for, again after each change. `None`: the deadline came first.
@@ -235,22 +237,29 @@ impl<M: Manage> Shared<M> {
     fn dispatch(self: &Arc<Self>, order: Order<Box<Conn<M>>>) {
         let slot = |token: Token| Slot::new(Arc::clone(self), token);
         match order {
-            Order::Open(token) => self.post(Kind::Open, Job::Open(slot(token))),
-            Order::Check(token, conn) => self.post(Kind::Check, Job::Check(slot(token), conn)),
-            Order::Reset(token, conn, holder) => self.post(Kind::Check, Job::Reset(slot(token), conn, holder)),
-            Order::Close(token, conn, reason) => self.post(Kind::Close, Job::Close(slot(token), conn, reason)),
-            Order::WriteOff { id, job, limit } => {
-                let (kind, what) = match job {
-                    ConnectionState::Opening => (Kind::Open, "opening"),
-                    ConnectionState::Checking => (Kind::Check, "checking"),
-                    _ => (Kind::Close, "closing"),
+            Order::Open(token) => self.post(Job::Open(slot(token))),
+            Order::Check(token, conn) => self.post(Job::Check(slot(token), conn)),
+            Order::Reset(token, conn, holder) => self.post(Job::Reset(slot(token), conn, holder)),
+            Order::Close(token, conn, reason) => self.post(Job::Close(slot(token), conn, reason)),
+            Order::Slow { id } => {
+                if !self.crew.discount(self, id) {
+                    self.with(|l| l.look_again());
+                }
+            }
+            Order::WriteOff { id, was, limit, cancel } => {
+                let what = match was {
+                    ConnectionState::Opening => "opening",
+                    ConnectionState::Checking => "checking",
+                    _ => "closing",
                 };
-                if job == ConnectionState::Opening {
+                if was == ConnectionState::Opening {
                     let within = Short(limit);
                     self.set_cause(Cause::message(format!("no answer to an attempt to connect within {within}")));
                 }
-                self.crew.write_off(self, kind);
-                self.cut(id, false);
+                if !self.crew.replace(self, id) {
+                    self.with(|l| l.look_again());
+                }
+                self.cut(id, cancel);
                 self.notice(Level::Warn, || format!("gave up {what} #{id}, which took longer than {}", Short(limit)));
             }
             Order::Leak { id, holder, held } => self.notice(Level::Warn, || {
@@ -259,8 +268,8 @@ impl<M: Manage> Shared<M> {
         }
     }
 
-    pub(crate) fn post(self: &Arc<Self>, kind: Kind, job: Job<M>) {
-        match self.crew.post(self, kind, job) {
+    pub(crate) fn post(self: &Arc<Self>, job: Job<M>) {
+        match self.crew.post(self, job) {
             Ok(true) => {}
             // The reaper nudges the crew after each look.
             Ok(false) => self.with(|l| l.look_again()),
@@ -269,31 +278,29 @@ impl<M: Manage> Shared<M> {
                 slot.fail(false);
             }
             // The reaper runs no job; anybody else has nobody to leave it to.
-            Err((_, job)) if reaper::is_this(self) => self.crew.strand(kind, job),
-            Err((_, job)) => {
-                job.run(self);
-            }
+            Err((_, job)) if reaper::is_this(self) => self.crew.strand(job),
+            Err((_, job)) => job.run(self),
         }
     }
 
     /// Makes the calls of a connection fail, after asking the server to stop what it is doing if `cancel`.
     pub(crate) fn cut(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
-        let opening = self.openings.lock().get(&id).cloned();
-        match opening {
-            Some(opening) if opening.condemn() => {
-                self.post(Kind::Cut, Job::Cut(opening, cancel));
-                true
-            }
-            _ => false,
+        let Some(opening) = self.openings.lock().get(&id).cloned() else { return false };
+        let can_be_cut = opening.condemn();
+        if can_be_cut {
+            // It drops it, too: what it holds is the user's. (If there is nothing to be done, it holds nothing.)
+            self.post(Job::Cut(opening, cancel));
         }
+        can_be_cut
     }
 
     /// Leaves a record to a thread that the logger may block.
     pub(crate) fn notice(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
         // A forked child has no such thread, and what it does is no news of the parent's pool.
         if level <= log::max_level() && !self.is_forked() {
-            let text = format!("pool '{}': {}", self.name, text());
-            self.post(Kind::Notice, Job::Notice(Notice { level, text }));
+            // One record is one line, whatever there is in names and words.
+            let text = Shown(format_args!("pool '{}': {}", self.name, text())).to_string();
+            self.post(Job::Notice(Notice { level, text }));
         }
     }
 
@@ -301,9 +308,13 @@ impl<M: Manage> Shared<M> {
 
     /// Remembers why the last open failed: before the ledger is told that it did. It stays when another succeeds, for that
     /// one may be slow to say so; whether it still tells anything is the ledger's to know.
-    pub(crate) fn set_cause(&self, cause: Cause) {
+    pub(crate) fn set_cause(self: &Arc<Self>, cause: Cause) {
         let before = self.cause.lock().replace(cause);
-        drop(before);
+        match before {
+            // What the one before was made of may be the user's, with a drop that takes its time.
+            Some(before) if reaper::is_this(self) => self.post(Job::Drop(before)),
+            before => shielded(|| drop(before)),
+        }
     }
 
     pub(crate) fn cause(&self) -> Option<Cause> {
@@ -366,7 +377,7 @@ impl<M: Manage> Shared<M> {
         let describe = |row: Row| ConnectionInfo {
             id: row.id,
             server_id: openings.get(&row.id).and_then(|o| o.server_id()),
-            state: row.state,
+            state: row.state(),
             since: now.since(row.since),
             age: now.since(row.born),
             uses: row.uses,

@@ -1,5 +1,6 @@
 //! Which thread: a number that costs a checkout next to nothing, and its name for those who ask later.
 
+use crate::text::{NAME, brief};
 use parking_lot::Mutex;
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
@@ -44,7 +45,7 @@ fn introduce() -> u64 {
     let tag = NEXT.fetch_add(1, Ordering::Relaxed);
     TAG.set(tag);
     let thread = thread::current();
-    let name = thread.name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{name}'"));
+    let name = thread.name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{}'", brief(name, NAME)));
     let mut names = NAMES.lock();
     names.known.insert(tag, name);
     // A thread that has begun to end cannot say farewell: it is counted as ended at once.

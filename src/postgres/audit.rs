@@ -8,6 +8,7 @@ use super::host::Host;
 use super::manager::application_name;
 use super::{Connector, Error, Pool, PostgresManager};
 use crate::stats::{Connections, Short, write_table};
+use crate::text::{CAUSE, Shown, brief};
 use crate::{ConnectionInfo, ConnectionState, Manage, Opening};
 use ::postgres::Client;
 use ::postgres::error::SqlState;
@@ -619,6 +620,7 @@ impl fmt::Display for Audit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Audit { pool, role, database, backends, .. } = self;
         let s = if backends.len() == 1 { "" } else { "s" };
+        let (pool, role, database) = (Shown(pool), Shown(role), Shown(database));
         write!(f, "audit of pool '{pool}', {role} on database {database}: {} backend{s}", backends.len())?;
         let count = |owner| backends.iter().filter(|b| b.owner == owner).count();
         let counts = [
@@ -655,7 +657,7 @@ impl fmt::Display for Audit {
             writeln!(f, "the server knows nothing of {row}")?;
         }
         for note in &self.notes {
-            writeln!(f, "note: {note}")?;
+            writeln!(f, "note: {}", Shown(note))?;
         }
         Ok(())
     }
@@ -687,7 +689,7 @@ impl Backend {
 
 impl fmt::Display for Terminations {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}': ", self.pool)?;
+        write!(f, "pool '{}': ", Shown(&self.pool))?;
         if self.done.is_empty() {
             return write!(f, "no orphans");
         }
@@ -699,8 +701,8 @@ impl fmt::Display for Terminations {
                 Outcome::Ended => write!(f, "ended")?,
                 Outcome::Signalled => write!(f, "told to end, and still there")?,
                 Outcome::Gone => write!(f, "was gone already, or busy no more")?,
-                Outcome::Spared(why) => write!(f, "left alone: {why}")?,
-                Outcome::Refused(why) => write!(f, "the server refuses: {why}")?,
+                Outcome::Spared(why) => write!(f, "left alone: {}", Shown(why))?,
+                Outcome::Refused(why) => write!(f, "the server refuses: {}", brief(why, CAUSE))?,
             }
         }
         Ok(())

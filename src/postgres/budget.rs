@@ -3,6 +3,7 @@
 use super::Error;
 use crate::Settings;
 use crate::error::Cause;
+use crate::text::Shown;
 use ::postgres::Client;
 use std::fmt;
 
@@ -59,7 +60,7 @@ impl Allowance {
 
 impl fmt::Display for Allowance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} (max_connections {}", self.role, self.connections(), self.max_connections)?;
+        write!(f, "{} {} (max_connections {}", Shown(&self.role), self.connections(), self.max_connections)?;
         match (self.superuser_reserved, self.reserved) {
             (0, 0) => {}
             (n, 0) | (0, n) => write!(f, " less {n} reserved")?,
@@ -69,7 +70,7 @@ impl fmt::Display for Allowance {
             write!(f, ", limit of the role {n}")?;
         }
         if let Some(n) = self.database_limit {
-            write!(f, ", limit of database {} {n}", self.database)?;
+            write!(f, ", limit of database {} {n}", Shown(&self.database))?;
         }
         if self.superuser {
             write!(f, ", for superusers without reserves and limits")?;
@@ -143,7 +144,7 @@ pub(super) fn compare(
     if processes == 0 {
         return Err(Cause::message("processes is 0, and must be at least 1").permanent());
     }
-    let (name, max_size) = (&settings.name, settings.max_size);
+    let (name, max_size) = (Shown(&settings.name), settings.max_size);
     let (allowance, real_pid) = match ask(client) {
         Ok(answer) => answer,
         Err(e) if budget == Budget::Refuse => return Err(Cause::of(e)),

@@ -178,8 +178,7 @@ impl Connection {
 
     /// Asks the server whether it is there, and makes sure that its answer is the one to that question.
     pub(super) fn ping(&mut self, limit: Duration) -> Result<(), Error> {
-        let answer = self.client.whole(|client| client.is_valid(limit));
-        if let Err(error) = answer {
+        if let Err(error) = self.ask(limit) {
             // What is left unanswered would hold up whoever drops it.
             self.cut();
             return Err(match &self.watch {
@@ -191,6 +190,21 @@ impl Connection {
             Some(watch) if watch.is_lost() || watch.is_busy() => {
                 self.cut();
                 Err(Error::own("its answers no longer match its questions", false))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks, and once more if half a message came behind the answer: a notification on its way. What answers the second
+    /// question comes behind its other half.
+    fn ask(&mut self, limit: Duration) -> Result<(), ::postgres::Error> {
+        let begun = Instant::now();
+        self.client.whole(|client| client.is_valid(limit))?;
+        match &self.watch {
+            Some(watch) if watch.is_half_told() => {
+                let left = limit.saturating_sub(begun.elapsed());
+                let left = left.max(Duration::from_millis(1)); // zero is never long enough
+                self.client.whole(|client| client.is_valid(left))
             }
             _ => Ok(()),
         }
@@ -291,7 +305,7 @@ impl Connection {
         }
         let answer = self.client.reach().is_valid(drain);
         if answer.is_ok() {
-            return self.watch.as_ref().is_none_or(|watch| !watch.is_busy());
+            return self.watch.as_ref().is_none_or(|watch| !watch.is_waiting());
         }
         // Unless it is dead, or has answered another question than this one, to which there is no error.
         if !self.client.peek().is_closed() && answer.is_err_and(|e| e.code().is_none()) {
@@ -313,7 +327,7 @@ impl Connection {
     fn ask_who_answers(&mut self) -> Result<bool, Error> {
         // Also what somebody did to the statements that are not his, if anybody may have.
         let lookup = self.client.is_marked() && self.lookup != Lookup::Hidden && !self.statements.is_off();
-        let answer = self.client.whole(|client| ask(client, lookup))?;
+        let answer = self.client.whole(|client| ask_who(client, lookup))?;
         self.client.unmark();
         match answer {
             Answer::Failed => Ok(true),
@@ -342,7 +356,7 @@ impl Connection {
                     // No such type, or a `postgres` that asks in other words: it will not be seen.
                     _ => self.lookup = Lookup::Hidden,
                 }
-                if let Answer::Idle { lookups: true } = self.client.whole(|client| ask(client, true))? {
+                if let Answer::Idle { lookups: true } = self.client.whole(|client| ask_who(client, true))? {
                     self.lookup = Lookup::Seen;
                 }
             }
@@ -380,7 +394,7 @@ enum Answer {
 /// In one round trip, and without a word in the server's log: in a transaction time stands still. Each question is another,
 /// and its answer says which it answers: after a COPY that the server refused, `postgres` may return each call's predecessor's
 /// (rust-postgres #789).
-fn ask(client: &mut Client, lookup: bool) -> Result<Answer, ::postgres::Error> {
+fn ask_who(client: &mut Client, lookup: bool) -> Result<Answer, ::postgres::Error> {
     static ASKED: AtomicU64 = AtomicU64::new(0);
     let nonce = format!("millpond {}", ASKED.fetch_add(1, Ordering::Relaxed));
     let lookups = match lookup {
@@ -409,7 +423,7 @@ fn ask(client: &mut Client, lookup: bool) -> Result<Answer, ::postgres::Error> {
 
 /// Whether a transaction is open or has failed; "yes" as well if it is not known.
 pub(super) fn ask_for_transaction(client: &mut Client) -> Result<bool, ::postgres::Error> {
-    Ok(!matches!(ask(client, false)?, Answer::Idle { .. }))
+    Ok(!matches!(ask_who(client, false)?, Answer::Idle { .. }))
 }
 
 fn ask_for_pid(client: &mut Client) -> Result<Option<i32>, ::postgres::Error> {

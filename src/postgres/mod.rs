@@ -79,11 +79,17 @@
 //! # The observer
 //!
 //! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
-//! crate's own around yours, which negotiates by your `sslmode` exactly as `postgres` does. Beside
-//! a round trip it costs little (`cargo bench --bench postgres`). It cannot see **unix sockets**: there a connection is asked
-//! with one query when it comes back (and is pinged before, if more than the `_cached` functions was used), which costs as
-//! much as a small query, and nothing can be cut. [`PostgresManager::observe`] switches it off. With it on,
-//! `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//! crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain no is taken for one:
+//! after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip it costs little
+//! (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`] switches it off. With
+//! it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//!
+//! A connection that is not observed is asked with one query when it comes back (and is pinged before, if more than the
+//! `_cached` functions was used), which costs as much as a small query, and nothing can be cut. Nor is there a bound to what
+//! a server may say before it has let anybody in (observed, 64 KiB in one message and 1 MiB in all): `postgres` takes as much
+//! memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is taken for one that
+//! fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both for a no, and logs in in
+//! clear.)
 //!
 //! # Code that is generic over `GenericClient`
 //!
