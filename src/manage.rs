@@ -93,8 +93,9 @@ pub trait Manage: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Whether a [`reset`](Manage::reset) that succeeds has undone what a customizer's `on_acquire` set. If so `on_acquire` runs
-    /// again after each, as part of it: if it fails, so has the reset. By default `false`: it runs once for each connection.
+    /// Whether a [`reset`](Manage::reset) that succeeds has undone what a customizer's `on_acquire` set. If so `on_acquire`
+    /// runs again after each, as part of it: if it fails, so has the reset. By default `false`: it runs once for each
+    /// connection.
     fn undoes_on_acquire(&self) -> bool {
         false
     }

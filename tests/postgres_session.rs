@@ -415,6 +415,32 @@ fn what_is_abandoned_is_cancelled_before_its_slot_is_free() {
     }
 }
 
+/// What a customizer does when a connection goes takes longer than it may.
+#[derive(Debug)]
+struct Lingers;
+
+impl CustomizeConnection<Connection, millpond::postgres::Error> for Lingers {
+    fn on_release(&self, mut c: Connection) {
+        let _ = c.batch_execute("SELECT pg_sleep(60)");
+    }
+}
+
+#[test]
+fn what_takes_longer_than_its_limit_is_cancelled() {
+    let mut observer = Server::shared().connect();
+    for way in WAYS {
+        let builder = manager("lingers", way).builder().max_size(1).close_timeout(ms(300));
+        let pool = builder.connection_customizer(Box::new(Lingers)).open().unwrap();
+        let client = pool.get().unwrap();
+        let pid = client.backend_pid();
+        PooledConnection::discard(client);
+        let asleep = |observer: &mut Client| state(observer, pid).as_deref() == Some("active");
+        assert!(wait_until(Instant::now() + SOON, || asleep(&mut observer)), "{way:?}");
+        assert!(wait_until(Instant::now() + SOON, || state(&mut observer, pid).is_none()), "{way:?}");
+        assert!(wait_until(Instant::now() + SOON, || pool.stats().lost == 0), "{way:?}: {}", pool.stats());
+    }
+}
+
 /// The default: `on_release` drops the connection.
 #[derive(Debug)]
 struct Nothing;

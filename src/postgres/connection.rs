@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 /// [`Transaction`](super::Transaction) `&mut *tx`.
 ///
 /// To drop one (that was [detached](crate::PooledConnection::detach), say) takes a moment, where the drop of a
-/// `postgres::Client` waits for whatever is unanswered: a query that still runs is cancelled, and what cannot be cancelled within
-/// a second is cut.
+/// `postgres::Client` waits for whatever is unanswered: a query that still runs is cancelled, and, if it is
+/// [observed](super#the-observer), cut if that does not help within a second.
 pub struct Connection {
     /// Goes before the statements, which therefore have nobody left to tell. What a statement leaves that is dropped later
     /// goes out before the next request, and does no harm.

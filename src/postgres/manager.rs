@@ -37,8 +37,8 @@ use std::time::{Duration, Instant};
 ///
 /// A connection is closed instead of handed on, though it might be healthy, if
 ///
-/// * a `COPY ... FROM STDIN` on it was refused, failed or was broken off, where it is [observed](super#the-observer). (Where not,
-///   a question to it finds out.)
+/// * a `COPY ... FROM STDIN` on it was refused, failed or was broken off, where it is [observed](super#the-observer). (Where
+///   not, a question to it finds out.)
 /// * [`Canceller::cancel`] was called for it: the request may arrive late.
 /// * more was left of an answer than can be read within 50 ms (500 ms where it is not observed), or the time it took to
 ///   connect if that is longer. The query is cancelled, and its slot is free when that is done.
