@@ -170,6 +170,32 @@ fn an_answer_that_looks_right_is_not_taken_for_the_right_one() {
     }
 }
 
+/// What becomes of a COPY that fails before its first row is a matter of the moment.
+#[test]
+fn a_copy_that_a_trigger_stops_spoils_nobodys_answers() {
+    let sql = "CREATE TABLE IF NOT EXISTS guarded (n int);
+        CREATE OR REPLACE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'stop'; END $$;
+        CREATE OR REPLACE TRIGGER stop BEFORE INSERT ON guarded EXECUTE FUNCTION stop()";
+    Server::shared().connect().batch_execute(sql).unwrap();
+    for way in WAYS {
+        let pool = pool("stopped", way);
+        for round in 0..60 {
+            let mut client = pool.get().unwrap();
+            let copy = client.copy_in("COPY guarded FROM STDIN");
+            if round % 2 == 0 {
+                assert!(!matches!(copy.map(|copy| copy.finish()), Ok(Ok(_))));
+            } else {
+                drop(copy);
+            }
+            for _ in 0..round % 3 {
+                let _ = client.batch_execute("SELECT 1");
+            }
+            drop(client);
+            assert_clean(&mut pool.get().unwrap(), &format!("{way:?}, {round}"));
+        }
+    }
+}
+
 /// One that was broken off, or failed, is healthy.
 #[test]
 fn where_nobody_watches_a_failed_copy_costs_no_connection() {
