@@ -4,20 +4,22 @@
 //! the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself. With
 //! what sleeps long out of that table, a child may fork at any time and build a pool of its own.
 
+use crate::who::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Counts how often it was rung. Whoever wants to hear the next ring takes the count first, then looks at what the bell
 /// is rung for, and then waits: so none is missed, and no lock need be held in between.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Bell {
+    home: Home,
     rung: Mutex<u64>,
     sleepers: Condvar,
 }
 
 impl Bell {
     pub(crate) fn new() -> Self {
-        Bell::default()
+        Bell { home: Home::here(), rung: Mutex::new(0), sleepers: Condvar::new() }
     }
 
     /// How often it was rung.
@@ -25,9 +27,11 @@ impl Bell {
         *self.lock()
     }
 
-    /// Wakes all who wait.
+    /// Wakes all who wait. (In a forked child nobody does, and whoever held the lock is not there.)
     pub(crate) fn ring(&self) {
-        *self.lock() += 1;
+        let Some(mut rung) = self.home.lock(&self.rung) else { return };
+        *rung += 1;
+        drop(rung);
         self.sleepers.notify_all();
     }
 

@@ -310,6 +310,9 @@ impl<M: Manage> Builder<M> {
 
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
+    /// None of them is lent for that: there is no checkout and no return of which an event would tell, and the first user
+    /// finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
+    ///
     /// # Errors
     ///
     /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at once

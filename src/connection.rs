@@ -2,14 +2,16 @@
 
 use crate::clock::Moment;
 use crate::event::CheckinEvent;
+use crate::here;
 use crate::jobs::{catch, shielded};
 use crate::keep;
 use crate::ledger::{Back, Token};
 use crate::manage::{Manage, Returned};
 use crate::shared::Shared;
-use crate::stats::{CloseReason, ConnectionInfo};
+use crate::stats::{CloseReason, ConnectionInfo, ConnectionState};
 use r2d2::Extensions;
 use std::fmt;
+use std::mem;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::thread;
@@ -34,6 +36,15 @@ pub(crate) struct Link<M: Manage> {
     pub(crate) shared: Arc<Shared<M>>,
     pub(crate) id: u64,
     pub(crate) born: Moment,
+}
+
+impl<M: Manage> Link<M> {
+    /// What can be said of a connection without the pool's books, which in a forked child are the parent's.
+    fn info(&self) -> ConnectionInfo {
+        let age = self.shared.clock.precise().since(self.born);
+        let state = ConnectionState::Out;
+        ConnectionInfo { id: self.id, server_id: None, state, since: age, age, uses: 1, location: None, thread: None }
+    }
 }
 
 impl<M: Manage> Conn<M> {
@@ -101,13 +112,15 @@ impl<M: Manage> PooledConnection<M> {
     /// in its place. A customizer's `on_release` is not called for it, and its extensions are dropped.
     pub fn detach(mut this: Self) -> M::Connection {
         let mut conn = this.conn.take().expect(TAKEN);
-        if let Some(token) = conn.token.take() {
-            let shared = &conn.link.shared;
+        let token = conn.token.take();
+        // (In a forked child the books are the parent's.)
+        let shared = &conn.link.shared;
+        if let Some(token) = token.filter(|_| !shared.is_forked()) {
             let now = shared.now();
             shared.with(|l| l.detach(now, token));
+            let opening = shared.openings.lock().remove(&conn.link.id);
+            shielded(|| drop(opening));
         }
-        let opening = conn.link.shared.openings.lock().remove(&conn.link.id);
-        shielded(|| drop(opening));
         let (conn, extensions, _) = conn.into_parts();
         shielded(|| drop(extensions));
         conn
@@ -116,6 +129,9 @@ impl<M: Manage> PooledConnection<M> {
     /// What the pool knows of this connection: number, age, uses, where it was checked out.
     pub fn info(this: &Self) -> ConnectionInfo {
         let link = this.conn().link();
+        if link.shared.is_forked() {
+            return link.info();
+        }
         let rows = link.shared.rows(|row| row.id == link.id);
         link.shared.describe(rows).pop().expect("a borrowed connection has a row")
     }
@@ -141,6 +157,13 @@ impl<M: Manage> PooledConnection<M> {
         let Some(mut conn) = self.conn.take() else { return };
         let Some(token) = conn.token.take() else { return };
         let shared = &conn.link.shared;
+        // From now on it is unused.
+        let now = shared.now();
+        if shared.seems_forked(now) {
+            // It is the parent's: to look at it is to read what is meant for that.
+            return mem::forget((token, conn));
+        }
+        let here = here::with(shared.address(), conn.link.id);
         let back = match back {
             Some(back) => back,
             None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
@@ -157,7 +180,9 @@ impl<M: Manage> PooledConnection<M> {
             let (id, duration) = (token.id(), shared.now().since(conn.lent));
             shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
-        let now = shared.now();
+        drop(here);
+        // A finding is as late as it is.
+        let now = if back == Back::Keep { now } else { shared.now() };
         let core = keep::hold(&shared.core);
         core.checkin(now, token, conn, back);
         keep::stow(core);

@@ -49,10 +49,12 @@ pub struct Timeout {
     pub closing: u32,
     /// Others who waited.
     pub waiting: u32,
-    /// Who held a connection for the longest time: [`HOLDERS`](Timeout::HOLDERS) of them at most, the longest first.
+    /// The connections that were out for the longest time, each with the thread and line that had checked it out:
+    /// [`HOLDERS`](Timeout::HOLDERS) of them at most, the longest first.
     pub holders: Vec<ConnectionInfo>,
-    /// How many connections the very thread that got this error had checked out.
-    pub held_here: u32,
+    /// How many of the connections that were out the very thread that got this error had checked out. (It may have given
+    /// them to others since.)
+    pub checked_out_here: u32,
     /// The last failure to open a connection, if none has been opened since.
     pub cause: Option<Cause>,
 }
@@ -212,11 +214,11 @@ impl fmt::Display for Timeout {
                 }
             }
         }
-        if self.held_here > 0 {
-            write!(f, "; this very thread holds {} of them", self.held_here)?;
+        if self.checked_out_here > 0 {
+            write!(f, "; {} of them checked out by this very thread", self.checked_out_here)?;
         }
         for (i, row) in self.holders.iter().enumerate() {
-            let lead = if i == 0 { "; held the longest: " } else { ", " };
+            let lead = if i == 0 { "; out the longest: " } else { ", " };
             write!(f, "{lead}{}", row.held())?;
         }
         if self.waiting > 0 {
@@ -282,6 +284,11 @@ impl Cause {
     /// A cause with the error itself, for [`downcast_ref`](Cause::downcast_ref).
     pub fn of<E: StdError + Send + Sync + 'static>(error: E) -> Cause {
         Cause { error: Some(Arc::new(error) as Arc<dyn StdError + Send + Sync>), ..Cause::message("") }.with_own_text()
+    }
+
+    /// Whether it holds an error of the manager's own, with a drop of its own.
+    pub(crate) fn is_typed(&self) -> bool {
+        self.error.is_some()
     }
 
     fn with_own_text(mut self) -> Cause {

@@ -1,7 +1,7 @@
 //! [`PoolGuard`]: closes the pool when dropped, after the workers it owns.
 
 use crate::jobs::catch;
-use crate::pool::{CloseReport, Closing};
+use crate::pool::{CloseReport, Closer, Closing};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::Location;
@@ -58,6 +58,9 @@ const GRACE: Duration = Duration::from_secs(5);
 /// the pool still open so that they can end what they have begun; then the pool is closed with what is left of it; then
 /// the workers are dropped.
 ///
+/// A connection that the guard's own thread holds is waited for as well, for the pool cannot know that it is not with
+/// another thread by now. So make the guard first: what is declared after it is dropped before it.
+///
 /// # Where `Drop` does not run
 ///
 /// | case | what to do |
@@ -113,6 +116,9 @@ impl PoolGuard {
 impl<W> PoolGuard<W> {
     /// How long the drop may take. Default 5 seconds. Zero: the workers are told, the pool is closed, and nothing is
     /// waited for.
+    ///
+    /// What another guard of the same pool, or a `close`, has waited for in vain counts against it: two guards in a row
+    /// take the longer of two graces, not both. (Workers have their part of it in any case.)
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -120,28 +126,32 @@ impl<W> PoolGuard<W> {
 
     /// Does now what the drop would do, and says what came of it.
     pub fn close(mut self) -> CloseReport {
-        self.finish_and_close().expect("a guard closes once, and this one is still here")
+        self.finish_and_close("its guard was closed").expect("a guard closes once, and this one is still here")
     }
 
-    fn finish_and_close(&mut self) -> Option<CloseReport> {
+    fn finish_and_close(&mut self, by: &'static str) -> Option<CloseReport> {
         let pool = self.pool.take()?;
-        let begun = Instant::now();
+        if pool.is_forked() {
+            // The workers are the parent's as well: nobody finishes here, and to drop them might wait for them.
+            std::mem::forget(self.workers.take());
+            return Some(pool.close_by(Closer::new(by, self.at, Duration::ZERO)));
+        }
+        let mut closer = Closer { joins: true, ..Closer::new(by, self.at, self.grace) };
         // A grace too long to add is none: a year will do for what must have a deadline.
-        let far = begun + Duration::from_secs(365 * 86_400);
-        let deadline = begun.checked_add(self.grace);
-        let workers_until = begun.checked_add(self.grace.mul_f64(0.75)).unwrap_or(far);
+        let far = closer.begun + Duration::from_secs(365 * 86_400);
+        let workers_until = closer.begun.checked_add(self.grace.mul_f64(0.75)).unwrap_or(far);
         let finish = &mut self.finish;
-        let workers_finished = match &mut self.workers {
+        closer.workers_finished = match &mut self.workers {
             Some(workers) => catch(|| finish(workers, workers_until)).unwrap_or(false),
             None => true,
         };
-        Some(pool.close_by(self.at, begun, deadline, workers_finished))
+        Some(pool.close_by(closer))
     }
 }
 
 impl<W> Drop for PoolGuard<W> {
     fn drop(&mut self) {
-        let _ = catch(|| self.finish_and_close());
+        let _ = catch(|| self.finish_and_close("its guard was dropped"));
         // The workers' own drop is theirs, and comes last; a panic of it must not become an abort.
         if let Some(workers) = self.workers.take() {
             let _ = catch(|| drop(workers));

@@ -8,6 +8,7 @@ use crate::connection::{Conn, Link};
 use crate::crew::{Crew, Kind, Task, Work, drop_payload};
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
+use crate::here;
 use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
 use crate::shared::{Shared, by};
@@ -15,7 +16,6 @@ use crate::stats::{CloseReason, Short};
 use crate::text::{CAUSE, brief};
 use log::Level;
 use std::any::Any;
-use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -66,18 +66,6 @@ pub(crate) struct Slot<M: Manage> {
     token: Option<Token>,
 }
 
-thread_local! {
-    /// On a thread of a crew: which pool's (the address of its `Shared`), and the number of the connection that its job is
-    /// about, or 0.
-    static CREW: Cell<(usize, u64)> = const { Cell::new((0, 0)) };
-}
-
-/// Whether this thread is one of `shared`'s crew at work, and on which connection, or 0: `close` does not wait for it.
-pub(crate) fn crew_here<M: Manage>(shared: &Arc<Shared<M>>) -> Option<u64> {
-    let (pool, id) = CREW.get();
-    (pool == Arc::as_ptr(shared) as usize).then_some(id)
-}
-
 impl<M: Manage> Work for Shared<M> {
     type Job = Job<M>;
 
@@ -86,6 +74,7 @@ impl<M: Manage> Work for Shared<M> {
     }
 
     fn run(self: &Arc<Self>, job: Job<M>) {
+        let _here = here::on_the_crew(self.address());
         job.run(self);
     }
 
@@ -96,8 +85,7 @@ impl<M: Manage> Work for Shared<M> {
 
 impl<M: Manage> Job<M> {
     pub(crate) fn run(self, shared: &Arc<Shared<M>>) {
-        let before = CREW.replace((Arc::as_ptr(shared) as usize, self.slot().unwrap_or(0)));
-        let _restore = Restore(before);
+        let _here = self.slot().map(|id| here::with(shared.address(), id));
         match self {
             Job::Open(slot) => open(shared, slot),
             Job::Check(slot, conn) => check(shared, slot, conn, None),
@@ -113,14 +101,6 @@ impl<M: Manage> Job<M> {
             Job::Drop(cause) => shielded(|| drop(cause)),
             Job::Notice(Notice { level, text }) => shielded(|| log::log!(target: "millpond", level, "{text}")),
         }
-    }
-}
-
-struct Restore((usize, u64));
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        CREW.set(self.0);
     }
 }
 

@@ -489,6 +489,9 @@ pub(crate) struct Ledger<C, W> {
     /// How many connections were found dead. What was proven before the last of them is suspect. (Counted, not dated: what
     /// came before what is known by the order of the steps, and by no clock.)
     findings: u64,
+    /// When one who does not wait last asked for a connection. What was used or checked since serves the next, however
+    /// late it comes. `NEVER`: nobody has asked.
+    asked_at: Moment,
     /// The slot whose keepalive goes on.
     keepalive: Option<u64>,
     /// When the reaper means to look again.
@@ -528,6 +531,7 @@ impl<C, W: Clone> Ledger<C, W> {
             next_ticket: 0,
             generation: 0,
             findings: 0,
+            asked_at: Moment::NEVER,
             keepalive: None,
             alarm: Moment::NEVER,
             closed: false,
@@ -814,6 +818,98 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
+    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. What is only stale comes as
+    /// [`Take::Check`], to be looked at without asking the server, and then [`seen`](Ledger::seen).
+    pub(crate) fn take_at_once(&mut self, now: Moment, holder: Holder) -> Take<C> {
+        self.step(now, |l, now| {
+            if let Take::Ready(token, conn) = l.take_idle(now, holder, false) {
+                l.asked_at = now;
+                return Take::Ready(token, conn);
+            }
+            if !l.closed && l.front.is_none() {
+                if let Some((index, _)) = l.top(now) {
+                    let is_suspect = l.is_suspect(&l.rows[index as usize]);
+                    if matches!(l.rules.validate, Validate::AfterIdle(_)) && !is_suspect {
+                        let conn = l.pop_idle();
+                        l.start_check(index, now, Check::Own);
+                        let row = &mut l.rows[index as usize];
+                        row.holder = Some(holder);
+                        return Take::Check(Token { index, id: row.id }, conn, l.ticket(now));
+                    }
+                }
+                if let Some((token, conn)) = l.take_checked(now, holder) {
+                    return Take::Ready(token, conn);
+                }
+            }
+            l.note_asked(now);
+            Take::Nothing
+        })
+    }
+
+    /// Takes what needs a check, if one that was made since somebody asked in vain serves for it.
+    fn take_checked(&mut self, now: Moment, holder: Holder) -> Option<(Token, C)> {
+        let (index, _) = self.top(now)?;
+        if !self.serves_who_asked(index) {
+            return None;
+        }
+        let conn = self.pop_idle();
+        self.asked_at = now;
+        self.lend(index, now, holder);
+        Some((Token { index, id: self.rows[index as usize].id }, conn))
+    }
+
+    /// The caller has looked at what it took [at once](Ledger::take_at_once), which seems `well`, or of which nothing is to
+    /// be seen. `None`: it may not have it; then the crew checks it, for the next.
+    pub(crate) fn seen(
+        &mut self,
+        now: Moment,
+        token: Token,
+        conn: C,
+        holder: Holder,
+        well: bool,
+    ) -> Option<(Token, C)> {
+        self.step(now, |l, now| {
+            let index = token.index;
+            if let Some(reason) = l.unfit(index, now) {
+                l.doom(index, conn, reason, now);
+                return None;
+            }
+            let well = well && !l.is_suspect(&l.rows[index as usize]);
+            if l.is_passable(now) && (well || l.serves_who_asked(index)) {
+                l.asked_at = now;
+                l.lend(index, now, holder);
+                return Some((token, conn));
+            }
+            l.note_asked(now);
+            l.supply(index, conn, now, false);
+            l.ask();
+            None
+        })
+    }
+
+    /// One who does not wait has found nothing. What is under way by now, and counted on, was ordered for one like it.
+    fn note_asked(&mut self, now: Moment) {
+        let under_way = self.rows().filter(|row| match row.phase {
+            Phase::Checking { by, slow } => by != Check::Own && !slow,
+            Phase::Opening { slow } => !slow,
+            _ => false,
+        });
+        self.asked_at = under_way.map(|row| row.since).min().unwrap_or(now);
+    }
+
+    /// Whether a connection that needs a check may do without for one who cannot wait for it: it was found well since the
+    /// last of them asked, and nothing has been found dead since.
+    fn serves_who_asked(&self, index: u32) -> bool {
+        let row = &self.rows[index as usize];
+        !self.is_suspect(row)
+            && match self.rules.validate {
+                Validate::Never => true,
+                // A check for every use: it was not used since.
+                Validate::Always => row.proven >= self.asked_at && (row.uses == 0 || row.proven >= row.unused_since),
+                Validate::AfterIdle(_) => row.unused_since.max(row.proven) >= self.asked_at,
+            }
+    }
+
     /// The idle connection that would be handed out next, and whether it needs a check. Those before it that have
     /// expired are closed.
     #[inline]
@@ -848,6 +944,13 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             let waiting = l.waiting();
             if l.rules.max_waiting.is_some_and(|max| waiting >= max) {
+                if waiting == 0 {
+                    // Where nobody waits, nobody waits for a check.
+                    if let Some((token, conn)) = l.take_checked(now, holder) {
+                        return (Join::Ready(token, conn), Some(seat));
+                    }
+                    l.note_asked(now);
+                }
                 l.tally.turned_away += 1;
                 l.ask();
                 return (Join::Crowded(waiting), Some(seat));
@@ -1281,11 +1384,12 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// Sets the floor.
+    /// Sets the floor. What it no longer keeps and is due goes at once.
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
         self.step(now, |l, now| {
             l.rules.min_idle = min_idle;
             l.restacked = now;
+            l.evict_idle(now);
             l.arm(now);
         });
     }
@@ -1305,15 +1409,6 @@ impl<C, W: Clone> Ledger<C, W> {
             failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
             failure.permanent = false;
         }
-    }
-
-    /// Forgets the checkout by which the pool was tried out while it was built. What was opened and closed stays in
-    /// the books, which would not balance otherwise.
-    pub(crate) fn forget_rehearsal(&mut self) {
-        self.rows.iter_mut().for_each(|row| row.uses = 0);
-        let tally = std::mem::take(&mut self.tally);
-        let (wait, hold) = Default::default();
-        self.tally = Tally { checkouts: 0, waits: 0, timeouts: 0, turned_away: 0, leaks: 0, wait, hold, ..tally };
     }
 
     /// Ends the pool: nobody waits any longer, nothing is kept. Returns how many waited; `None` if it was closed before.
@@ -1520,7 +1615,9 @@ impl<C, W: Clone> Ledger<C, W> {
             _ => 1,
         };
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
-        let longest = if permanent || self.front.is_none() { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
+        // (`build` waits as well, though not in the queue.)
+        let waited_for = self.front.is_some() || self.watchers > 0;
+        let longest = if permanent || !waited_for { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
         // Up to a fifth is taken off, so that many pools do not come back in step.
         let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));

@@ -51,7 +51,10 @@
 //!   none of these can delay an eviction.
 //! * The **crew** does what may block. Its threads appear when there is work and leave 5 seconds after the last. A job
 //!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is written off: its slot is freed, its thread
-//!   replaced, and what may come of it closed.
+//!   replaced, and what may come of it closed. What takes longer than usual is not counted on until then: beside an open
+//!   that hangs one more is dialled (after three times the usual time to open, at least 250 ms; after 1 s while none has
+//!   come), beside a check of 100 ms another is made, and of the closes only four run side by side that have taken less
+//!   than 10 ms, so that those which hang hold up no other.
 //! * **Workers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
 //!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
 //! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
@@ -75,13 +78,14 @@
 //!
 //! # Features
 //!
-//! * `postgres` (default): [`millpond::postgres`](postgres), what a pool can do when it knows that the other side is
-//!   PostgreSQL.
+//! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
 //!
 //! # Limits
 //!
-//! * After a `fork` the child has none of the pool's threads: whatever would need them fails with an error that says
-//!   so, and no connection is closed there, since it is the parent's. Build a pool after the fork.
+//! * After a `fork` the child has none of the pool's threads: [`get`](Pool::get) fails there with an error that says so,
+//!   [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no connection is
+//!   closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of the coarse clock
+//!   (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool after the fork.
 //! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
 #![forbid(unsafe_code)]
 
@@ -93,6 +97,7 @@ mod crew;
 mod error;
 pub mod event;
 mod guard;
+mod here;
 mod jobs;
 mod keep;
 mod ledger;

@@ -81,6 +81,17 @@ pub trait Manage: Send + Sync + 'static {
         false
     }
 
+    /// Looks at a connection without asking the other side anything: whether news of its end has arrived. For callers that
+    /// cannot wait for a [`validate`](Manage::validate): [`Pool::try_get`](crate::Pool::try_get) and a timeout of zero.
+    /// Runs on the thread of the caller, and must not block.
+    ///
+    /// `Some(Ok(()))`: as far as can be seen from here it is well. It may then be handed out although it was unused for a
+    /// while, but not if it is under suspicion, for a server that is merely silent is not seen. `Some(Err(_))`: it is
+    /// dead, with the consequences of a failed `validate`. `None`, the default: nothing can be seen.
+    fn peek(&self, _connection: &mut Self::Connection) -> Option<Result<(), Self::Error>> {
+        None
+    }
+
     /// Looks at a connection that comes back, on the thread that returns it. Must not block.
     fn returned(&self, connection: &mut Self::Connection) -> Returned;
 

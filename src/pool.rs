@@ -3,15 +3,16 @@
 use crate::builder::{Builder, Hooks};
 use crate::clock::Moment;
 use crate::connection::{Conn, PooledConnection};
-use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
+use crate::error::{Cause, Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::guard::PoolGuard;
-use crate::jobs::{Job, Slot, catch, crew_here, refused, shielded};
-use crate::ledger::{Grant, Holder, Join, Row, Take, Ticket, Token};
+use crate::here;
+use crate::jobs::{Job, Slot, catch, refused, shielded};
+use crate::ledger::{Counts, Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
-use crate::shared::{Ended, Shared, WaitingSeat};
-use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats};
+use crate::shared::{Book, Ended, Shared, WaitingSeat};
+use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats, Tally};
 use crate::text::Shown;
 use crate::waiter::News;
 use crate::{reaper, who};
@@ -74,28 +75,32 @@ impl<M: Manage> Pool<M> {
         Ok(Pool(Arc::new(Handle { shared })))
     }
 
-    /// Opens what `build` promises, or says why not.
+    /// Opens what `build` promises, or says why not. Nothing of it is lent.
     pub(crate) fn fill(&self) -> Result<(), Error> {
         let shared = &self.0.shared;
         let timeout = shared.settings.connection_timeout;
-        let deadline = shared.clock.precise().plus(timeout);
-        shared.starting.store(true, Ordering::Release);
-        drop(self.get_timeout(timeout)?);
-        self.lay_floor();
-        let deadline = shared.clock.instant(deadline);
-        let stands = shared.watch(deadline, || {
-            let ledger = shared.lock();
-            if ledger.is_closed() || ledger.floor_stands() {
-                return Some(true);
+        let deadline = shared.clock.instant(shared.clock.precise().plus(timeout));
+        let wait_until = |fact: fn(&Book<M>) -> bool| {
+            let found = shared.watch(deadline, || {
+                let ledger = shared.lock();
+                if ledger.is_closed() || fact(&ledger) {
+                    return Some(Ok(()));
+                }
+                ledger.is_refusing().then_some(Err(()))
+            });
+            match found {
+                Some(Ok(())) => Ok(()),
+                Some(Err(())) => Err(shared.refused_error()),
+                None => Err(self.timeout_error(timeout)),
             }
-            ledger.is_refusing().then_some(false)
-        });
-        shared.lock().forget_rehearsal();
-        match stands {
-            Some(true) => Ok(()),
-            Some(false) => Err(shared.refused_error()),
-            None => Err(self.timeout_error(timeout)),
-        }
+        };
+        // One alone, to be looked at before there are others: a floor of one brings it.
+        shared.starting.store(true, Ordering::Release);
+        let now = shared.clock.precise();
+        shared.with(|l| l.set_min_idle(now, 1));
+        wait_until(|l| l.tally.opens > 0)?;
+        self.lay_floor();
+        wait_until(|l| l.floor_stands())
     }
 
     pub(crate) fn lay_floor(&self) {
@@ -118,6 +123,7 @@ impl<M: Manage> Pool<M> {
     /// * [`Connect`](crate::ErrorKind::Connect): the server refuses for good, and no connection is alive. At once.
     /// * [`Closed`](crate::ErrorKind::Closed): the pool is closed. At once, to those who wait as well.
     /// * [`TooManyWaiting`](crate::ErrorKind::TooManyWaiting): `max_waiting` others wait. At once.
+    /// * [`Config`](crate::ErrorKind::Config): this process was forked from the one that built the pool.
     #[track_caller]
     #[inline]
     pub fn get(&self) -> Result<PooledConnection<M>, Error> {
@@ -126,8 +132,8 @@ impl<M: Manage> Pool<M> {
 
     /// [`get`](Pool::get) with a deadline of its own: `timeout` covers everything, queueing, opening and validation.
     ///
-    /// Zero: takes a connection that is ready, and fails otherwise. A short timeout does no harm to a connection that is
-    /// being opened or validated: it goes to the next.
+    /// Zero: takes what can be had at once, by the rules of [`try_get`](Pool::try_get), and fails otherwise. A short timeout
+    /// does no harm to a connection that is being opened or validated: it goes to the next.
     ///
     /// # Errors
     ///
@@ -139,28 +145,68 @@ impl<M: Manage> Pool<M> {
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.now();
-        match shared.with(|l| l.take(now, holder, here)) {
-            Take::Ready(token, conn) => Ok(self.lend(token, conn, now, false)),
-            other => self.get_slowly(other, holder, timeout),
+        if shared.seems_forked(now) {
+            return Err(shared.forked_error());
+        }
+        match shared.with_at_home(|l| l.take(now, holder, here)) {
+            Some(Take::Ready(token, conn)) => Ok(self.lend(token, conn, now, false)),
+            Some(other) => self.get_slowly(other, holder, timeout),
+            None => Err(shared.forked_error()),
         }
     }
 
-    /// Borrows a connection if one is idle and needs no check. Waits for nothing, neither for a connection nor for the
-    /// network; but asks for one to be made ready, so that a later call finds it.
+    /// Borrows a connection if one can be had at once. Waits for nothing, neither for a connection nor for the network;
+    /// but asks for one to be made ready, so that a later call finds it.
     ///
-    /// `None` as well if the pool is closed, or others have waited for [`right_of_way`](Builder::right_of_way).
+    /// What would be [validated](Builder::validate) because it was unused for a while is had after a
+    /// [look](Manage::peek) at it, if the manager can look ([`PostgresManager`](crate::postgres::PostgresManager) can, except
+    /// over a unix socket). Otherwise it is had if it was used or validated since the last such call, however long ago
+    /// that is: what one call had validated in vain serves the next. So it may be found dead by its user. What is under
+    /// suspicion, since another connection was found dead, is had only after it was validated; and with
+    /// [`Validate::Always`](crate::Validate) each use has a validation of its own.
+    ///
+    /// `None` as well if the pool is closed, or others wait.
     #[track_caller]
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = &self.0.shared;
         let holder = Holder { at: Location::caller(), thread: who::tag() };
         let now = shared.now();
-        match shared.with(|l| l.take(now, holder, false)) {
-            Take::Ready(token, conn) => Some(self.lend(token, conn, now, false)),
-            Take::Check(..) => unreachable!("it did not offer to check"),
-            Take::Nothing => {
-                if !shared.is_forked() {
-                    shared.with(|l| l.prepare(now));
-                }
+        if shared.seems_forked(now) {
+            return None;
+        }
+        if let Some((token, conn)) = self.take_at_once(now, holder) {
+            return Some(self.lend(token, conn, now, false));
+        }
+        if !shared.is_forked() {
+            shared.with(|l| l.prepare(now));
+        }
+        None
+    }
+
+    /// What can be had without waiting, not even for a check.
+    fn take_at_once(&self, now: Moment, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
+        let shared = &self.0.shared;
+        match shared.with_at_home(|l| l.take_at_once(now, holder))? {
+            Take::Ready(token, conn) => Some((token, conn)),
+            Take::Nothing => None,
+            Take::Check(_, conn, _) if shared.is_forked() => {
+                // It is the parent's.
+                std::mem::forget(conn);
+                None
+            }
+            Take::Check(token, mut conn, _) => {
+                let here = here::with(shared.address(), token.id());
+                let seen = catch(|| shared.manager.peek(conn.get_mut()));
+                drop(here);
+                let result = match seen {
+                    Ok(Some(Err(error))) => Ok(Err(error)),
+                    Err(panic) => Err(panic),
+                    Ok(seen) => {
+                        let now = shared.clock.precise();
+                        return shared.with(|l| l.seen(now, token, conn, holder, seen.is_some()));
+                    }
+                };
+                self.refuse_here(token, conn, result);
                 None
             }
         }
@@ -176,6 +222,7 @@ impl<M: Manage> Pool<M> {
                 now = shared.clock.precise();
             }
             let (id, duration) = (token.id(), now.since(asked));
+            let _here = here::with(shared.address(), id);
             shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
         }
         PooledConnection::new(token, conn, now)
@@ -197,13 +244,18 @@ impl<M: Manage> Pool<M> {
         let begun = shared.clock.precise();
         let deadline = begun.plus(timeout);
         let mut place = None;
+        if timeout.is_zero() {
+            if let Some((token, conn)) = self.take_at_once(begun, holder) {
+                return Ok(self.lend(token, conn, begun, false));
+            }
+        }
         if let Take::Check(token, conn, ticket) = first {
             if let Some((token, conn)) = self.check_here(token, conn, holder) {
                 return Ok(self.lend(token, conn, begun, true));
             }
             place = Some(ticket);
         }
-        let seat = Arc::new(WaitingSeat::<M>::new());
+        let seat = Arc::new(WaitingSeat::<M>::new(shared.home));
         let now = shared.clock.precise();
         let (joined, unused) = shared.with(|l| {
             let joined = l.join(now, holder, place, Arc::clone(&seat));
@@ -223,6 +275,11 @@ impl<M: Manage> Pool<M> {
             Join::Queued(ticket) => match self.wait(&seat, ticket, deadline) {
                 Some(grant) => grant,
                 None => {
+                    if timeout.is_zero() {
+                        // What was ordered for it is to be there for the next.
+                        let now = shared.clock.precise();
+                        shared.with(|l| l.prepare(now));
+                    }
                     if let Some(events) = &shared.hooks.events {
                         shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
                     }
@@ -269,21 +326,26 @@ impl<M: Manage> Pool<M> {
     fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
         let begun = shared.clock.precise();
+        let here = here::with(shared.address(), token.id());
         let result = catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout));
-        let reason = match &result {
-            Ok(Ok(())) => {
-                let now = shared.clock.precise();
-                return shared.with(|l| l.cleared(now, begun, token, conn, holder));
-            }
-            Ok(Err(_)) => CloseReason::Invalid,
-            Err(_) => CloseReason::Panicked,
-        };
+        drop(here);
+        if let Ok(Ok(())) = result {
+            let now = shared.clock.precise();
+            return shared.with(|l| l.cleared(now, begun, token, conn, holder));
+        }
+        self.refuse_here(token, conn, result);
+        None
+    }
+
+    /// A check or a look on this thread has failed: closes the connection, and says so.
+    fn refuse_here(&self, token: Token, conn: Box<Conn<M>>, result: Result<Result<(), M::Error>, Cause>) {
+        let shared = &self.0.shared;
+        let reason = if result.is_ok() { CloseReason::Invalid } else { CloseReason::Panicked };
         let id = token.id();
         let slot = Slot::new(Arc::clone(shared), token);
         slot.report_check(reason);
         shared.post(Job::Close(slot, conn, reason));
         refused(shared, id, reason, result);
-        None
     }
 
     fn timeout_error(&self, timeout: Duration) -> Error {
@@ -294,7 +356,7 @@ impl<M: Manage> Pool<M> {
         };
         let mut out = shared.rows(|row| row.state() == ConnectionState::Out);
         let me = who::tag();
-        let held_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
+        let checked_out_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
         out.truncate(Timeout::HOLDERS);
         let mut holders = shared.describe(out);
@@ -309,7 +371,7 @@ impl<M: Manage> Pool<M> {
             closing: counts.closing,
             waiting: counts.waiting,
             holders,
-            held_here,
+            checked_out_here,
             cause: if failing { shared.cause() } else { None },
         }))
     }
@@ -322,13 +384,17 @@ impl<M: Manage> Pool<M> {
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then.
+    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a forked
+    /// child nothing changes either.)
     pub fn resize(&self, max_size: u32) -> Result<(), Error> {
         if max_size == 0 {
             return Err(Error::config("max_size", "is 0, and must be at least 1"));
         }
         let shared = &self.0.shared;
         check_floor(shared.settings.min_idle, max_size)?;
+        if shared.is_forked() {
+            return Ok(());
+        }
         let now = shared.clock.precise();
         shared.with(|l| l.resize(now, max_size));
         Ok(())
@@ -336,10 +402,16 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, lent ones as they come back.
     ///
+    /// Where such a connection takes more than a tenth of `close_timeout` to close, and somebody waits for its place, it is
+    /// given up like one past that limit: what it leads to may be the server that failed.
+    ///
     /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
     /// forgotten: the next attempt is made soon.
     pub fn recycle(&self) {
         let shared = &self.0.shared;
+        if shared.is_forked() {
+            return;
+        }
         let now = shared.clock.precise();
         shared.with(|l| l.recycle(now));
         shared.notice(Level::Info, || "recycled: every connection is replaced".into());
@@ -351,19 +423,21 @@ impl<M: Manage> Pool<M> {
     ///
     /// From the start of the call, those who wait for a connection get [`Closed`](crate::ErrorKind::Closed), and nothing
     /// new is handed out. Idle connections are closed; lent ones as they come back; those being opened when they arrive.
-    /// It does not wait for what this very thread holds, nor, called from a hook, for the job that called it.
+    /// Called from a hook, it does not wait for the job or the connection with which the hook was called. But what
+    /// this thread has checked out, and still holds, it waits for until the grace is over: return it first. (The pool
+    /// knows who checked a connection out, and not who has it now.)
     ///
     /// When the grace is over, what is still lent is cancelled and cut where the manager can do that, the rest is
-    /// left to end by itself, and the report says what. Zero: waits for nothing. A second call waits as well.
+    /// left to end by itself, and the report says what. Zero: waits for nothing. A second call has a grace of its own.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
-        let begun = Instant::now();
-        close(&self.0.shared, "`close` was called", Location::caller(), begun, begun.checked_add(grace), true)
+        let closer = Closer::new("`close` was called", Location::caller(), grace);
+        close(&self.0.shared, closer)
     }
 
     /// Whether the pool is closed.
     pub fn is_closed(&self) -> bool {
-        self.0.shared.lock().is_closed()
+        !self.0.shared.is_forked() && self.0.shared.lock().is_closed()
     }
 
     /// A guard that closes the pool when it is dropped. See [`PoolGuard`].
@@ -376,17 +450,21 @@ impl<M: Manage> Pool<M> {
 
     /// How many connections there are, as r2d2 says it: all that are open, and the idle ones among them.
     pub fn state(&self) -> State {
-        let counts = self.0.shared.counts();
+        let shared = &self.0.shared;
+        let counts = if shared.is_forked() { Counts::default() } else { shared.counts() };
         State { connections: counts.idle + counts.out + counts.checking, idle_connections: counts.idle }
     }
 
     /// What the pool is doing and has done. For a gauge every few seconds: it takes the pool's lock for a moment.
     pub fn stats(&self) -> Stats {
         let shared = &self.0.shared;
-        let dropped_records = shared.crew.dropped_notices();
-        let (counts, max_size, closed, tally) = {
+        let (dropped_records, counts, max_size, closed, tally) = if shared.is_forked() {
+            (0, Counts::default(), shared.settings.max_size, false, Tally::default())
+        } else {
+            let dropped_records = shared.crew.dropped_notices();
             let ledger = shared.lock();
-            (ledger.counts(), ledger.rules().max_size, ledger.is_closed(), ledger.tally.clone())
+            let tally = ledger.tally.clone();
+            (dropped_records, ledger.counts(), ledger.rules().max_size, ledger.is_closed(), tally)
         };
         Stats {
             name: shared.name.to_string(),
@@ -422,6 +500,9 @@ impl<M: Manage> Pool<M> {
     /// Every connection, one row each: what it is doing, how old it is, who has it.
     pub fn connections(&self) -> Connections {
         let shared = &self.0.shared;
+        if shared.is_forked() {
+            return Connections::default();
+        }
         Connections(shared.describe(shared.rows(|_| true)))
     }
 
@@ -442,7 +523,8 @@ impl<M: Manage> Pool<M> {
 
     /// The greatest number of connections, as it is set now.
     pub fn max_size(&self) -> u32 {
-        self.0.shared.lock().rules().max_size
+        let shared = &self.0.shared;
+        if shared.is_forked() { shared.settings.max_size } else { shared.lock().rules().max_size }
     }
 
     /// The floor. (r2d2's returns an `Option`, in which `None` stands for `max_size`.)
@@ -503,12 +585,32 @@ pub struct CloseReport {
     pub threads: usize,
     /// Whether the workers that a guard owned have finished; `true` if it owned none.
     pub workers_finished: bool,
+    /// This process was forked from the one that built the pool.
+    forked: bool,
 }
 
 impl CloseReport {
-    /// Whether nothing is left: no connection, no thread, no worker.
+    /// What is reported in a forked child, in which nothing is done.
+    fn of_another_process(pool: String, elapsed: Duration) -> Self {
+        let left = Connections::default();
+        let (waiters, lost, threads) = (0, 0, 0);
+        CloseReport {
+            pool,
+            elapsed,
+            waiters,
+            left,
+            cut: Vec::new(),
+            lost,
+            threads,
+            workers_finished: false,
+            forked: true,
+        }
+    }
+
+    /// Whether nothing is left: no connection, no thread, no worker. In a forked child, which cannot close its parent's
+    /// pool: `false`.
     pub fn is_complete(&self) -> bool {
-        self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
+        !self.forked && self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
     }
 }
 
@@ -525,7 +627,11 @@ impl CloseReport {
         impl fmt::Display for Outcome<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let report = self.0;
-                write!(f, "closed in {}", Short(report.elapsed))?;
+                if report.forked {
+                    return f.write_str("is another process's, of which this one is a fork: nothing was done");
+                }
+                let how = if report.is_complete() { "closed in" } else { "not wholly closed after" };
+                write!(f, "{how} {}", Short(report.elapsed))?;
                 if report.waiters > 0 {
                     write!(f, "; waiters turned away: {}", report.waiters)?;
                 }
@@ -554,6 +660,9 @@ impl CloseReport {
 
 /// Begins the end, if it has not begun. Returns how many waited.
 fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static Location<'static>>) -> u32 {
+    if shared.is_forked() {
+        return 0;
+    }
     let now = shared.clock.precise();
     // Before the ledger is told: whoever hears that the pool is closed can read who did it.
     let _ = shared.ended.set(Ended { by, at, thread: who::tag(), when: now });
@@ -573,48 +682,88 @@ fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static
 /// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
 const LAST_WORDS: Duration = Duration::from_millis(20);
 
-/// Ends the pool, waits until the deadline for what there is, and reports. The whole began at `begun`.
-fn close<M: Manage>(
-    shared: &Arc<Shared<M>>,
-    by: &'static str,
-    at: &'static Location<'static>,
-    begun: Instant,
-    deadline: Option<Instant>,
-    workers_finished: bool,
-) -> CloseReport {
-    let waiters = end(shared, by, Some(at));
-    let me = who::tag();
-    // A job of this very thread's that was written off has no slot any longer.
-    let (my_thread, my_job) = crew_here(shared).map_or((0, 0), |id| (1, id));
-    // A forked child has none of the threads it could wait for.
-    let deadline = if shared.is_forked() { Some(begun) } else { deadline };
+/// One who closes the pool.
+pub(crate) struct Closer {
+    pub(crate) by: &'static str,
+    pub(crate) at: &'static Location<'static>,
+    pub(crate) begun: Instant,
+    pub(crate) grace: Duration,
+    /// Whether the workers of a guard have finished, which had a part of the grace for it.
+    pub(crate) workers_finished: bool,
+    /// Whether what others have waited for in vain counts against the grace.
+    pub(crate) joins: bool,
+}
 
-    shared.watch(deadline, || {
+impl Closer {
+    pub(crate) fn new(by: &'static str, at: &'static Location<'static>, grace: Duration) -> Self {
+        Closer { by, at, begun: Instant::now(), grace, workers_finished: true, joins: false }
+    }
+}
+
+/// A wait that was in vain.
+#[derive(Clone)]
+pub(crate) struct Vain {
+    /// When it began: what changed its state later was not waited for from the beginning.
+    since: Moment,
+    /// How long it was.
+    waited: Duration,
+    /// Threads and cut connections when it was over.
+    threads: usize,
+    cut: Vec<u64>,
+}
+
+/// Ends the pool, waits until the deadline for what there is, and reports.
+fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
+    let Closer { by, at, begun, grace, workers_finished, joins } = closer;
+    if shared.is_forked() {
+        return CloseReport::of_another_process(shared.name.to_string(), begun.elapsed());
+    }
+    let waiters = end(shared, by, Some(at));
+    let since = shared.clock.precise();
+    // (A job of this very thread's that was written off has no slot any longer.)
+    let (on_the_crew, in_hand) = here::of(shared.address());
+    let my_thread = usize::from(on_the_crew);
+    let deadline = begun.checked_add(grace);
+
+    let is_over = |vain: Option<&Vain>| {
         let threads = shared.crew.threads();
         let ledger = shared.lock();
-        let mine = |row: &Row| row.id == my_job || row.holder.is_some_and(|h| h.thread == me);
-        let others = ledger.rows().any(|row| !mine(row));
+        let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
+        let others = ledger.rows().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().filter(|row| mine(row)).any(|row| row.state() != ConnectionState::Out);
+        let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
-        (!others && !reaper && threads <= my_thread).then_some(())
-    });
+        (!others && !reaper && threads <= my_thread + vain.map_or(0, |vain| vain.threads)).then_some(())
+    };
+    let vain = shared.vain.lock().clone();
+    match vain.as_ref().filter(|_| joins) {
+        None => _ = shared.watch(deadline, || is_over(None)),
+        Some(vain) => {
+            let early = begun.checked_add(grace.saturating_sub(vain.waited));
+            if shared.watch(early, || is_over(None)).is_none() {
+                shared.watch(deadline, || is_over(Some(vain)));
+            }
+        }
+    }
     let lost = shared.counts().lost;
     // Before others are started that cut.
     let threads = shared.crew.threads().saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.rows(|_| true)));
-    let over = deadline.is_some_and(|at| Instant::now() >= at) && !shared.is_forked();
-    let mut cut = Vec::new();
+    let over = deadline.is_some_and(|at| Instant::now() >= at);
+    let mut cut = vain.as_ref().map_or(Vec::new(), |vain| vain.cut.clone());
+    cut.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
         for row in left.iter() {
             let lent = row.state == ConnectionState::Out;
-            if shared.cut(row.id, lent) {
+            if shared.cut(row.id, lent) && !cut.contains(&row.id) {
                 cut.push(row.id);
             }
         }
         let now = shared.clock.precise();
         shared.with(|l| l.abandon_opens(now));
+        let (since, waited) = vain.map_or((since, grace), |vain| (vain.since, vain.waited.max(grace)));
+        *shared.vain.lock() = Some(Vain { since, waited, threads, cut: cut.clone() });
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),
@@ -625,9 +774,10 @@ fn close<M: Manage>(
         lost,
         threads,
         workers_finished,
+        forked: false,
     };
     let level = if report.is_complete() { Level::Info } else { Level::Warn };
-    if !shared.is_forked() && level <= log::max_level() {
+    if level <= log::max_level() {
         shared.notice(level, || report.outcome().to_string());
         let until = Instant::now() + LAST_WORDS;
         shared.watch(Some(until), || (shared.crew.threads() <= report.threads + my_thread).then_some(()));
@@ -639,14 +789,8 @@ fn close<M: Manage>(
 /// What a guard can do with a pool whose manager it does not know.
 pub(crate) trait Closing: Send + Sync {
     fn name(&self) -> &str;
-    /// Closes the pool on behalf of a guard that was made at `at` and dropped at `begun`.
-    fn close_by(
-        &self,
-        at: &'static Location<'static>,
-        begun: Instant,
-        deadline: Option<Instant>,
-        workers_finished: bool,
-    ) -> CloseReport;
+    fn is_forked(&self) -> bool;
+    fn close_by(&self, closer: Closer) -> CloseReport;
 }
 
 impl<M: Manage> Closing for Pool<M> {
@@ -654,13 +798,11 @@ impl<M: Manage> Closing for Pool<M> {
         Pool::name(self)
     }
 
-    fn close_by(
-        &self,
-        at: &'static Location<'static>,
-        begun: Instant,
-        deadline: Option<Instant>,
-        workers_finished: bool,
-    ) -> CloseReport {
-        close(&self.0.shared, "its guard was dropped", at, begun, deadline, workers_finished)
+    fn is_forked(&self) -> bool {
+        self.0.shared.is_forked()
+    }
+
+    fn close_by(&self, closer: Closer) -> CloseReport {
+        close(&self.0.shared, closer)
     }
 }

@@ -12,10 +12,12 @@ use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot, shielded};
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
+use crate::pool::Vain;
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::text::Shown;
 use crate::waiter::Seat;
+use crate::who::Home;
 use crate::{reaper, who};
 use log::Level;
 use parking_lot::{Mutex, MutexGuard};
@@ -53,29 +55,58 @@ pub(crate) struct Shared<M: Manage> {
     /// Every connection that is open or being opened, by number: what can be done about it from outside.
     pub(crate) openings: Mutex<HashMap<u64, Arc<Opening>>>,
     pub(crate) ended: OnceLock<Ended>,
+    /// What `close` and guards have waited for in vain.
+    pub(crate) vain: Mutex<Option<Vain>>,
     /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`].
     pub(crate) starting: AtomicBool,
     /// The process that built the pool.
-    pid: u32,
+    pub(crate) home: Home,
+    /// When the pool was built, see [`origin`](who::origin).
+    born: u64,
 }
 
 /// The lock and what it guards. It may outlive the pool: see [`keep`](crate::keep).
 pub(crate) struct Core<M: Manage> {
+    home: Home,
     ledger: Mutex<Book<M>>,
     /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
     crowd: AtomicU32,
     pool: Weak<Shared<M>>,
 }
 
+/// How often a lock is tried before the process is looked at.
+const SPINS: u32 = 10;
+
 impl<M: Manage> Core<M> {
     /// Returns a connection. What owns the pool on its behalf has moved into the ledger with it.
     #[inline]
     pub(crate) fn checkin(&self, now: Moment, token: Token, conn: Box<Conn<M>>, back: Back) {
-        let mut ledger = self.ledger.lock();
+        let Some(mut ledger) = self.lock_at_home() else {
+            // It is the parent's: whatever is done to it here is done to that.
+            return std::mem::forget((token, conn));
+        };
         ledger.checkin(now, token, conn, back);
         if !ledger.outbox.is_empty() {
             self.settle(ledger);
         }
+    }
+
+    /// The lock. `None`: this is a forked child, where whoever holds it is not.
+    #[inline]
+    fn lock_at_home(&self) -> Option<MutexGuard<'_, Book<M>>> {
+        self.ledger.try_lock().or_else(|| self.lock_slowly())
+    }
+
+    #[cold]
+    fn lock_slowly(&self) -> Option<MutexGuard<'_, Book<M>>> {
+        // What holds it holds it for tens of nanoseconds; to look at the process takes longer.
+        for _ in 0..SPINS {
+            std::hint::spin_loop();
+            if let Some(ledger) = self.ledger.try_lock() {
+                return Some(ledger);
+            }
+        }
+        if self.home.is_elsewhere() { None } else { Some(self.ledger.lock()) }
     }
 
     #[cold]
@@ -113,12 +144,13 @@ pub(crate) fn by(holder: Option<Holder>) -> String {
 
 impl<M: Manage> Shared<M> {
     pub(crate) fn new(settings: Settings, hooks: Hooks<M>, manager: M) -> Arc<Self> {
-        let clock = Clock::new();
+        let (clock, home) = (Clock::new(), Home::here());
         Arc::new_cyclic(|pool| Shared {
             name: settings.name.as_str().into(),
             crew: Crew::new(settings.name.clone()),
             keeps_limits: manager.keeps_limits(),
             core: Arc::new(Core {
+                home,
                 ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
                 crowd: AtomicU32::new(0),
                 pool: Weak::clone(pool),
@@ -129,13 +161,21 @@ impl<M: Manage> Shared<M> {
             cause: Mutex::new(None),
             openings: Mutex::new(HashMap::new()),
             ended: OnceLock::new(),
+            vain: Mutex::new(None),
             starting: AtomicBool::new(false),
-            pid: std::process::id(),
+            home,
+            born: who::origin(),
             clock,
             settings,
             hooks,
             manager,
         })
+    }
+
+    /// Which pool this is, for as long as there is anything of it.
+    #[inline]
+    pub(crate) fn address(&self) -> usize {
+        std::ptr::from_ref(self) as usize
     }
 
     // ---------------------------------------------------------------------------------------------- the lock
@@ -149,6 +189,18 @@ impl<M: Manage> Shared<M> {
             self.settle(ledger);
         }
         answer
+    }
+
+    /// [`with`](Shared::with) for whoever may be in a forked child: `None` there, if it can be told at all. (It can, as a
+    /// rule, by [`seems_forked`](Shared::seems_forked), and certainly when the lock is not free.)
+    #[inline]
+    pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut Book<M>) -> R) -> Option<R> {
+        let mut ledger = self.core.lock_at_home()?;
+        let answer = ask(&mut ledger);
+        if !ledger.outbox.is_empty() {
+            self.settle(ledger);
+        }
+        Some(answer)
     }
 
     /// The lock itself: the outbox must be empty, or [settled](Shared::settle), when it is released.
@@ -229,7 +281,13 @@ impl<M: Manage> Shared<M> {
     /// Whether this process is a child of the one that built the pool, forked from it: it has the pool's memory and
     /// sockets, and none of its threads.
     pub(crate) fn is_forked(&self) -> bool {
-        std::process::id() != self.pid
+        self.home.is_elsewhere()
+    }
+
+    /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
+    #[inline]
+    pub(crate) fn seems_forked(&self, now: Moment) -> bool {
+        self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }
 
     // ---------------------------------------------------------------------------------------------- orders
@@ -312,7 +370,7 @@ impl<M: Manage> Shared<M> {
         let before = self.cause.lock().replace(cause);
         match before {
             // What the one before was made of may be the user's, with a drop that takes its time.
-            Some(before) if reaper::is_this(self) => self.post(Job::Drop(before)),
+            Some(before) if before.is_typed() && reaper::is_this(self) => self.post(Job::Drop(before)),
             before => shielded(|| drop(before)),
         }
     }
@@ -352,7 +410,7 @@ impl<M: Manage> Shared<M> {
             "'{}' belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
              connections are the parent's. Build a pool after the fork",
             self.name,
-            self.pid,
+            self.home.pid(),
             std::process::id()
         );
         Error::config("pool", problem)

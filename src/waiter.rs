@@ -4,11 +4,13 @@
 //! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or its seat is full.
 //! A call, which promises nothing, may come to a seat at any time.
 
+use crate::who::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Where one thread waits for one `T`. (On the standard library's lock, for the reason that [`Bell`](crate::bell) gives.)
 pub(crate) struct Seat<T> {
+    home: Home,
     news: Mutex<News<T>>,
     bell: Condvar,
 }
@@ -25,13 +27,16 @@ pub(crate) enum News<T> {
 }
 
 impl<T> Seat<T> {
-    pub(crate) fn new() -> Self {
-        Seat { news: Mutex::new(News::None), bell: Condvar::new() }
+    /// A seat of this process, `home`: a forked child does nothing to it.
+    pub(crate) fn new(home: Home) -> Self {
+        Seat { home, news: Mutex::new(News::None), bell: Condvar::new() }
     }
 
     /// Puts `what` there for the thread to find. Does not wake it.
     pub(crate) fn fill(&self, what: T) {
-        let before = std::mem::replace(&mut *self.lock(), News::Full(what));
+        let Some(mut news) = self.home.lock(&self.news) else { return std::mem::forget(what) };
+        let before = std::mem::replace(&mut *news, News::Full(what));
+        drop(news);
         debug_assert!(!matches!(before, News::Full(_)), "a seat is filled once");
     }
 
@@ -41,7 +46,7 @@ impl<T> Seat<T> {
 
     /// Tells the thread that there is something, and wakes it.
     pub(crate) fn call(&self) {
-        let mut news = self.lock();
+        let Some(mut news) = self.home.lock(&self.news) else { return };
         if let News::None = *news {
             *news = News::Called;
             drop(news);

@@ -366,6 +366,76 @@ fn a_guard_is_one_of_many() {
     assert_eq!(fake.alive(), 0);
 }
 
+/// A guard that is told to close says so, and is not said to have been dropped.
+#[test]
+fn a_guard_that_was_closed_was_not_dropped() {
+    let _alone = alone();
+    let fake = Fake::new();
+    for (closed_by, text) in [(true, "its guard was closed"), (false, "its guard was dropped")] {
+        let pool = Pool::builder().name("guard").build(fake.direct()).unwrap();
+        let line = line!() + 1;
+        let guard = pool.guard();
+        if closed_by {
+            assert!(guard.close().is_complete());
+        } else {
+            drop(guard);
+        }
+        let closed = closed(pool.get().map(drop).unwrap_err());
+        assert_eq!(closed.by, text);
+        assert_eq!(closed.at.map(|at| (at.file(), at.line())), Some((file!(), line)));
+    }
+}
+
+/// What is left keeps a report from saying that the pool was closed.
+#[test]
+fn what_is_not_wholly_closed_is_not_called_closed() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("half").build(fake.direct()).unwrap();
+    let (end, at_end) = bounded::<()>(0);
+    let endless = thread::spawn(move || at_end.recv());
+    let report = pool.guard().grace(ms(100)).owning(Some(endless)).close();
+    let text = report.to_string();
+    assert!(text.starts_with("pool 'half' not wholly closed after "), "{text}");
+    assert!(text.ends_with("; workers still run") && !report.is_complete(), "{text}");
+    drop(end);
+    let text = pool.close(SOON).to_string();
+    assert!(text.starts_with("pool 'half' closed in ") && text.ends_with("; nothing is left"), "{text}");
+}
+
+/// What one has waited for in vain the next does not wait for again.
+#[test]
+fn two_guards_in_a_row_take_one_grace() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("row").build(fake.direct()).unwrap();
+    let (kept, back) = thread::scope(|s| s.spawn(|| (pool.get().unwrap(), pool.get().unwrap())).join().unwrap());
+    let guards = [pool.guard(), pool.guard(), pool.guard()].map(|guard| guard.grace(ms(400)));
+    let long = pool.guard().grace(ms(600));
+    let [first, second, third] = guards;
+    let began = Instant::now();
+    let report = first.close();
+    assert_within(report.elapsed, ms(400), ms(400) + EPSILON);
+    assert_eq!(report.left.len(), 2, "{report}");
+    drop(second);
+    assert_within(began.elapsed(), ms(400), ms(400) + 2 * EPSILON);
+
+    // What has come back since is another matter.
+    fake.set(Call::Close, Act::Last(ms(100)));
+    drop(back);
+    let report = third.close();
+    assert_within(report.elapsed, ms(100), ms(100) + EPSILON);
+    assert_eq!((report.left.len(), report.is_complete()), (1, false), "{report}");
+    // And so is a longer grace, which is longer by as much.
+    let report = long.close();
+    assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
+    // Whoever asks for a time of its own has it.
+    assert_within(pool.close(ms(100)).elapsed, ms(100), ms(100) + EPSILON);
+    drop(kept);
+    assert!(pool.close(SOON).is_complete());
+    assert_threads("row", &[]);
+}
+
 // ---------------------------------------------------------------------------------------------------- close
 
 #[test]
@@ -541,29 +611,75 @@ fn from_a_hook_that_was_written_off() {
     assert_threads("late", &[]);
 }
 
+/// Who checked a connection out is not who has it: the pool cannot see it move to another thread.
 #[test]
-fn does_not_wait_for_its_own_thread() {
+fn waits_for_what_the_closing_thread_had_checked_out() {
+    let _alone = alone();
+    for by_guard in [false, true] {
+        let fake = Fake::new();
+        let pool = Pool::builder().name("given").build(fake.direct()).unwrap();
+        let guard = pool.guard().grace(SOON);
+        let given = pool.get().unwrap();
+        let (go, going) = bounded::<()>(0);
+        let worker = thread::spawn(move || {
+            going.recv().unwrap();
+            thread::sleep(LAST_WORK);
+            let back = Instant::now();
+            drop(given);
+            back
+        });
+        go.send(()).unwrap();
+        let report = if by_guard { guard.close() } else { pool.close(SOON) };
+        let at = Instant::now();
+        assert!(at >= worker.join().unwrap(), "it has not waited for the worker (by a guard: {by_guard}): {report}");
+        assert!(report.is_complete() && report.elapsed <= LAST_WORK + EPSILON, "{report}");
+        assert_eq!(fake.alive(), 0);
+        assert_threads("given", &[]);
+    }
+}
+
+/// So what the thread still holds itself costs the grace, and no more than that.
+#[test]
+fn waits_no_longer_than_its_grace_for_what_its_own_thread_holds() {
     let _alone = alone();
     let fake = Fake::new();
+    fake.abortable(true);
     let pool = Pool::builder().name("own").build(fake.direct()).unwrap();
     let line = line!() + 1;
     let mine = pool.get().unwrap();
-    let report = pool.close(SOON);
-    assert!(report.elapsed <= EPSILON, "{report}");
+    let report = pool.close(ms(200));
+    assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
     assert_eq!((report.left.len(), report.is_complete()), (1, false), "{report}");
     assert_eq!(report.left[0].location.map(|at| (at.file(), at.line())), Some((file!(), line)), "{report}");
-    assert!(report.cut.is_empty(), "not cut, because the grace is not over");
+    assert_eq!(report.cut, [report.left[0].id], "{report}");
     drop(mine);
     fake.wait_alive(0);
     assert_threads("own", &[]);
+}
 
-    // But it waits for what another thread holds beside it.
-    let pool = Pool::builder().name("own").build(fake.direct()).unwrap();
-    let (mine, others) = (pool.get().unwrap(), thread::scope(|s| s.spawn(|| pool.get().unwrap()).join().unwrap()));
-    let report = pool.close(ms(100));
-    assert_within(report.elapsed, ms(100), ms(100) + EPSILON);
-    assert_eq!(report.left.len(), 2, "{report}");
-    drop((mine, others));
+/// A hook within a hook: all that goes on on this thread is known to it.
+#[test]
+fn from_a_hook_within_a_hook() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let builder = Pool::builder().name("nested").max_size(2).event_handler(fake.event_handler());
+    let pool = builder.connection_customizer(fake.customizer()).build(fake.direct()).unwrap();
+    let (reports, reported) = unbounded();
+    // The second connection's `on_acquire`, on the crew, borrows the first, of which an event tells.
+    let of_hook: Arc<OnceLock<Pool<DirectFake>>> = Arc::default();
+    let _ = of_hook.set(pool.clone());
+    let of_event = Arc::clone(&of_hook);
+    let lent = pool.get().unwrap();
+    fake.set(Call::OnAcquire, run(move || drop(of_hook.get().unwrap().get().unwrap())));
+    fake.next(Call::HandleCheckout, [run(move || drop(reports.send(of_event.get().unwrap().close(SOON))))]);
+    assert!(pool.try_get().is_none(), "but a second is opened");
+    fake.wait_inside(Call::OnAcquire, 1);
+    drop(lent);
+    let report: CloseReport = reported.recv_timeout(SOON).unwrap();
+    assert!(report.elapsed <= EPSILON, "{report}");
+    fake.set(Call::OnAcquire, Act::Succeed);
+    assert!(pool.close(SOON).is_complete());
+    assert_eq!(fake.alive(), 0);
 }
 
 #[test]

@@ -154,7 +154,7 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
         assert!(wait_until(within(SOON), || refused_logins(server) > before && first.stats().opening == 0));
         let error = refusal(first.get_timeout(ms(100)));
         let holder = &timeout(&error).holders[0];
-        assert_eq!((holder.server_id, timeout(&error).held_here), (Some(lent.1), 1), "{error}");
+        assert_eq!((holder.server_id, timeout(&error).checked_out_here), (Some(lent.1), 1), "{error}");
         assert!(
             error.to_string().contains("the last attempt to open one failed: db error: FATAL: password"),
             "{error}"
@@ -402,7 +402,7 @@ fn a_timeout_names_the_holders() {
     assert!(error.is_timeout() && error.is_exhausted() && error.cause().is_none());
     let t = timeout(&error);
     assert_eq!((t.pool.as_str(), t.timeout, t.max_size, t.out, t.waiting), ("orders", ms(100), 3, 3, 0));
-    assert_eq!(t.held_here, 1);
+    assert_eq!(t.checked_out_here, 1);
     let threads: Vec<_> = t.holders.iter().map(|row| row.thread.clone().unwrap()).collect();
     let me = format!("'{}'", thread::current().name().unwrap());
     assert_eq!(threads, [&me, "'worker-1' (ended)", "'worker-2' (ended)"], "the longest first");
@@ -411,8 +411,8 @@ fn a_timeout_names_the_holders() {
     assert!(t.holders[0].held_for().unwrap() >= ms(100) + 2 * EPSILON);
     assert_eq!(
         masked(&error),
-        "pool 'orders': no connection within T: all N are in use; this very thread holds N of them; \
-         held the longest: #N for T by 'a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
+        "pool 'orders': no connection within T: all N are in use; N of them checked out by this very thread; \
+         out the longest: #N for T by 'a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
          FILE:L, #N for T by 'worker-N' (ended) at FILE:L"
     );
     drop((mine, theirs, others));
@@ -437,7 +437,7 @@ fn texts() {
         assert_eq!(
             text,
             format!(
-                "pool 't': no connection within N: all N are in use; this very thread holds N of them; held the \
+                "pool 't': no connection within N: all N are in use; N of them checked out by this very thread; out the \
                  longest: {holder}, {holder}, {holder}, {holder}, {holder}; N more wait"
             )
         );
@@ -457,8 +457,8 @@ fn texts() {
     assert!(wait_until(within(SOON), || pool.try_get().is_none() && pool.stats().failed_opens > 0));
     assert_eq!(
         masked(&refusal(pool.get_timeout(ms(30)))),
-        "pool 't': no connection within T: N of N in use; this very thread holds N of them; held the longest: #N for T \
-         by 'texts' at FILE:L; the last attempt to open one failed: Open failed on purpose"
+        "pool 't': no connection within T: N of N in use; N of them checked out by this very thread; out the longest: #N \
+         for T by 'texts' at FILE:L; the last attempt to open one failed: Open failed on purpose"
     );
     PooledConnection::discard(lent);
     let error = refusal(pool.get_timeout(ms(30)));

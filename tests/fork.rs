@@ -10,14 +10,17 @@ mod support;
 use std::os::unix::process::{CommandExt, parent_id};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use direct::Direct;
 use fake::{Call, Fake};
 use log::{LevelFilter, Log, Metadata, Record};
-use millpond::{Error, Manage, Pool, PooledConnection, Validate};
+use millpond::{ConnectionState, Error, Manage, Opening, Pool, PoolGuard, PooledConnection, Returned, Validate};
 use postgres::{Client, Config, NoTls};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, waitpid};
 use support::{Database, EPSILON, alone, ms, threads_named, wait_until};
 
 /// Longer than anything takes that is not stuck.
@@ -88,7 +91,7 @@ fn at_rest<M: Manage>(pool: &Pool<M>) {
         threads.len() == 3
     });
     assert!(alone && threads.contains(&format!("{}-reaper", pool.name())), "{threads:?}");
-    std::thread::sleep(ms(20)); // until it sleeps
+    thread::sleep(ms(20)); // until it sleeps
 }
 
 fn number(c: &mut Client) -> i32 {
@@ -213,4 +216,136 @@ fn a_pool_of_the_childs_own() {
     };
     assert_passed(child);
     assert!(pool.close(SOON).is_complete());
+}
+
+/// A manager without a lock of its own, which another thread might hold at the fork.
+struct Plain(Arc<AtomicUsize>);
+
+impl Manage for Plain {
+    type Connection = ();
+    type Error = std::convert::Infallible;
+
+    fn open(&self, _: &Opening) -> Result<(), Self::Error> {
+        self.0.fetch_add(1, SeqCst);
+        Ok(())
+    }
+
+    fn validate(&self, _: &mut (), _: Duration) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    fn returned(&self, _: &mut ()) -> Returned {
+        Returned::Keep
+    }
+
+    fn close(&self, _: (), _: Duration) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+/// What a child does with the parent's pool.
+struct Legacy<'a> {
+    pool: &'a Pool<Plain>,
+    lent: Option<PooledConnection<Plain>>,
+    guard: Option<PoolGuard<Vec<thread::JoinHandle<()>>>>,
+}
+
+type Deed = fn(&mut Legacy<'_>);
+
+const DEEDS: [(&str, Deed); 10] = [
+    ("get", |l| {
+        let began = Instant::now();
+        assert_forked(l.pool.get_timeout(SOON), began);
+        assert_forked(l.pool.get_timeout(Duration::ZERO), began);
+    }),
+    ("try_get", |l| assert!(l.pool.try_get().is_none())),
+    ("look", |l| {
+        let _ = (l.pool.stats(), l.pool.state(), l.pool.connections(), l.pool.max_size(), l.pool.settings());
+        assert!(!l.pool.is_closed() && format!("{:?} {}", l.pool, l.pool.stats()).contains("fork"));
+    }),
+    ("change", |l| {
+        l.pool.resize(3).unwrap();
+        l.pool.recycle();
+    }),
+    ("close", |l| {
+        let report = l.pool.close(SOON);
+        let text = "pool 'fork' is another process's, of which this one is a fork: nothing was done";
+        assert_eq!((report.to_string().as_str(), report.is_complete()), (text, false));
+    }),
+    ("return", |l| drop(l.lent.take())),
+    ("discard", |l| PooledConnection::discard(l.lent.take().unwrap())),
+    ("detach", |l| {
+        assert_eq!(PooledConnection::info(l.lent.as_ref().unwrap()).state, ConnectionState::Out);
+        PooledConnection::detach(l.lent.take().unwrap());
+    }),
+    ("guard", |l| drop((l.guard.take(), l.pool.clone(), l.pool.guard()))),
+    ("own", |_| {
+        let fake = Fake::new();
+        let own = Pool::builder().name("own").max_size(2).build(fake.direct()).unwrap();
+        thread::scope(|s| (0..2).for_each(|_| drop(s.spawn(|| drop(own.get().unwrap())))));
+        let held = [own.get().unwrap(), own.get().unwrap()];
+        let error = own.get_timeout(ms(1)).unwrap_err().to_string();
+        assert!(error.contains("by 'children_of_a_busy_parent'"), "{error}");
+        drop(held);
+        assert!(own.close(SOON).is_complete());
+    }),
+];
+
+/// A child that does not end is ended.
+fn assert_ends(child: Pid, what: &str) {
+    let mut status = None;
+    let ended = wait_until(within(SOON / 2), || {
+        status = waitpid(Some(child), WaitOptions::NOHANG).unwrap();
+        status.is_some()
+    });
+    if !ended {
+        let _ = kill_process(child, Signal::KILL);
+        let _ = waitpid(Some(child), WaitOptions::empty());
+        panic!("a child hangs in '{what}'");
+    }
+    assert_eq!(status.unwrap().1.exit_status(), Some(0), "a child fails in '{what}'");
+}
+
+/// Others were in the middle of anything when it was made: what they had locked is locked for ever.
+#[test]
+fn children_of_a_busy_parent() {
+    let Some(_) = in_a_process("children_of_a_busy_parent") else { return };
+    let alive = Arc::new(AtomicUsize::new(0));
+    let pool = Pool::builder().name("fork").max_size(4).build(Plain(Arc::clone(&alive))).unwrap();
+    let lent = Some(pool.get().unwrap());
+    let over = Arc::new(AtomicBool::new(false));
+    let workers = (0..4).map(|_| {
+        let (pool, over) = (pool.clone(), Arc::clone(&over));
+        thread::spawn(move || {
+            while !over.load(SeqCst) {
+                drop(pool.get_timeout(SOON).unwrap());
+                let _ = pool.stats();
+            }
+        })
+    });
+    let guard = Some(pool.guard().owning(workers.collect::<Vec<_>>()));
+    let mut legacy = Legacy { pool: &pool, lent, guard };
+    for n in 0..20 {
+        for (what, deed) in DEEDS {
+            // More than a step of the coarse clock since this thread looked whose process this is, whatever it did then.
+            thread::sleep(ms(12));
+            let Some(child) = fork() else { end(|| deed(&mut legacy)) };
+            assert_ends(child, what);
+        }
+        // One that was forked by a thread which used the pool at that very moment may take itself for its parent, and be
+        // handed what is the parent's. But it does not hang.
+        drop(pool.get().unwrap());
+        let Some(child) = fork() else {
+            end(|| {
+                let some = [pool.get_timeout(SOON), pool.get_timeout(SOON)];
+                if n % 2 == 0 { std::mem::forget(some) } else { drop(some) }
+            })
+        };
+        assert_ends(child, "use it at that very moment");
+    }
+    over.store(true, SeqCst);
+    drop(legacy.lent.take());
+    let report = legacy.guard.take().unwrap().close();
+    assert!(report.is_complete(), "{report}");
+    assert_eq!(alive.load(SeqCst), 0);
 }

@@ -367,7 +367,7 @@ fn texts() {
     println!("{report}");
     assert_eq!(
         masked(&report),
-        "pool 'orders' closed in T; threads that have not ended: N; left: \
+        "pool 'orders' not wholly closed after T; threads that have not ended: N; left: \
          #N (server id N) out for T, age T, used N time, by 'texts' at FILE:L, #N opening for T, age T, used N times"
     );
     drop(b);
@@ -545,8 +545,7 @@ fn a_life_in_the_log() {
     let closing = format!("closing: `close` was called ({}:{line}:", file!());
     let told = |start: &str| CAPTURE.0.lock().iter().any(|l| l.level == Level::Info && l.text.contains(start));
     assert!(wait_until(within(SOON), || told(&closing)), "{:#?}", records("life"));
-    let left =
-        "closed in T; left: #N (server id N) out for T, age T, used N time, by 'a_life_in_the_log' at FILE:L (cut)";
+    let left = "not wholly closed after T; left: #N (server id N) out for T, age T, used N time, by 'a_life_in_the_log' at FILE:L (cut)";
     see_record("life", Level::Warn, left);
     drop(lent);
     see_record("life", Level::Debug, "closed #N: pool closed, age T");

@@ -924,17 +924,6 @@ fn max_idle_zero_keeps_nothing() {
 }
 
 #[test]
-fn a_rehearsal_is_forgotten_but_not_what_it_opened_and_closed() {
-    let mut w = World::new(Rules { max_idle: Some(Duration::ZERO), ..rules() });
-    w.use_once(ms(5));
-    w.ledger.forget_rehearsal();
-    let tally = &w.ledger.tally;
-    assert_eq!((tally.checkouts, tally.waits, tally.wait.count(), tally.hold.count()), (0, 0, 0, 0));
-    assert_eq!((tally.opens, tally.open.count(), tally.closes[CloseReason::Idle as usize]), (1, 1, 1));
-    assert_eq!(w.counts().total(), 0);
-}
-
-#[test]
 fn max_idle_none_keeps_all() {
     let mut w = World::new(Rules { max_idle: None, ..rules() });
     w.burst(17);
@@ -1479,6 +1468,18 @@ fn with_nobody_waiting_the_pause_grows_and_the_first_waiter_ends_it() {
 }
 
 #[test]
+fn build_waits_too_though_not_in_the_queue() {
+    let mut w = World::new(rules());
+    w.refuse = Some(false);
+    w.ledger.watchers = 1;
+    w.ledger.set_min_idle(w.now, 1);
+    w.settle();
+    w.run(secs(10));
+    // 0, 50, 150, 350, 750, then every second.
+    assert_eq!(w.dials.len(), 5 + 9);
+}
+
+#[test]
 fn a_kick_keeps_its_distance() {
     let mut w = World::new(rules());
     w.refuse = Some(false);
@@ -1830,15 +1831,6 @@ fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
     w.run(secs(60));
     assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
     assert_eq!(w.written_off, 0);
-}
-
-#[test]
-fn what_build_did_is_nobodys_use() {
-    let mut w = World::new(rules());
-    w.use_once(ms(1));
-    w.ledger.forget_rehearsal();
-    assert!(w.ledger.rows().all(|row| row.uses == 0));
-    assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 1), "but what it opened is there");
 }
 
 // ---------------------------------------------------------------------------------------------------- what hangs

@@ -210,6 +210,17 @@ impl Connection {
         }
     }
 
+    /// Looks whether it is alive, without a word to the server. `None`: that cannot be seen.
+    pub(super) fn peek(&mut self) -> Option<Result<(), Error>> {
+        let watch = self.watch.as_ref()?;
+        match self.client.whole(|client| observer::look(client, watch)) {
+            Ok(true) => Some(Ok(())),
+            Ok(false) if watch.is_lost() => Some(Err(Error::own("the server has ended the connection", false))),
+            Ok(false) => None,
+            Err(error) => Some(Err(Error::of(error, watch))),
+        }
+    }
+
     /// Makes it fit for the next user, by `reset`.
     pub(super) fn clean(&mut self, reset: Reset, limit: Duration) -> Result<(), Error> {
         self.remark = None;

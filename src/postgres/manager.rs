@@ -397,6 +397,10 @@ impl<T: Connector> Manage for PostgresManager<T> {
         true
     }
 
+    fn peek(&self, connection: &mut Connection) -> Option<Result<(), Error>> {
+        connection.peek()
+    }
+
     fn returned(&self, connection: &mut Connection) -> Returned {
         // A write that was refused says something of the node only where a node that takes writes was asked for.
         let writes = self.config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;

@@ -55,8 +55,11 @@ use super::scanner::Scanner;
 pub(crate) use super::scanner::Status;
 use crate::text::{self, Shown};
 
+mod probe;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use probe::look;
 
 type BoxError = Box<dyn StdError + Send + Sync>;
 
@@ -181,11 +184,17 @@ pub(crate) struct Watch {
     cut: AtomicBool,
     /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream goes.
     waker: Mutex<Option<Waker>>,
+    probe: probe::Probe,
 }
 
 impl Watch {
     pub(crate) fn new() -> Arc<Watch> {
-        Arc::new(Watch { scanner: Mutex::new(Scanner::new()), cut: AtomicBool::new(false), waker: Mutex::new(None) })
+        Arc::new(Watch {
+            scanner: Mutex::new(Scanner::new()),
+            cut: AtomicBool::new(false),
+            waker: Mutex::new(None),
+            probe: probe::Probe::default(),
+        })
     }
 
     /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
@@ -635,7 +644,16 @@ impl<S: TlsStream + Unpin> Tap<S> {
 impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (before, room) = (buf.filled().len(), buf.remaining());
-        let result = ready!(self.stream(cx)?.poll_read(cx, buf));
+        if self.line.0.probe.feed(buf) {
+            return Poll::Ready(Ok(()));
+        }
+        let Poll::Ready(result) = self.stream(cx)?.poll_read(cx, buf) else {
+            let between = !self.line.scanner().is_inside_answer();
+            if self.line.0.probe.nothing(cx, between) && self.line.0.probe.feed(buf) {
+                return Poll::Ready(Ok(()));
+            }
+            return Poll::Pending;
+        };
         let read = &buf.filled()[before..];
         let mut scanner = self.line.scanner();
         scanner.received(read);

@@ -35,6 +35,8 @@ pub enum Call {
     Open,
     /// `validate`, r2d2's `is_valid`.
     Validate,
+    /// `peek`, where [`Fake::peeks`] says that there is something to see.
+    Peek,
     /// `returned`, r2d2's `has_broken`. `Fail`: the connection is broken.
     Returned,
     Reset,
@@ -112,6 +114,7 @@ struct State {
     abortable: bool,
     aborted: HashSet<u64>,
     keeps_limits: bool,
+    peeks: bool,
     verdict: Option<Returned>,
     attempts: u64,
     opened: u64,
@@ -180,6 +183,11 @@ impl Fake {
     /// What a direct manager's `keeps_limits` says. A pool asks once, when it is built.
     pub fn keeps_limits(&self, yes: bool) {
         self.0.state.lock().keeps_limits = yes;
+    }
+
+    /// Whether a direct manager's `peek` sees anything.
+    pub fn peeks(&self, yes: bool) {
+        self.0.state.lock().peeks = yes;
     }
 
     /// Whether a direct manager's `open` registers `on_abort` and `on_cancel`, the first of which ends [`Act::Block`]
@@ -463,6 +471,11 @@ impl Manage for DirectFake {
 
     fn keeps_limits(&self) -> bool {
         self.0.state.lock().keeps_limits
+    }
+
+    fn peek(&self, c: &mut FakeConn) -> Option<Result<(), FakeError>> {
+        let peeks = self.0.state.lock().peeks;
+        peeks.then(|| self.0.act(Call::Peek, c.id))
     }
 
     fn returned(&self, c: &mut FakeConn) -> Returned {

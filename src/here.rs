@@ -1,0 +1,89 @@
+//! What this very thread is doing for a pool: a `close` that is called from within it must not wait for it.
+//!
+//! That is known only of what the pool itself has in its hands on this thread: a job, a validation, a connection that
+//! comes or goes while a hook or the manager looks at it. Of a connection that was handed to a user nobody knows where it
+//! is, for it may have moved to another thread.
+
+use std::cell::{Cell, RefCell};
+use std::mem;
+
+/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`CREW`] for a thread of its crew.
+type Work = (usize, u64);
+
+const NOTHING: Work = (0, 0);
+/// No connection has this number.
+const CREW: u64 = 0;
+
+thread_local! {
+    /// What goes on at this moment, without a destructor, so that it can be used to the very end of its thread.
+    static TOP: Cell<Work> = const { Cell::new(NOTHING) };
+    /// What that was called from, where a hook uses the pool.
+    static BELOW: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Something goes on until this is dropped.
+#[must_use]
+pub(crate) struct Here(Work);
+
+/// This thread has the connection `id` of `pool` in hand.
+#[inline]
+pub(crate) fn with(pool: usize, id: u64) -> Here {
+    let before = TOP.replace((pool, id));
+    if before != NOTHING {
+        push(before);
+    }
+    Here(before)
+}
+
+/// This thread is one of the crew of `pool`, at work.
+pub(crate) fn on_the_crew(pool: usize) -> Here {
+    with(pool, CREW)
+}
+
+#[cold]
+fn push(before: Work) {
+    // A thread that has begun to end cannot remember more than one.
+    let _ = BELOW.try_with(|below| below.borrow_mut().push(before));
+}
+
+impl Drop for Here {
+    #[inline]
+    fn drop(&mut self) {
+        let before = mem::replace(&mut self.0, NOTHING);
+        TOP.set(before);
+        if before != NOTHING {
+            let _ = BELOW.try_with(|below| below.borrow_mut().pop());
+        }
+    }
+}
+
+/// Whether this thread is one of the crew of `pool`, and the numbers of that pool's connections that it has in hand.
+pub(crate) fn of(pool: usize) -> (bool, Vec<u64>) {
+    let mut ids = vec![TOP.get()];
+    let _ = BELOW.try_with(|below| ids.extend_from_slice(&below.borrow()));
+    let mut ids: Vec<u64> = ids.into_iter().filter(|&(of, _)| of == pool).map(|(_, id)| id).collect();
+    let crew = ids.contains(&CREW);
+    ids.retain(|&id| id != CREW);
+    (crew, ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_within_the_other() {
+        assert_eq!(of(1), (false, vec![]));
+        let crew = on_the_crew(1);
+        let job = with(1, 7);
+        {
+            let _other = with(2, 8);
+            let _hook = with(1, 9);
+            assert_eq!(of(1), (true, vec![9, 7]));
+            assert_eq!(of(2), (false, vec![8]));
+        }
+        assert_eq!(of(1), (true, vec![7]));
+        drop((job, crew));
+        assert_eq!(of(1), (false, vec![]));
+    }
+}
