@@ -113,7 +113,7 @@ impl<M: Manage> Builder<M> {
     /// How long a connection may be unused before it is closed, unless [`min_idle`](Builder::min_idle) keeps it.
     ///
     /// Default 10 minutes. `None`: for ever. Zero: a connection that nobody waits for is closed as it comes back
-    /// (refused together with a `min_idle`).
+    /// (refused together with a `min_idle`). A very short one comes to the same, except that a `min_idle` is kept.
     #[must_use]
     pub fn max_idle(mut self, max_idle: impl Into<Option<Duration>>) -> Self {
         self.settings.max_idle = max_idle.into();
@@ -129,7 +129,7 @@ impl<M: Manage> Builder<M> {
     /// How old a connection may get: it is not handed out past this age, closed at it when idle, and on return when
     /// lent. Counted from the moment its opening began.
     ///
-    /// Default 30 minutes. `None`: without limit. Zero is refused.
+    /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
     pub fn max_lifetime(mut self, max_lifetime: impl Into<Option<Duration>>) -> Self {
         self.settings.max_lifetime = max_lifetime.into();
@@ -148,7 +148,8 @@ impl<M: Manage> Builder<M> {
 
     /// How long [`Pool::get`] waits, and [`build`](Builder::build) for the first connections.
     ///
-    /// Default 30 seconds. Zero is refused.
+    /// Default 30 seconds. Zero is refused. A very short one gets what is ready, and `build` fails: see
+    /// [`build_unchecked`](Builder::build_unchecked).
     #[must_use]
     pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connection_timeout = timeout;
@@ -172,7 +173,7 @@ impl<M: Manage> Builder<M> {
 
     /// How long a validation may take. One that takes longer has failed.
     ///
-    /// Default 2 seconds. Zero is refused.
+    /// Default 2 seconds. Less than 1 ms is refused.
     #[must_use]
     pub fn validation_timeout(mut self, timeout: Duration) -> Self {
         self.settings.validation_timeout = timeout;
@@ -182,7 +183,7 @@ impl<M: Manage> Builder<M> {
     /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its slot,
     /// and what may yet come of it is closed.
     ///
-    /// Default 10 seconds. Zero is refused.
+    /// Default 10 seconds. Less than 1 ms is refused.
     #[must_use]
     pub fn open_timeout(mut self, timeout: Duration) -> Self {
         self.settings.open_timeout = timeout;
@@ -191,16 +192,16 @@ impl<M: Manage> Builder<M> {
 
     /// How long closing or resetting a connection may take before it is written off.
     ///
-    /// Default 5 seconds. Zero is refused.
+    /// Default 5 seconds. Less than 1 ms is refused.
     #[must_use]
     pub fn close_timeout(mut self, timeout: Duration) -> Self {
         self.settings.close_timeout = timeout;
         self
     }
 
-    /// How many connections may be opened at the same time.
+    /// How many connections may be opened at the same time. Each has a thread of the pool's for as long as that takes.
     ///
-    /// Default 4. Zero is refused.
+    /// Default 4. Zero is refused, and so is more than 1024.
     #[must_use]
     pub fn parallel_opens(mut self, n: u32) -> Self {
         self.settings.parallel_opens = n;
@@ -244,7 +245,7 @@ impl<M: Manage> Builder<M> {
     /// How often an idle connection is validated to keep firewalls and servers from forgetting it. Does not count as
     /// use. One at a time.
     ///
-    /// Default `None`: not at all. Zero is refused.
+    /// Default `None`: not at all. Less than 10 ms is refused.
     #[must_use]
     pub fn keepalive(mut self, period: impl Into<Option<Duration>>) -> Self {
         self.settings.keepalive = period.into();
@@ -254,7 +255,7 @@ impl<M: Manage> Builder<M> {
     /// How long a connection may be checked out before the pool warns of a leak: once per checkout, with the line of
     /// source that called `get` and the thread. The connection stays where it is.
     ///
-    /// Default `None`: no warnings. Zero is refused.
+    /// Default `None`: no warnings. Less than 1 ms is refused.
     #[must_use]
     pub fn leak_threshold(mut self, threshold: impl Into<Option<Duration>>) -> Self {
         self.settings.leak_threshold = threshold.into();

@@ -12,6 +12,7 @@
 //! A thread that cannot be started loses nothing: an `Open` comes back to the caller, what else there is waits for
 //! another thread of the crew, and if there is none a `Close` comes back too and the others wait to be tried again.
 
+use crate::text::is_harmful;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
 use std::any::Any;
@@ -25,6 +26,9 @@ use std::{io, thread};
 const LINGER: Duration = Duration::from_secs(5);
 /// How many close at once, of those that do not take longer than usual. Closes are many at a time: a burst that went idle.
 const CLOSERS: usize = 4;
+/// How many of the other kinds run at once, of each. A process that has no thread left for others ends; what is over the
+/// limit waits, in a pool of more than as many connections.
+const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. What comes on top is dropped, and counted.
 const MAX_NOTICES: usize = 1024;
 
@@ -46,7 +50,7 @@ const KINDS: usize = 5;
 impl Kind {
     fn limit(self) -> usize {
         match self {
-            Kind::Open | Kind::Check | Kind::Cut => usize::MAX,
+            Kind::Open | Kind::Check | Kind::Cut => MOST,
             Kind::Close => CLOSERS,
             Kind::Notice => 1,
         }
@@ -308,8 +312,7 @@ impl<J: Task> Crew<J> {
 
 impl<J: Task> Roster<J> {
     fn has_room(&self, kind: Kind) -> bool {
-        let limit = kind.limit();
-        limit == usize::MAX || self.running.values().filter(|job| job.counts && job.kind == kind).count() < limit
+        self.running.values().filter(|job| job.counts && job.kind == kind).count() < kind.limit()
     }
 
     /// Enters a job in the list of those that run.
@@ -356,14 +359,15 @@ pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
     }
 }
 
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept.
+/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
+/// that does something to a terminal.
 pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
     let mut end = pool.len().min(15 - suffix.len());
     while !pool.is_char_boundary(end) {
         end -= 1;
     }
-    // A NUL would make `spawn` panic.
-    format!("{}{suffix}", &pool[..end]).replace('\0', "?")
+    // A NUL would make `spawn` panic, and there is no room to escape the others.
+    format!("{}{suffix}", &pool[..end]).replace(is_harmful, "?")
 }
 
 #[cfg(test)]
@@ -424,6 +428,7 @@ mod tests {
         assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
         assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
         assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
+        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
     }
 
     #[test]
@@ -556,6 +561,23 @@ mod tests {
         for n in 0..3 {
             assert_eq!(seen.recv_timeout(SOON), Ok(n));
         }
+    }
+
+    #[test]
+    fn there_is_an_end_to_the_threads_of_each_kind() {
+        // None of them ever runs: it is about how many are wanted.
+        let (left, _gone) = unbounded();
+        let crew = Crew::with_spawn("yard".into(), |_, body| {
+            drop(body);
+            Ok(())
+        });
+        let yard = Arc::new(Yard { crew, left });
+        for _ in 0..3000 {
+            for kind in [Kind::Open, Kind::Check, Kind::Cut] {
+                yard.post(kind, None, || {});
+            }
+        }
+        assert!(yard.crew.threads() <= 3 * 1024, "{} threads", yard.crew.threads());
     }
 
     #[test]

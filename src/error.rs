@@ -1,6 +1,7 @@
 //! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], what the other side said.
 
 use crate::stats::{ConnectionInfo, Short};
+use crate::text::{self, Brief, Escaping};
 use std::error::Error as StdError;
 use std::fmt::{self, Write as _};
 use std::panic::Location;
@@ -176,12 +177,14 @@ impl fmt::Debug for Error {
     }
 }
 
+/// One line: what comes from outside, the pool's name too, is escaped.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaping(f);
         match &*self.0 {
-            ErrorKind::Timeout(t) => t.fmt(f),
+            ErrorKind::Timeout(t) => write!(f, "{t}"),
             ErrorKind::Connect(c) => write!(f, "pool '{}' cannot connect: {}", c.pool, c.cause),
-            ErrorKind::Closed(c) => c.fmt(f),
+            ErrorKind::Closed(c) => write!(f, "{c}"),
             ErrorKind::TooManyWaiting(t) => {
                 write!(f, "pool '{}': {} wait already, and max_waiting is {}", t.pool, t.waiting, t.max_waiting)
             }
@@ -195,6 +198,7 @@ impl StdError for Error {}
 
 impl fmt::Display for Timeout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaping(f);
         write!(f, "pool '{}': no connection within {}", self.pool, Short(self.timeout))?;
         match &self.cause {
             Some(cause) if self.out == 0 => write!(f, ": none can be opened: {cause}")?,
@@ -229,6 +233,7 @@ impl fmt::Display for Timeout {
 
 impl fmt::Display for Closed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = Escaping(f);
         write!(f, "pool '{}' is closed: {}", self.pool, self.by)?;
         if let Some(at) = self.at {
             write!(f, " ({at})")?;
@@ -239,6 +244,9 @@ impl fmt::Display for Closed {
 
 /// What the other side said, in a form that travels between threads: the text of the whole chain of sources, whether
 /// trying again can help, and the error itself where the manager could hand it on.
+///
+/// The text is for people: control characters, line breaks and what else would do something to a terminal or a log are
+/// escaped (`\n`, `\u{1b}`), and what is longer than 1 KiB is cut and says so. The error itself is as it came.
 #[derive(Clone)]
 pub struct Cause {
     text: Arc<str>,
@@ -250,27 +258,37 @@ impl Cause {
     /// The text of `error` and of all its sources. (An error's own text often leaves out the sources: that of
     /// `postgres::Error` for a wrong password is "db error".)
     pub fn text(error: &(dyn StdError + 'static)) -> Cause {
-        let mut text = error.to_string();
+        let mut text = Brief::new(text::CAUSE);
+        text.push(error);
         let mut source = error.source();
-        while let Some(next) = source {
-            let part = next.to_string();
+        while let Some(next) = source.filter(|_| !text.is_cut()) {
+            let part = text::brief(next, text::CAUSE);
             // Some say what their source says already.
-            if !text.contains(&part) {
-                let _ = write!(text, ": {part}");
+            if !text.as_str().contains(&part) {
+                text.push(format_args!(": {part}"));
             }
             source = next.source();
         }
-        Cause::message(text)
+        Cause::shown(text.finish())
     }
 
     /// A cause in the manager's own words.
     pub fn message(text: impl Into<String>) -> Cause {
-        Cause { text: text.into().into(), permanent: false, error: None }
+        Cause::shown(text::brief(text.into(), text::CAUSE))
+    }
+
+    fn shown(text: String) -> Cause {
+        Cause { text: text.into(), permanent: false, error: None }
     }
 
     /// A cause with the error itself, for [`downcast_ref`](Cause::downcast_ref).
     pub fn of<E: StdError + Send + Sync + 'static>(error: E) -> Cause {
         Cause { error: Some(Arc::new(error) as Arc<dyn StdError + Send + Sync>), ..Cause::message("") }.with_own_text()
+    }
+
+    /// Whether it holds an error of the manager's own, with a drop of its own.
+    pub(crate) fn is_typed(&self) -> bool {
+        self.error.is_some()
     }
 
     fn with_own_text(mut self) -> Cause {

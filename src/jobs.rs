@@ -13,6 +13,7 @@ use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
 use crate::shared::{Shared, by};
 use crate::stats::{CloseReason, Short};
+use crate::text::{CAUSE, brief};
 use log::Level;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -191,6 +192,7 @@ fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
     let result = if let Some(holder) = reset {
         let result = catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout));
         if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
+            let remark = brief(remark, CAUSE);
             shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
         }
         result

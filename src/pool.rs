@@ -13,6 +13,7 @@ use crate::manage::Manage;
 use crate::settings::{Settings, check_floor};
 use crate::shared::{Book, Ended, Shared, WaitingSeat};
 use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats, Tally};
+use crate::text::Shown;
 use crate::waiter::News;
 use crate::{reaper, who};
 use log::Level;
@@ -401,6 +402,9 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, lent ones as they come back.
     ///
+    /// Where such a connection takes more than a tenth of `close_timeout` to close, and somebody waits for its place, it is
+    /// given up like one past that limit: what it leads to may be the server that failed.
+    ///
     /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
     /// forgotten: the next attempt is made soon.
     pub fn recycle(&self) {
@@ -612,7 +616,7 @@ impl CloseReport {
 
 impl fmt::Display for CloseReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "pool '{}' {}", self.pool, self.outcome())
+        write!(f, "pool '{}' {}", Shown(&self.pool), self.outcome())
     }
 }
 

@@ -2,7 +2,17 @@
 
 use crate::error::Error;
 use crate::ledger::{Rules, Validate};
+use crate::stats::Short;
 use std::time::Duration;
+
+/// The shortest that the limit of a call may be, and a hold that is called a leak. Anything shorter would fail every call
+/// before it could be made, or warn of every checkout: a wake-up of a thread alone takes some 50 us.
+const SHORTEST_LIMIT: Duration = Duration::from_millis(1);
+/// The shortest period of what the pool does over and over by itself. Anything shorter would do nothing else.
+const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
+/// The most connections that are opened at the same time: each has a thread, and a process that has no thread left for
+/// others ends. Far more than a server lets in at once.
+const MOST_OPENS: u32 = 1024;
 
 /// The limits of a pool: what the [`Builder`](crate::Builder) was told, checked and complete.
 #[derive(Clone, Debug)]
@@ -70,10 +80,6 @@ impl Settings {
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let zero = |setting, d: Option<Duration>| match d {
-            Some(Duration::ZERO) => Err(Error::config(setting, "is zero, and must be longer")),
-            _ => Ok(()),
-        };
         if self.max_size == 0 {
             return Err(Error::config("max_size", "is 0, and must be at least 1"));
         }
@@ -87,17 +93,32 @@ impl Settings {
         if self.parallel_opens == 0 {
             return Err(Error::config("parallel_opens", "is 0, and must be at least 1"));
         }
+        if self.parallel_opens > MOST_OPENS {
+            let problem = format!("is {}, and must be at most {MOST_OPENS}", self.parallel_opens);
+            return Err(Error::config("parallel_opens", problem));
+        }
         if !(0.0..=1.0).contains(&self.lifetime_jitter) {
             let problem = format!("is {}, and must be between 0 and 1", self.lifetime_jitter);
             return Err(Error::config("lifetime_jitter", problem));
         }
-        zero("max_lifetime", self.max_lifetime)?;
-        zero("connection_timeout", Some(self.connection_timeout))?;
-        zero("validation_timeout", Some(self.validation_timeout))?;
-        zero("open_timeout", Some(self.open_timeout))?;
-        zero("close_timeout", Some(self.close_timeout))?;
-        zero("keepalive", self.keepalive)?;
-        zero("leak_threshold", self.leak_threshold)
+        at_least(SHORTEST_PERIOD, "max_lifetime", self.max_lifetime)?;
+        // However short, it gets what is ready.
+        at_least(Duration::from_nanos(1), "connection_timeout", Some(self.connection_timeout))?;
+        at_least(SHORTEST_LIMIT, "validation_timeout", Some(self.validation_timeout))?;
+        at_least(SHORTEST_LIMIT, "open_timeout", Some(self.open_timeout))?;
+        at_least(SHORTEST_LIMIT, "close_timeout", Some(self.close_timeout))?;
+        at_least(SHORTEST_PERIOD, "keepalive", self.keepalive)?;
+        at_least(SHORTEST_LIMIT, "leak_threshold", self.leak_threshold)
+    }
+}
+
+fn at_least(shortest: Duration, setting: &'static str, duration: Option<Duration>) -> Result<(), Error> {
+    match duration {
+        Some(Duration::ZERO) => Err(Error::config(setting, "is zero, and must be longer")),
+        Some(d) if d < shortest => {
+            Err(Error::config(setting, format!("is {}, and must be at least {}", Short(d), Short(shortest))))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -15,6 +15,7 @@ use crate::manage::{Manage, Opening};
 use crate::pool::Vain;
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
+use crate::text::Shown;
 use crate::waiter::Seat;
 use crate::who::Home;
 use crate::{reaper, who};
@@ -355,7 +356,8 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn notice(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
         // A forked child has no such thread, and what it does is no news of the parent's pool.
         if level <= log::max_level() && !self.is_forked() {
-            let text = format!("pool '{}': {}", self.name, text());
+            // One record is one line, whatever there is in names and words.
+            let text = Shown(format_args!("pool '{}': {}", self.name, text())).to_string();
             self.post(Job::Notice(Notice { level, text }));
         }
     }
@@ -368,7 +370,7 @@ impl<M: Manage> Shared<M> {
         let before = self.cause.lock().replace(cause);
         match before {
             // What the one before was made of may be the user's, with a drop that takes its time.
-            Some(before) if reaper::is_this(self) => self.post(Job::Drop(before)),
+            Some(before) if before.is_typed() && reaper::is_this(self) => self.post(Job::Drop(before)),
             before => shielded(|| drop(before)),
         }
     }

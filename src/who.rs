@@ -4,6 +4,7 @@
 //! A forked child has its parent's memory and none of its other threads. What one of these had locked at that moment is
 //! locked for ever there, so whoever may be in a child looks at the process before it waits for a lock.
 
+use crate::text::{NAME, brief};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::process;
@@ -96,7 +97,7 @@ pub(crate) fn name(tag: u64) -> String {
 }
 
 fn own_name(tag: u64) -> String {
-    thread::current().name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{name}'"))
+    thread::current().name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{}'", brief(name, NAME)))
 }
 
 /// How many threads that have ended are still known by name: a connection may outlive the thread that took it.

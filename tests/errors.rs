@@ -279,6 +279,20 @@ fn build_says_why_not() {
 
 // ---------------------------------------------------------------------------------------------------- settings
 
+const NANOSECOND: Duration = Duration::from_nanos(1);
+
+/// It says how long a `get` waits, and whoever wants none to wait says so.
+#[test]
+fn the_shortest_wait_gets_what_is_ready() {
+    let fake = Fake::new();
+    let builder = || Pool::builder().connection_timeout(NANOSECOND).validate(Validate::Never);
+    let error = refusal(builder().build(fake.direct()));
+    assert!(error.is_timeout() && error.to_string().contains("no connection within 1 ns"), "{error}");
+    let pool = builder().min_idle(1).build_unchecked(fake.direct());
+    assert!(wait_until(Instant::now() + SOON, || pool.state().idle_connections == 1));
+    drop(pool.get().expect("one is ready"));
+}
+
 #[test]
 fn settings_that_cannot_be() {
     type Set = fn(Builder<DirectFake>) -> Builder<DirectFake>;
@@ -302,6 +316,20 @@ fn settings_that_cannot_be() {
         ("parallel_opens", "parallel_opens: is 0, and must be at least 1", |b| b.parallel_opens(0)),
         ("keepalive", "keepalive: is zero, and must be longer", |b| b.keepalive(Duration::ZERO)),
         ("leak_threshold", "leak_threshold: is zero, and must be longer", |b| b.leak_threshold(Duration::ZERO)),
+        // What can be, and cannot be meant.
+        ("keepalive", "keepalive: is 1 ns, and must be at least 10.0 ms", |b| b.keepalive(NANOSECOND)),
+        ("keepalive", "keepalive: is 9.00 ms, and must be at least 10.0 ms", |b| b.keepalive(ms(9))),
+        ("max_lifetime", "max_lifetime: is 1 ns, and must be at least 10.0 ms", |b| b.max_lifetime(NANOSECOND)),
+        ("validation_timeout", "validation_timeout: is 1 ns, and must be at least 1.00 ms", |b| {
+            b.validation_timeout(NANOSECOND)
+        }),
+        ("open_timeout", "open_timeout: is 1 ns, and must be at least 1.00 ms", |b| b.open_timeout(NANOSECOND)),
+        ("close_timeout", "close_timeout: is 1 ns, and must be at least 1.00 ms", |b| b.close_timeout(NANOSECOND)),
+        ("leak_threshold", "leak_threshold: is 1 ns, and must be at least 1.00 ms", |b| b.leak_threshold(NANOSECOND)),
+        ("parallel_opens", "parallel_opens: is 1025, and must be at most 1024", |b| b.parallel_opens(1025)),
+        ("parallel_opens", "parallel_opens: is 4294967295, and must be at most 1024", |b| {
+            b.max_size(100_000).min_idle(100_000).parallel_opens(u32::MAX)
+        }),
     ];
     for (setting, text, set) in table {
         let fake = Fake::new();
@@ -321,6 +349,9 @@ fn settings_that_cannot_be() {
         |b| b.max_idle(Duration::MAX).max_lifetime(Duration::MAX).connection_timeout(Duration::MAX),
         |b| b.open_timeout(Duration::MAX).close_timeout(Duration::MAX).validation_timeout(Duration::MAX),
         |b| b.keepalive(Duration::MAX).leak_threshold(Duration::MAX),
+        |b| b.keepalive(ms(10)).leak_threshold(ms(1)).parallel_opens(1024),
+        |b| b.max_idle(NANOSECOND).right_of_way(NANOSECOND).validate(Validate::AfterIdle(NANOSECOND)),
+        |b| b.max_idle(NANOSECOND).min_idle(2),
     ];
     for (i, set) in edges.iter().enumerate() {
         let fake = Fake::new();

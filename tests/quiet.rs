@@ -7,7 +7,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fake::{Fake, R2d2Fake};
+use fake::{Call, Fake, R2d2Fake};
 use millpond::{Builder, Pool, Validate};
 use support::{EPSILON, alone, ms, threads_named, wait_until};
 
@@ -139,6 +139,40 @@ fn a_lifetime_is_one_or_two_wake_ups() {
     assert!((1..=2).contains(&times), "{times} wake-ups");
     assert!(pool.close(LONG).is_complete());
     nothing_is_left("life");
+}
+
+/// What a setting repeats by itself has a period, however short a one was wanted.
+#[test]
+fn the_shortest_limits_do_not_keep_a_processor_busy() {
+    let _alone = alone();
+    const PERIODS: f64 = 100.0;
+    let watched = |name: &str, builder: Builder<R2d2Fake>| {
+        let fake = Fake::new();
+        let pool = builder.build(fake.r2d2()).unwrap();
+        assert!(wait_until(within(LONG), || threads_named(name).contains(&format!("{name}-reaper"))));
+        let (begun, before) = (Instant::now(), sleeps(&format!("{name}-reaper")));
+        let calls = || fake.calls(Call::Validate) + fake.calls(Call::Open);
+        let calls_before = calls();
+        for _ in 0..50 {
+            drop(pool.get_timeout(LONG).unwrap());
+            thread::sleep(ms(20));
+        }
+        let (times, calls) = (sleeps(&format!("{name}-reaper")) - before, calls() - calls_before);
+        let seconds = begun.elapsed().as_secs_f64();
+        assert!(pool.close(LONG).is_complete());
+        (times as f64 / seconds, calls as f64 / seconds)
+    };
+    // Two connections, each of which is asked or replaced as often as it may be; some wake-ups for each.
+    for (name, builder) in [
+        ("kept", builder("kept").min_idle(2).keepalive(ms(10))),
+        ("aged", builder("aged").min_idle(2).max_lifetime(ms(10))),
+        ("idle", builder("idle").min_idle(2).max_idle(Duration::from_nanos(1))),
+        ("none", builder("none").max_idle(Duration::from_nanos(1))),
+        ("leak", builder("leak").leak_threshold(ms(1))),
+    ] {
+        let (wake_ups, calls) = watched(name, builder.max_size(4));
+        assert!(calls <= 3.0 * PERIODS && wake_ups <= 12.0 * PERIODS, "{name}: {calls} calls, {wake_ups} wake-ups");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A PostgreSQL connection: it derefs to [`postgres::Client`](::postgres::Client).
 pub struct Connection {
@@ -109,8 +109,7 @@ impl Connection {
 
     /// Asks the server whether it is there, and makes sure that its answer is the one to that question.
     pub(super) fn ping(&mut self, limit: Duration) -> Result<(), Error> {
-        let answer = self.client.is_valid(limit);
-        if let Err(error) = answer {
+        if let Err(error) = self.ask(limit) {
             // What is left unanswered would hold up whoever drops it.
             self.cut();
             return Err(match &self.watch {
@@ -122,6 +121,20 @@ impl Connection {
             Some(watch) if watch.is_lost() || watch.is_busy() => {
                 self.cut();
                 Err(Error::own("its answers no longer match its questions", false))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks, and once more if half a message came behind the answer: a notification on its way. What answers the second
+    /// question comes behind its other half.
+    fn ask(&mut self, limit: Duration) -> Result<(), ::postgres::Error> {
+        let begun = Instant::now();
+        self.client.is_valid(limit)?;
+        match &self.watch {
+            Some(watch) if watch.is_half_told() => {
+                let left = limit.saturating_sub(begun.elapsed());
+                self.client.is_valid(left.max(Duration::from_millis(1))) // zero is never long enough
             }
             _ => Ok(()),
         }

@@ -1,6 +1,7 @@
 //! [`Error`]: what went wrong, to be cloned, with the one table of what is permanent.
 
-use super::observer::{NegotiationError, Watch};
+use super::observer::{NegotiationError, Watch, is_answer_in_clear};
+use crate::text::{self, Brief};
 use ::postgres::error::{DbError, SqlState};
 use std::error::Error as StdError;
 use std::fmt;
@@ -20,13 +21,17 @@ use std::sync::Arc;
 /// }
 /// # }
 /// ```
+///
+/// What it shows is escaped and cut like a [`Cause`](crate::Cause); what [`as_postgres`](Error::as_postgres) gives is as it
+/// came.
 #[derive(Clone)]
 pub struct Error(Arc<Kind>);
 
 enum Kind {
     /// With what was being done, where that does not go without saying.
     Postgres(::postgres::Error, Option<String>),
-    /// The last words of a server, which the `postgres` crate had no ear for: it may see the end of the connection first.
+    /// What a server said, of which there is no error of the `postgres` crate. It had no ear for the last words, for it may
+    /// see the end of the connection first; or they were more than is kept.
     Heard { code: SqlState, text: String },
     /// In this crate's own words.
     Own { text: String, permanent: bool },
@@ -40,16 +45,29 @@ impl Error {
     /// What ended the connection that `watch` sees: `error`, or better what the server said.
     pub(super) fn of(error: ::postgres::Error, watch: &Watch) -> Error {
         match watch.last_words() {
-            Some((code, text)) if error.code().is_none() => Error(Arc::new(Kind::Heard { code, text })),
+            Some((code, text)) if error.code().is_none() => {
+                let text = text::brief(format_args!("FATAL: {text} (SQLSTATE {})", code.code()), text::CAUSE);
+                Error(Arc::new(Kind::Heard { code, text }))
+            }
             _ => error.into(),
         }
     }
 
     pub(super) fn doing(what: impl Into<String>, e: ::postgres::Error) -> Error {
-        Error(Arc::new(Kind::Postgres(e, Some(what.into()))))
+        Error::postgres(e, Some(what.into()))
     }
 
-    /// The error of the `postgres` crate, if it is one.
+    fn postgres(e: ::postgres::Error, doing: Option<String>) -> Error {
+        match e.as_db_error().filter(|db| weight(db) > KEPT).map(|db| text::brief(db.code().code(), text::NAME)) {
+            Some(code) => {
+                Error(Arc::new(Kind::Heard { code: SqlState::from_code(&code), text: words(&e, doing.as_deref()) }))
+            }
+            None => Error(Arc::new(Kind::Postgres(e, doing))),
+        }
+    }
+
+    /// The error of the `postgres` crate, if it is one. Of an error in which the server says more than 64 KiB only the SQLSTATE
+    /// and the beginning are kept.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
             Kind::Postgres(e, _) => Some(e),
@@ -83,29 +101,49 @@ impl Error {
 
 impl From<::postgres::Error> for Error {
     fn from(e: ::postgres::Error) -> Self {
-        Error(Arc::new(Kind::Postgres(e, None)))
+        Error::postgres(e, None)
     }
+}
+
+/// How much of what a server says in one error is kept, in bytes: a cause lives until the next, and each waiter has it.
+const KEPT: usize = 64 * 1024;
+
+/// How much a server said, in bytes.
+fn weight(db: &DbError) -> usize {
+    let rest = [db.detail(), db.hint(), db.where_(), db.schema(), db.table(), db.column(), db.datatype()];
+    let rest = rest.into_iter().chain([db.constraint(), db.file(), db.routine()]);
+    [db.severity(), db.code().code(), db.message()].map(str::len).iter().sum::<usize>()
+        + rest.flatten().map(str::len).sum::<usize>()
+}
+
+/// What is left of a cause's length for all that stands around a message, so that a long one does not cost the SQLSTATE.
+const ROOM: usize = 128;
+
+/// What an error of the `postgres` crate says. Its own text leaves out all that matters ("db error").
+fn words(e: &::postgres::Error, doing: Option<&str>) -> String {
+    let mut text = Brief::new(text::CAUSE);
+    if let Some(doing) = doing {
+        text.push(format_args!("{doing}: "));
+    }
+    match e.as_db_error() {
+        Some(db) => {
+            text.push(format_args!("{}: {}", db.severity(), text::brief(db.message(), text::CAUSE - ROOM)));
+            text.push(format_args!(" (SQLSTATE {})", db.code().code()));
+            if let Some(detail) = db.detail() {
+                text.push(format_args!("; {detail}"));
+            }
+        }
+        None => text.push(crate::Cause::text(e)),
+    }
+    text.finish()
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Kind::Postgres(_, Some(doing)) = &*self.0 {
-            write!(f, "{doing}: ")?;
-        }
         match &*self.0 {
-            Kind::Own { text, .. } => f.write_str(text),
-            Kind::Heard { code, text } => write!(f, "FATAL: {text} (SQLSTATE {})", code.code()),
-            // Its own text leaves out all that matters ("db error").
-            Kind::Postgres(e, _) => match e.as_db_error() {
-                Some(db) => {
-                    write!(f, "{}: {} (SQLSTATE {})", db.severity(), db.message(), db.code().code())?;
-                    if let Some(detail) = db.detail() {
-                        write!(f, "; {detail}")?;
-                    }
-                    Ok(())
-                }
-                None => fmt::Display::fmt(&crate::Cause::text(e), f),
-            },
+            Kind::Own { text, .. } => f.write_str(&text::brief(text, text::CAUSE)),
+            Kind::Heard { text, .. } => f.write_str(text),
+            Kind::Postgres(e, doing) => f.write_str(&words(e, doing.as_deref())),
         }
     }
 }
@@ -146,6 +184,12 @@ fn is_permanent(e: &::postgres::Error) -> bool {
     }
     if let Some(negotiation) = NegotiationError::of(e) {
         return !negotiation.is_transient();
+    }
+    // Not observed, so `postgres` has asked for TLS. It says the first whatever the answer was, and a server that has no
+    // process for a client answers with an error.
+    let no_tls = |source: &(dyn StdError + 'static)| source.to_string() == "server does not support TLS";
+    if e.source().is_some_and(|source| no_tls(source) || is_answer_in_clear(source)) {
+        return false;
     }
     let io = e.source().and_then(|s| s.downcast_ref::<io::Error>());
     // `postgres::Error` has no public kind; these are its words for what can only be mended by hand.

@@ -4,11 +4,13 @@ use super::budget::{self, Budget};
 use super::connection::{Canceller, Connection};
 use super::error::{Error, parse_error};
 use super::guards::ServerGuards;
-use super::observer::{Connector, Observer, Watch};
+use super::observer::{Connector, Observer, Status, Watch};
 use super::statements;
 use crate::stats::Short;
+use crate::text::{CAUSE, brief};
 use crate::{Cause, Manage, Opening, Returned, Settings};
 use ::postgres::config::TargetSessionAttrs;
+use ::postgres::error::DbError;
 use ::postgres::{CancelToken, Client, Config};
 use crossbeam_channel::bounded;
 use r2d2_postgres::PostgresConnectionManager;
@@ -75,6 +77,8 @@ pub struct PostgresManager<T> {
 impl<T: Connector> PostgresManager<T> {
     /// Manages connections with this configuration and TLS connector. (Build the connector once and clone it: some load
     /// the system's certificates each time.)
+    ///
+    /// Notices are the configuration's: unless it has a `notice_callback`, `postgres` logs them at info, as they come.
     pub fn new(config: Config, tls: T) -> Self {
         PostgresManager {
             config,
@@ -88,13 +92,15 @@ impl<T: Connector> PostgresManager<T> {
         }
     }
 
-    /// [`new`](PostgresManager::new) with a connection string.
+    /// [`new`](PostgresManager::new) with a connection string. What the server says in notices is logged as `postgres` does
+    /// it, at info with its target, but escaped and cut.
     ///
     /// # Errors
     ///
     /// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
     pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
-        let config = params.parse().map_err(|e| parse_error(params, &e))?;
+        let mut config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
+        config.notice_callback(log_notice);
         Ok(Self::new(config, tls))
     }
 
@@ -264,10 +270,22 @@ impl<T: Connector> PostgresManager<T> {
             }
             Error::of(error, &watch)
         })?;
+        if watch.status() != Status::Idle {
+            // Its drop is not to wait for an answer.
+            watch.cut();
+            let status = "what is asked first was answered with a transaction status with which no session begins";
+            return Err(Error::own(status, false));
+        }
         let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
         opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
         Ok((client, Some(watch)))
     }
+}
+
+/// As `postgres` logs a notice, were it not for what may be in it: anybody who can run SQL can raise one.
+fn log_notice(notice: DbError) {
+    let text = brief(format_args!("{}: {}", notice.severity(), notice.message()), CAUSE);
+    log::info!(target: "postgres::config", "{text}");
 }
 
 /// Asks the server to cancel what the connection `watched` is doing, and waits for it to be done; gives up at the limit.

@@ -27,8 +27,8 @@
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those whose
-//!   process is dead, and can end them.
+//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those that are
+//!   proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves alone.
 //! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
 //!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
@@ -76,11 +76,16 @@
 //! # The observer
 //!
 //! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
-//! crate's own around yours, which negotiates by your `sslmode` exactly as `postgres` does. Beside
-//! a round trip it costs little (`cargo bench --bench postgres`). It cannot see **unix sockets**: there a connection is asked
-//! with one query when it comes back, which costs as much as a small query, and nothing can be cut.
-//! [`PostgresManager::observe`] switches it off. With it on, `client.cancel_token()` works with
-//! [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
+//! crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain no is taken for one:
+//! after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip it costs little
+//! (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`] switches it off. With
+//! it on, `client.cancel_token()` works with [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
+//!
+//! A connection that is not observed is asked with one query when it comes back, which costs as much as a small query, and
+//! nothing can be cut. Nor is there a bound to what a server may say before it has let anybody in (observed, 64 KiB in one
+//! message and 1 MiB in all): `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And
+//! a server that declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
+//! `sslmode=prefer` it takes both for a no, and logs in in clear.)
 
 mod audit;
 mod budget;

@@ -16,11 +16,13 @@
 //!
 //! `postgres` believes that the stream is encrypted, so nothing behind this file would notice a mistake in it.
 //!
-//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it; never
-//!   after an error, never after the server said yes.
+//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it, in so
+//!   many words (`N`); never after an error, never after the server said yes.
 //! * One byte is read before the TLS handshake, not more: what a man in the middle slips in behind it must fail the
 //!   handshake, not be believed.
 //! * Channel binding is the TLS stream's own; plaintext has none.
+//! * `postgres` reserves as much memory as a message claims to be long, and keeps all that comes. So until the login is over
+//!   what is too long or too much is refused here, before it is passed on ([`Scanner::intolerable`]).
 //! * The rewritten configuration stays in here.
 //!
 //! # Limits
@@ -47,10 +49,11 @@ use ::postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use ::postgres::{CancelToken, Client, Config, NoTls, Socket};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 
 use super::scanner::Scanner;
 pub(crate) use super::scanner::Status;
+use crate::text::{self, Shown};
 
 mod probe;
 #[cfg(test)]
@@ -229,11 +232,16 @@ impl Watch {
         self.scanner.lock().is_busy()
     }
 
+    /// See [`Scanner::is_half_told`]. Not a fault either: the rest is on its way, and comes before the next answer.
+    pub(crate) fn is_half_told(&self) -> bool {
+        self.scanner.lock().is_half_told()
+    }
+
     /// Somebody may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may remain
     /// unread while nobody uses the connection.)
     pub(crate) fn is_waiting(&self) -> bool {
         let scanner = self.scanner.lock();
-        scanner.is_busy() && !scanner.is_failing() && !scanner.is_lost() && !self.is_cut()
+        scanner.is_asked() && !scanner.is_failing() && !scanner.is_lost() && !self.is_cut()
     }
 
     /// The connection can only be thrown away.
@@ -424,17 +432,62 @@ where
         let mut answer = [0];
         socket.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
         socket.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
-        if answer != *b"S" {
-            return match terms.mode {
-                SslMode::Prefer => Ok(Transport::Raw(socket)),
-                _ => Err(NegotiationError::Declined),
-            };
+        match &answer {
+            b"S" => {}
+            b"N" if terms.mode == SslMode::Prefer => return Ok(Transport::Raw(socket)),
+            b"N" => return Err(NegotiationError::Declined),
+            b"E" => return Err(NegotiationError::Failed(error_text(&mut socket).await)),
+            &[other] => return Err(NegotiationError::Senseless(other)),
         }
     }
     match tls?.connect(socket).await {
         Ok(stream) => Ok(Transport::Tls(stream)),
-        Err(error) => Err(NegotiationError::Handshake(error.into())),
+        Err(error) => {
+            let error: BoxError = error.into();
+            let in_clear = direct && is_answer_in_clear(&*error);
+            Err(if in_clear { NegotiationError::InClear(error) } else { NegotiationError::Handshake(error) })
+        }
     }
+}
+
+/// Whether a handshake failed since what came back was no TLS at all, in the words of rustls and of OpenSSL. A server that
+/// has no process for a client says so in clear, whatever it was asked.
+pub(super) fn is_answer_in_clear(error: &(dyn StdError + 'static)) -> bool {
+    let text = error.to_string();
+    ["InvalidContentType", "wrong version number", "packet length too long"].iter().any(|words| text.contains(words))
+        || error.source().is_some_and(is_answer_in_clear)
+}
+
+/// How much of an error is read that comes instead of TLS, in bytes, and for how long at most it is waited for.
+const ERROR: usize = 1024;
+const ERROR_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The words of an error that came in answer to the request for TLS, of which the tag has been read. Anybody on the way may
+/// have said them: they are for people, and nothing is concluded from them.
+///
+/// A server that has no process for a client says it by the second version of the protocol, in a text that ends with a NUL;
+/// others might by the third, in fields behind a length. No text begins as such a length does.
+async fn error_text(socket: &mut Socket) -> String {
+    let (mut said, mut piece) = (Vec::new(), [0; ERROR]);
+    let end = |said: &[u8]| match said {
+        [0, a, b, c, ..] => said.len() >= u32::from_be_bytes([0, *a, *b, *c]) as usize,
+        _ => said.contains(&0) && said[0] != 0,
+    };
+    let read = async {
+        while said.len() < ERROR && !end(&said) {
+            match socket.read(&mut piece).await {
+                Ok(n) if n > 0 => said.extend_from_slice(&piece[..n]),
+                _ => break,
+            }
+        }
+    };
+    // What has come until then will do.
+    let _ = timeout(ERROR_PATIENCE, read).await;
+    let text = match &*said {
+        [0, _, _, _, fields @ ..] => fields.split(|&byte| byte == 0).find_map(|field| field.strip_prefix(b"M")),
+        text => text.split(|&byte| byte == 0).next(),
+    };
+    text::brief(String::from_utf8_lossy(text.unwrap_or_default()).trim_end(), text::CAUSE / 2)
 }
 
 /// Why there was no stream to log in over. The words are those of `postgres` where it has the case.
@@ -446,6 +499,12 @@ pub(crate) enum NegotiationError {
     Io(io::Error),
     /// `require`, and the server does not do TLS.
     Declined,
+    /// The server answered the request for TLS with an error, in these words.
+    Failed(String),
+    /// The server answered it with this, which is no answer.
+    Senseless(u8),
+    /// TLS without asking for it, and the answer was no TLS.
+    InClear(BoxError),
     /// `prefer` with `direct`.
     Weak,
     /// TLS by address only.
@@ -466,7 +525,11 @@ impl NegotiationError {
     /// taken for a disagreement unless an I/O error in it says that the stream ended.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
-            NegotiationError::Cut | NegotiationError::Io(_) => true,
+            NegotiationError::Cut
+            | NegotiationError::Io(_)
+            | NegotiationError::Failed(_)
+            | NegotiationError::Senseless(_)
+            | NegotiationError::InClear(_) => true,
             NegotiationError::Handshake(error) => {
                 let mut next: Option<&(dyn StdError + 'static)> = Some(&**error);
                 while let Some(error) = next {
@@ -497,8 +560,17 @@ impl fmt::Display for NegotiationError {
                 "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")"
             }
             NegotiationError::NoHostName => "no hostname provided for TLS handshake",
+            NegotiationError::Failed(text) => {
+                return write!(f, "the server answered the request for TLS with an error, unverified: {}", Shown(text));
+            }
+            NegotiationError::Senseless(answer) => {
+                let answer = char::from(*answer).escape_default();
+                return write!(f, "the server answered the request for TLS with '{answer}', which is no answer");
+            }
             NegotiationError::Io(error) => return error.fmt(f),
-            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => return error.fmt(f),
+            NegotiationError::Connector(error)
+            | NegotiationError::Handshake(error)
+            | NegotiationError::InClear(error) => return error.fmt(f),
         })
     }
 }
@@ -508,7 +580,9 @@ impl StdError for NegotiationError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             NegotiationError::Io(error) => error.source(),
-            NegotiationError::Connector(error) | NegotiationError::Handshake(error) => error.source(),
+            NegotiationError::Connector(error)
+            | NegotiationError::Handshake(error)
+            | NegotiationError::InClear(error) => error.source(),
             _ => None,
         }
     }
@@ -568,6 +642,12 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
         let read = &buf.filled()[before..];
         let mut scanner = self.line.scanner();
         scanner.received(read);
+        if let Some(intolerable) = scanner.intolerable().cloned() {
+            scanner.ended();
+            drop(scanner);
+            buf.set_filled(before);
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, intolerable)));
+        }
         if result.is_err() || (read.is_empty() && room > 0) {
             scanner.ended();
         }

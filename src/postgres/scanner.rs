@@ -3,15 +3,26 @@
 //! A [`Scanner`] is told every byte that went out and came in, cut into pieces of any size, and knows the transaction
 //! status, the backend's pid and what is still unanswered. It looks at the headers of all messages and at the bodies of
 //! four short kinds from the server; nothing the user sends is kept. It cannot fail: bytes that are not the protocol only
-//! make it [poisoned](Scanner::is_poisoned).
+//! make it [poisoned](Scanner::is_poisoned). Until the login is over it also says what must not be passed on
+//! ([`Scanner::intolerable`]), for until then it is anybody who speaks.
 //!
 //! Two facts of the protocol carry it. Answers come in the order of the requests, so a queue of requests tells which one
 //! a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means: nothing is under way.
 
+use crate::text::CUT;
 use std::collections::VecDeque;
+use std::fmt;
 
 #[cfg(test)]
 mod tests;
+
+/// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of an
+/// error; a notice of a trigger on login may be longer.
+const LOGIN_MESSAGE: usize = 64 * 1024;
+/// The most that a server may say before the login is over, in bytes: its parameters and notices are many, and short.
+const LOGIN: usize = 1024 * 1024;
+/// How much of an error is kept, in bytes.
+const ERROR: usize = 1024;
 
 /// Where the session stands, by the server's last word (`ReadyForQuery`).
 ///
@@ -67,7 +78,46 @@ pub(crate) struct Scanner {
     failing: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
+    /// How much the server may still say until the login is over; `None` once it is.
+    login: Option<usize>,
+    intolerable: Option<Intolerable>,
 }
+
+/// What a server says before the login is over that must not be believed, nor waited for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Intolerable {
+    /// A message with this tag and of so many bytes.
+    TooLong(u8, usize),
+    /// Message after message.
+    TooMuch,
+    /// An error by the second version of the protocol, a text without a length. That is how a server speaks which cannot
+    /// even start a process for a client.
+    Plain(String),
+    /// A transaction status with which no session begins.
+    Status(u8),
+}
+
+impl fmt::Display for Intolerable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Intolerable::TooLong(tag, length) => {
+                let tag = char::from(*tag).escape_default();
+                write!(
+                    f,
+                    "a message ('{tag}') of {length} bytes before the login was over, where {LOGIN_MESSAGE} are the most"
+                )
+            }
+            Intolerable::TooMuch => write!(f, "more than {LOGIN} bytes before the login was over"),
+            Intolerable::Plain(text) => write!(f, "the server said, before the login was over: {}", text.trim_end()),
+            Intolerable::Status(status) => {
+                let status = char::from(*status).escape_default();
+                write!(f, "the login ended in the transaction status '{status}', and no session begins like that")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Intolerable {}
 
 /// How much of a message's body is worth keeping. Of an error, severity and SQLSTATE come first; the longest parameter
 /// of interest is `default_transaction_read_only`.
@@ -76,7 +126,7 @@ fn worth(tag: u8) -> usize {
         b'Z' => 1,
         b'K' => 4,
         b'S' => 64,
-        b'E' => 200,
+        b'E' => ERROR,
         _ => 0,
     }
 }
@@ -102,13 +152,15 @@ impl Scanner {
             failing: false,
             in_hot_standby: None,
             read_only_by_default: None,
+            login: Some(LOGIN),
+            intolerable: None,
         }
     }
 
     /// These bytes went to the server. Only what the stream accepted may be told, or a retry is counted twice.
     pub(crate) fn sent(&mut self, mut bytes: &[u8]) {
         while !self.garbled {
-            match self.frontend.next(&mut bytes, |_| 0) {
+            match self.frontend.next(&mut bytes, |_| 0, usize::MAX) {
                 Ok(Some(tag)) => self.said(tag),
                 Ok(None) => return,
                 Err(Garbled) => self.garble(),
@@ -119,11 +171,33 @@ impl Scanner {
     /// These bytes came from the server.
     pub(crate) fn received(&mut self, mut bytes: &[u8]) {
         while !self.garbled {
-            match self.backend.next(&mut bytes, worth) {
+            match self.backend.next(&mut bytes, worth, self.login.map_or(usize::MAX, |left| left.min(LOGIN_MESSAGE))) {
                 Ok(Some(tag)) => self.heard(tag),
                 Ok(None) => return,
-                Err(Garbled) => self.garble(),
+                Err(Garbled) => {
+                    if let Some(left) = self.login {
+                        self.intolerable = self.verdict(left, bytes);
+                    }
+                    self.garble();
+                }
             }
+        }
+    }
+
+    /// What is wrong with the message whose header has just come, before the login is over; `rest` came behind it.
+    fn verdict(&self, left: usize, rest: &[u8]) -> Option<Intolerable> {
+        let [tag, length @ ..] = self.backend.header;
+        if tag == b'E' && left == LOGIN && !length.iter().any(u8::is_ascii_control) {
+            // As libpq tells them apart: no error is as long as a text is when its first letters are read as a length.
+            let text =
+                length.iter().chain(rest).take(ERROR).take_while(|&&byte| byte != 0).copied().collect::<Vec<_>>();
+            return Some(Intolerable::Plain(String::from_utf8_lossy(&text).into_owned()));
+        }
+        match u32::from_be_bytes(length) as usize {
+            // Of that `postgres` makes an error of its own.
+            ..4 => None,
+            length if length - 4 <= LOGIN_MESSAGE => Some(Intolerable::TooMuch),
+            length => Some(Intolerable::TooLong(tag, length)),
         }
     }
 
@@ -154,6 +228,9 @@ impl Scanner {
 
     fn heard(&mut self, tag: u8) {
         let body = &*self.backend.kept;
+        if let Some(left) = &mut self.login {
+            *left = left.saturating_sub(self.backend.length());
+        }
         match tag {
             b'Z' => {
                 self.status = match body {
@@ -162,6 +239,9 @@ impl Scanner {
                     b"E" => Status::Failed,
                     _ => Status::Unknown,
                 };
+                if self.login.take().is_some() && self.status != Status::Idle {
+                    self.intolerable = Some(Intolerable::Status(body.first().copied().unwrap_or(0)));
+                }
                 self.copy_in = false;
                 self.bound = false;
                 self.failing = false;
@@ -189,7 +269,12 @@ impl Scanner {
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
                     self.fatal = code;
-                    self.last_words = field(body, b'M').map(|text| String::from_utf8_lossy(text).into_owned());
+                    self.last_words = field(body, b'M').map(|text| {
+                        let is_cut = body.len() == ERROR && body.ends_with(text);
+                        let (kept, end) =
+                            if is_cut { (text.len().saturating_sub(CUT.len()), CUT) } else { (text.len(), "") };
+                        String::from_utf8_lossy(&text[..kept]).into_owned() + end
+                    });
                 }
             }
             b'S' => {
@@ -235,9 +320,20 @@ impl Scanner {
         self.poisoned
     }
 
-    /// Something is under way that may still change the status: a request half sent, unanswered or half answered, or a
-    /// COPY. Not so the closing of a dropped statement, which cannot fail.
+    /// Something is under way that may still change the status: [something was asked](Scanner::is_asked), or half a message
+    /// has come.
     pub(crate) fn is_busy(&self) -> bool {
+        self.is_asked() || self.is_half_told()
+    }
+
+    /// The beginning of a message has come, and its end has not.
+    pub(crate) fn is_half_told(&self) -> bool {
+        self.backend.is_inside()
+    }
+
+    /// A request is half sent or not yet answered to its end, or there is a COPY. Not so the closing of a dropped statement,
+    /// which cannot fail.
+    pub(crate) fn is_asked(&self) -> bool {
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(|&request| request != Request::Close)
     }
 
@@ -254,6 +350,11 @@ impl Scanner {
     /// Nothing more can come of it: poisoned, hung up or told so by the server.
     pub(crate) fn is_lost(&self) -> bool {
         self.poisoned || self.ended || self.fatal.is_some()
+    }
+
+    /// What came must not be passed on, nor anything after it.
+    pub(crate) fn intolerable(&self) -> Option<&Intolerable> {
+        self.intolerable.as_ref()
     }
 
     /// [`take_refused_write`](Scanner::take_refused_write) has something to tell.
@@ -302,6 +403,7 @@ fn field(body: &[u8], key: u8) -> Option<&[u8]> {
 const STARTUP: u8 = 0;
 
 /// A length that cannot be.
+#[derive(Debug)]
 struct Garbled;
 
 /// Cuts one direction into messages: a tag, a length that counts itself, a body.
@@ -326,8 +428,9 @@ impl Frames {
         Frames { header: [STARTUP; 5], got: 1, ..Frames::new() }
     }
 
-    /// Takes bytes up to the end of a message, and returns its tag if the end was among them.
-    fn next(&mut self, bytes: &mut &[u8], worth: impl Fn(u8) -> usize) -> Result<Option<u8>, Garbled> {
+    /// Takes bytes up to the end of a message, and returns its tag if the end was among them. No body may have more than
+    /// `most` bytes.
+    fn next(&mut self, bytes: &mut &[u8], worth: impl Fn(u8) -> usize, most: usize) -> Result<Option<u8>, Garbled> {
         if self.got < 5 {
             let piece = split_off(bytes, 5 - self.got);
             self.header[self.got..][..piece.len()].copy_from_slice(piece);
@@ -338,7 +441,7 @@ impl Frames {
             let [_, length @ ..] = self.header;
             // Signed, as `postgres` reads it.
             let body = i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok());
-            self.left = body.ok_or(Garbled)?;
+            self.left = body.filter(|&body| body <= most).ok_or(Garbled)?;
             self.kept.clear();
         }
         let tag = self.header[0];
@@ -351,6 +454,12 @@ impl Frames {
         }
         self.got = 0;
         Ok(Some(tag))
+    }
+
+    /// How long the last message was, its header included.
+    fn length(&self) -> usize {
+        let [_, length @ ..] = self.header;
+        u32::from_be_bytes(length) as usize + 1
     }
 
     /// Between the first and the last byte of a message.

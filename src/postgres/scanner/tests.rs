@@ -205,7 +205,7 @@ proptest! {
             }
         }
         prop_assert_eq!(format!("{whole:?}"), format!("{pieces:?}"));
-        prop_assert!(whole.backend.kept.len() <= 200);
+        prop_assert!(whole.backend.kept.len() <= ERROR);
     }
 }
 
@@ -215,6 +215,101 @@ fn nothing_is_known_before_the_login() {
     assert_eq!(scanner.status(), Status::Unknown);
     assert_eq!(scanner.pid(), None);
     assert!(scanner.is_busy());
+}
+
+#[test]
+fn half_a_message_from_the_server_is_busy_and_nobody_waits_for_it() {
+    let notification = message(b'A', b"\0\0\0\x07channel\0hello\0");
+    for cut in 1..notification.len() {
+        let mut scanner = logged_in();
+        scanner.received(&notification[..cut]);
+        assert!(scanner.is_busy() && scanner.is_half_told() && !scanner.is_asked() && !scanner.is_lost(), "{cut}");
+        scanner.received(&notification[cut..]);
+        assert!(!scanner.is_busy() && !scanner.is_half_told(), "{cut}");
+    }
+}
+
+/// A scanner that has sent its startup packet and been told this.
+fn logging_in(told: &[u8]) -> Scanner {
+    let mut scanner = Scanner::new();
+    scanner.sent(&startup());
+    scanner.received(told);
+    scanner
+}
+
+/// The header of a message that would be so long, its own length included.
+fn header(tag: u8, length: i32) -> Vec<u8> {
+    [&[tag][..], &length.to_be_bytes()].concat()
+}
+
+#[test]
+fn before_the_login_ends_a_message_has_a_length_that_is_not_exceeded() {
+    let most = LOGIN_MESSAGE as i32 + 4;
+    for tag in *b"REKSN" {
+        assert_eq!(logging_in(&header(tag, most)).intolerable(), None);
+        for length in [most + 1, i32::MAX] {
+            let told = header(tag, length);
+            for cut in 0..told.len() {
+                let mut scanner = logging_in(&told[..cut]);
+                assert_eq!(scanner.intolerable(), None);
+                scanner.received(&told[cut..]);
+                assert_eq!(scanner.intolerable(), Some(&Intolerable::TooLong(tag, length as usize)));
+                assert!(scanner.is_lost());
+            }
+        }
+    }
+    // What cannot be a length at all is left to `postgres` to refuse.
+    assert_eq!(logging_in(&header(b'R', 3)).intolerable(), None);
+    // After the login a row may be as long as it likes.
+    let mut scanner = logged_in();
+    scanner.sent(&message(b'Q', b"select\0"));
+    scanner.received(&header(b'D', i32::MAX));
+    assert!(scanner.intolerable().is_none() && !scanner.is_lost());
+}
+
+#[test]
+fn before_the_login_ends_there_is_an_end_to_what_is_listened_to() {
+    let notice = message(b'N', &[b'x'; 1000]);
+    let mut scanner = logging_in(b"");
+    let heard = (0..).take_while(|_| {
+        scanner.received(&notice);
+        scanner.intolerable().is_none()
+    });
+    assert_eq!(heard.count(), LOGIN / notice.len());
+    assert_eq!(scanner.intolerable(), Some(&Intolerable::TooMuch));
+    // Not so after it.
+    let mut scanner = logged_in();
+    (0..2 * LOGIN / notice.len()).for_each(|_| scanner.received(&notice));
+    assert!(scanner.intolerable().is_none() && !scanner.is_lost());
+}
+
+#[test]
+fn an_error_without_a_length_is_read_as_the_text_it_is() {
+    for (told, text) in [
+        (&b"Ecould not fork\n\0"[..], "could not fork\n"),
+        (b"Ecould not fork", "could not fork"),
+        ("E\u{41d}\u{435}\u{442}\0".as_bytes(), "\u{41d}\u{435}\u{442}"),
+    ] {
+        assert_eq!(logging_in(told).intolerable(), Some(&Intolerable::Plain(text.into())));
+    }
+    let long = [&b"E"[..], &[b'x'; 5000]].concat();
+    assert_eq!(logging_in(&long).intolerable(), Some(&Intolerable::Plain("x".repeat(ERROR))));
+    // Behind anything else it is only a length.
+    let told = [message(b'R', &[0; 4]), b"Ecould not fork".to_vec()].concat();
+    assert!(matches!(logging_in(&told).intolerable(), Some(Intolerable::TooLong(b'E', _))));
+}
+
+#[test]
+fn no_session_begins_in_a_transaction_or_in_a_status_nobody_knows() {
+    let login = |status| [message(b'R', &[0; 4]), key(7), ready(status)].concat();
+    assert_eq!(logging_in(&login(b'I')).intolerable(), None);
+    for status in *b"TE?\0" {
+        assert_eq!(logging_in(&login(status)).intolerable(), Some(&Intolerable::Status(status)));
+    }
+    let mut scanner = logged_in();
+    scanner.sent(&message(b'Q', b"begin\0"));
+    scanner.received(&ready(b'T'));
+    assert_eq!(scanner.intolerable(), None);
 }
 
 #[test]
@@ -314,6 +409,11 @@ fn a_fatal_error_leaves_its_code() {
         assert_eq!((scanner.fatal(), scanner.last_words()), (Some(*b"57P01"), Some(words)));
         assert!(scanner.is_lost() && !scanner.is_poisoned());
     }
+    // What is longer than what is kept says so.
+    let mut scanner = logged_in();
+    scanner.received(&message(b'E', &[b"SFATAL\0C57P01\0M", &[b'x'; 5000][..], b"\0\0"].concat()));
+    let words = scanner.last_words().unwrap();
+    assert!(words.len() <= ERROR && words.ends_with("xxx ... (cut)"), "{words}");
     // Only the severity counts, not a text that looks like one, nor a translation.
     let mut scanner = logged_in();
     scanner.received(&message(b'E', b"SFATAL\0VERROR\0C42601\0MVFATAL\0\0"));

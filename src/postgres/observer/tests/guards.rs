@@ -31,7 +31,8 @@ fn a_lying_server_hears_what_it_would_hear_from_the_plain_crate() {
     let declined: &[&str] = &["ssl?", "startup alice", "password secret"];
     let mut table: Vec<(&str, bool, &[u8], &[&str])> = Vec::new();
     // The terms, whether the connector has TLS, what the server replies to the request for it, what it hears.
-    for reply in [&b"N"[..], b"S", b"E", b"X", b""] {
+    // What is neither yes nor no has a test of its own: there the plain crate gives away more.
+    for reply in [&b"N"[..], b"S", b""] {
         table.push(("sslmode=disable", false, reply, in_clear));
         table.push(("sslmode=disable", true, reply, in_clear));
         table.push(("sslmode=disable sslnegotiation=direct", true, reply, in_clear));
@@ -64,6 +65,52 @@ fn a_lying_server_hears_what_it_would_hear_from_the_plain_crate() {
         match io {
             true => assert_eq!(kind(&error), kind(&plain_error), "{case}"),
             false => assert_eq!(error, plain_error, "{case}"),
+        }
+    }
+}
+
+/// Everything but yes and no, and of an error the words: by the second version of the protocol, as PostgreSQL speaks when
+/// it has no process for a client, and by the third.
+#[test]
+fn what_is_neither_yes_nor_no_to_tls_is_a_failure_and_gives_nothing_away() {
+    let cannot_fork = b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0";
+    let full = message(b'E', b"SFATAL\0C53300\0Mtoo many\x1b[2J clients\0\0");
+    let long = [b"E", &b"x\n".repeat(5000)[..]].concat();
+    let replies: [(&[u8], &str); 7] = [
+        (
+            cannot_fork,
+            "with an error, unverified: could not fork new process for connection: Resource temporarily unav",
+        ),
+        (&full, "with an error, unverified: too many\\u{1b}[2J clients"),
+        (&long, " ... (cut)"),
+        (b"E", "with an error, unverified: "),
+        (b"E\0\0\0\x08", "with an error, unverified: "),
+        (b"X", "with 'X', which is no answer"),
+        (b"\x1b", "with '\\u{1b}', which is no answer"),
+    ];
+    for (reply, words) in replies {
+        for (terms, has_tls) in [("sslmode=prefer", true), ("sslmode=require", true), ("sslmode=require", false)] {
+            let case =
+                format!("{terms}, TLS {has_tls}, reply {:?}", String::from_utf8_lossy(&reply[..reply.len().min(80)]));
+            let says = reply.to_vec();
+            let fake = Fake::new(move |mut stream| {
+                let mut heard = vec![hear(&mut stream)];
+                stream.write_all(&says).unwrap();
+                // Without a word more from here: it is the client that does not wait for ever.
+                heard.extend(std::iter::from_fn(|| Some(hear(&mut stream))).take_while(Option::is_some));
+                heard
+            });
+            let began = std::time::Instant::now();
+            let error = match has_tls {
+                true => refused(&fake.config(terms), tls()),
+                false => refused(&fake.config(terms), NoTls),
+            };
+            assert!(began.elapsed() < Duration::from_secs(8), "{case}");
+            let negotiation = NegotiationError::of(&error).unwrap_or_else(|| panic!("{case}: {}", chain(&error)));
+            assert!(negotiation.is_transient(), "{case}: {negotiation}");
+            let text = negotiation.to_string();
+            assert!(text.contains(words) && text.len() < 700 && !text.contains(['\n', '\x1b']), "{case}: {text}");
+            assert_eq!(fake.result(), [Some("ssl?".to_owned())], "{case}");
         }
     }
 }
@@ -123,6 +170,17 @@ fn a_broken_handshake_is_told_from_a_refused_one() {
     let error = refused(&stranger.config("sslmode=require"), super::tls::wary());
     let handshake = NegotiationError::of(&error).unwrap();
     assert!(matches!(handshake, NegotiationError::Handshake(_)) && !handshake.is_transient(), "{handshake}");
+
+    // A server that has no process for a client, asked for TLS without a question before it.
+    let in_clear = Fake::new(|mut stream| {
+        let heard = hear(&mut stream);
+        stream.write_all(b"Ecould not fork new process for connection\n\0").unwrap();
+        heard
+    });
+    let error = refused(&in_clear.config("sslmode=require sslnegotiation=direct"), tls());
+    let handshake = NegotiationError::of(&error).unwrap();
+    assert!(matches!(handshake, NegotiationError::InClear(_)) && handshake.is_transient(), "{handshake}");
+    assert_eq!(in_clear.result().as_deref(), Some("tls"));
 
     let silent = Fake::new(|stream| interrogate(stream, b""));
     let error = refused(&silent.config("sslmode=require"), tls());

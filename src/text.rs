@@ -1,0 +1,183 @@
+//! What is shown: text from outside (a server's words, a pool's or a thread's name), in a form that stands in a log or on a
+//! terminal and does nothing else there.
+//!
+//! Every way out goes through here: an error's or a table's `Display`, a log record, a name. What is kept for programs (a
+//! field, the typed source of a cause) stays as it came. Escaped text is not changed by being escaped again, and cut text
+//! is not cut again, so it does no harm to go through here twice.
+
+use std::fmt::{self, Write};
+
+/// How much is shown of what the other side said, in bytes: several times what PostgreSQL's own longest errors come to.
+pub(crate) const CAUSE: usize = 1024;
+/// How much is shown of a name that anybody may choose, in bytes.
+pub(crate) const NAME: usize = 64;
+
+/// What stands at the end of what was cut.
+pub(crate) const CUT: &str = " ... (cut)";
+
+/// Shows what it holds, escaped.
+pub(crate) struct Shown<T>(pub(crate) T);
+
+impl<T: fmt::Display> fmt::Display for Shown<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(Escaping(f), "{}", self.0)
+    }
+}
+
+/// Escapes what is written to it.
+pub(crate) struct Escaping<W>(pub(crate) W);
+
+impl<W: Write> Write for Escaping<W> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut plain = 0;
+        for (at, c) in text.char_indices().filter(|&(_, c)| is_harmful(c)) {
+            self.0.write_str(&text[plain..at])?;
+            write!(self.0, "{}", c.escape_default())?;
+            plain = at + c.len_utf8();
+        }
+        self.0.write_str(&text[plain..])
+    }
+}
+
+/// What `value` shows, escaped and cut to `limit` bytes, which says so. However much it may show, little more than that is
+/// ever made.
+pub(crate) fn brief(value: impl fmt::Display, limit: usize) -> String {
+    let mut text = Brief::new(limit);
+    text.push(value);
+    text.finish()
+}
+
+/// Text up to a limit; escaped.
+pub(crate) struct Brief {
+    text: String,
+    limit: usize,
+    /// How much of it will still be there if it is to be cut.
+    kept: usize,
+    is_cut: bool,
+}
+
+impl Brief {
+    pub(crate) fn new(limit: usize) -> Brief {
+        Brief { text: String::new(), limit, kept: 0, is_cut: false }
+    }
+
+    /// Adds what `value` shows, as far as there is room.
+    pub(crate) fn push(&mut self, value: impl fmt::Display) {
+        // The only error is the one that ends it at the limit. (One of the value's own ends what it shows.)
+        let _ = write!(self, "{value}");
+    }
+
+    /// What there is until now, the end of what was cut included.
+    pub(crate) fn as_str(&self) -> &str {
+        &self.text
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    pub(crate) fn finish(self) -> String {
+        self.text
+    }
+}
+
+impl Write for Brief {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            if self.is_cut {
+                return Err(fmt::Error);
+            }
+            let before = self.text.len();
+            if is_harmful(c) {
+                self.text.extend(c.escape_default());
+            } else {
+                self.text.push(c);
+            }
+            if self.text.len() > self.limit {
+                self.text.truncate(self.kept);
+                self.text.push_str(CUT);
+                self.is_cut = true;
+            } else if before + CUT.len() <= self.limit {
+                self.kept = before;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a character does something other than to stand there: it controls a terminal, begins a line, changes the
+/// direction of what follows or cannot be seen.
+pub(crate) fn is_harmful(c: char) -> bool {
+    match c {
+        ' '..='~' => false,
+        _ => {
+            c.is_control()
+                || matches!(c,
+                    '\u{ad}' | '\u{61c}' | '\u{180e}'
+                    // Zero-width, the marks of direction, line and paragraph separators, bidirectional embeddings.
+                    | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+                    | '\u{feff}' | '\u{fff9}'..='\u{fffb}'
+                    | '\u{e0000}'..='\u{e007f}')
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_there_is_left_alone() {
+        for text in ["", "plain, with 'quotes' and a \\ in it", "größer als 10 µs, 東京 🦀"] {
+            assert_eq!(Shown(text).to_string(), text);
+            assert_eq!(brief(text, 100), text);
+        }
+    }
+
+    #[test]
+    fn what_does_something_is_escaped_once() {
+        for (text, shown) in [
+            ("a\x1b[2Jb", "a\\u{1b}[2Jb"),
+            ("one\r\ntwo\tthree", "one\\r\\ntwo\\tthree"),
+            ("\0\x07\x08\x7f\u{9b}", "\\u{0}\\u{7}\\u{8}\\u{7f}\\u{9b}"),
+            ("abc\u{202e}cba\u{2066}\u{2069}", "abc\\u{202e}cba\\u{2066}\\u{2069}"),
+            ("\u{feff}zero\u{200b}width\u{2028}", "\\u{feff}zero\\u{200b}width\\u{2028}"),
+            ("tag\u{e0041}", "tag\\u{e0041}"),
+        ] {
+            assert_eq!(Shown(text).to_string(), shown);
+            assert_eq!(Shown(shown).to_string(), shown);
+            assert_eq!(brief(text, 100), shown);
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_is_cut_once_and_says_so() {
+        for limit in [20, 21, 22, 23, 24, 64] {
+            for text in ["x".repeat(1000), "ä".repeat(1000), "\x1b".repeat(1000), "a\n🦀".repeat(1000)] {
+                let cut = brief(&text, limit);
+                assert!(cut.len() <= limit && cut.ends_with(CUT) && cut.len() > CUT.len(), "{limit}: {cut}");
+                // Neither a character nor an escape is cut in two.
+                let kept = cut.strip_suffix(CUT).unwrap();
+                assert!(Shown(&text).to_string().starts_with(kept) && !kept.ends_with(['\\', 'u', '{', '1', 'b']));
+                assert_eq!(brief(&cut, limit), cut);
+            }
+            assert_eq!(brief("x".repeat(limit), limit), "x".repeat(limit), "what just fits");
+        }
+    }
+
+    #[test]
+    fn no_more_is_made_than_is_shown() {
+        struct Endless;
+        impl fmt::Display for Endless {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                loop {
+                    f.write_str("and so on ")?;
+                }
+            }
+        }
+        assert!(brief(Endless, CAUSE).len() <= CAUSE);
+        let mut parts = Brief::new(30);
+        (0..1000).for_each(|n| parts.push(n));
+        assert_eq!(parts.finish(), "01234567891011121314 ... (cut)");
+    }
+}
