@@ -6,6 +6,7 @@
 use crate::clock::Moment;
 use crate::connection::{Conn, Link};
 use crate::crew::{Crew, Kind, Task, Work, drop_payload};
+use crate::defect;
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
 use crate::here;
@@ -75,7 +76,10 @@ impl<M: Manage> Work for Shared<M> {
 
     fn run(self: &Arc<Self>, job: Job<M>) {
         let _here = here::on_the_crew(self.address());
-        job.run(self);
+        // A user's code was caught where it was called.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job.run(self))) {
+            defect::tell(self, "a job", panic);
+        }
     }
 
     fn left(&self) {
@@ -273,7 +277,7 @@ pub(crate) fn shielded(code: impl FnOnce()) {
     let _ = catch(code);
 }
 
-fn panic_text(payload: &(dyn Any + Send)) -> &str {
+pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> &str {
     match payload.downcast_ref::<&str>() {
         Some(text) => text,
         None => payload.downcast_ref::<String>().map_or("(no message)", String::as_str),

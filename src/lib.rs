@@ -94,6 +94,7 @@ mod builder;
 mod clock;
 mod connection;
 mod crew;
+mod defect;
 mod error;
 pub mod event;
 mod guard;

@@ -8,6 +8,7 @@ use crate::builder::Hooks;
 use crate::clock::{Clock, Moment};
 use crate::connection::Conn;
 use crate::crew::Crew;
+use crate::defect;
 use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot, shielded};
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
@@ -23,7 +24,7 @@ use log::Level;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::panic::Location;
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
@@ -243,7 +244,11 @@ impl<M: Manage> Shared<M> {
             return orders.into_iter().for_each(std::mem::forget);
         }
         // One that panics takes none of the others with it.
-        orders.into_iter().for_each(|order| shielded(|| self.dispatch(order)));
+        for order in orders {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.dispatch(order))) {
+                defect::tell(self, "an order", panic);
+            }
+        }
     }
 
     /// Looks until `look` finds what it looks for, again after each change. `None`: the deadline came first.

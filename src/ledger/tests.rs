@@ -91,6 +91,8 @@ struct Job {
     token: Token,
     conn: Conn,
     begun: Moment,
+    /// The event with which it began.
+    event: u64,
     /// Whether it is the crew's: not if it waits for a thread, nor if it is a close on a thread that is not the crew's.
     counted: bool,
 }
@@ -102,6 +104,7 @@ struct Own {
     conn: Conn,
     ticket: Ticket,
     begun: Moment,
+    event: u64,
 }
 
 /// How long the world takes for each part of a job. `Duration::MAX`: for ever.
@@ -166,9 +169,16 @@ struct World {
     dead: Vec<Conn>,
     /// Whether one can look at a connection without asking the server.
     sees: bool,
-    /// When each connection was last seen to be well, and when one was last found dead.
-    proven: HashMap<Conn, Moment>,
-    suspect: Moment,
+    /// Counts what proves a connection well, at its beginning, and what finds one dead: by which of these each connection
+    /// was last proven, and one was last found dead.
+    events: u64,
+    proven: HashMap<Conn, u64>,
+    suspect: u64,
+    /// With which event each connection was dialled, and the last that replaces what was dialled before.
+    dialled: HashMap<Conn, u64>,
+    replaced: u64,
+    /// The greatest size there ever was.
+    greatest: u32,
     most: usize,
     /// What was given to the crew, has not ended, and is not written off.
     posted: BTreeMap<u64, Kind>,
@@ -232,8 +242,12 @@ impl World {
             jitter: 0.0,
             dead: Vec::new(),
             sees: false,
+            events: 0,
             proven: HashMap::new(),
-            suspect: Moment::BIRTH,
+            suspect: 0,
+            dialled: HashMap::new(),
+            replaced: 0,
+            greatest: 0,
             most: 0,
             posted: BTreeMap::new(),
             closers: BTreeSet::new(),
@@ -250,6 +264,11 @@ impl World {
     /// What a thread reads off its clock: it may tell the ledger later, when others have told it of later times.
     fn read(&self) -> Moment {
         self.now.minus(self.skew)
+    }
+
+    fn event(&mut self) -> u64 {
+        self.events += 1;
+        self.events
     }
 
     fn set_skew(&mut self, skew: Duration) {
@@ -319,9 +338,10 @@ impl World {
         *used = self.now;
         let row = &self.ledger.rows[token.index as usize];
         assert!(row.dies > self.now, "handed out past its lifetime");
-        // P9: whatever was last known to be well before another was found dead has been looked at since.
+        assert!(self.dialled[&conn] > self.replaced, "replaced, and lent");
+        // P9: what proves this one well began after any other was found dead.
         assert!(
-            self.proven[&conn] >= self.suspect || self.ledger.rules.validate == Validate::Never,
+            self.proven[&conn] > self.suspect || self.ledger.rules.validate == Validate::Never,
             "suspect, and lent"
         );
         assert!(self.out.insert(seat, (token, conn)).is_none());
@@ -357,7 +377,7 @@ impl World {
         if task == Task::Close && self.closers.len() >= CLOSERS {
             return self.backlog.push_back((token, conn));
         }
-        let mut job = Job { token, conn, begun: self.now, counted: false };
+        let mut job = Job { token, conn, begun: self.now, event: 0, counted: false };
         if self.spawns {
             self.count(&mut job, task.kind());
             if self.takes.start > Duration::ZERO {
@@ -426,11 +446,31 @@ impl World {
         }
         self.watch_the_bound();
         job.begun = self.now;
+        job.event = self.event();
         if task == Task::Open {
             self.server.insert(job.conn, (self.now, self.now));
+            self.dialled.insert(job.conn, job.event);
+            self.assert_a_dial_is_due();
             self.dials.push(self.now);
         }
         self.later(takes, event, job);
+    }
+
+    /// P5: with those that are lost and those that are dialled the server sees as many more as the pool has slots, at
+    /// most; beyond that one is dialled in a minute.
+    fn assert_a_dial_is_due(&self) {
+        let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
+        let others = self.counts().lost + dialled.count() as u32;
+        let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
+        assert!(
+            others < self.greatest.max(self.ledger.rules.max_size) || probe,
+            "{others} may be lost, and one more is dialled"
+        );
+    }
+
+    /// Whether the job has its slot.
+    fn is_counted_on(&self, job: &Job) -> bool {
+        self.ledger.is_current(&job.token) && self.ledger.rows[job.token.index as usize].phase != STUCK
     }
 
     /// What a job has come to.
@@ -453,7 +493,7 @@ impl World {
                 self.next(self.takes.handler, Event::Handled(self.leaves_one), job);
             }
             Event::Opened => {
-                self.proven.insert(conn, self.now);
+                self.proven.insert(conn, job.event);
                 let begun = self.now.since(job.begun);
                 match self.ledger.opened(now, job.token, conn) {
                     Ok(()) => {
@@ -473,14 +513,14 @@ impl World {
                 let was_written_off =
                     !self.ledger.is_current(&job.token) || self.ledger.rows[job.token.index as usize].phase == STUCK;
                 if reason == CloseReason::Invalid && !was_written_off {
-                    self.suspect = self.now.min(now.max(self.ledger.now)); // or it was written off, which was the news
+                    self.suspect = self.event(); // or it was written off, which was the news
                 }
                 self.ledger.check_failed(now, &job.token, reason);
                 self.settle();
                 self.next(self.takes.handler, Event::Handled(true), job);
             }
             Event::Checked | Event::Reset => {
-                self.proven.insert(conn, self.now);
+                self.proven.insert(conn, job.event);
                 match self.ledger.checked(now, job.begun.minus(self.skew), job.token, conn) {
                     Ok(()) => self.over(id),
                     Err((token, _)) => return self.close_late(Job { token, ..job }),
@@ -513,18 +553,18 @@ impl World {
 
     /// A worker's own check has come to its end.
     fn own_check(&mut self, own: Own) {
-        let Own { seat, token, conn, ticket, begun } = own;
+        let Own { seat, token, conn, ticket, begun, event } = own;
         let now = self.read();
         let limit = self.ledger.rules.validation_timeout;
         if self.dead.contains(&conn) || self.now.since(begun) >= limit {
             self.server.remove(&conn);
-            self.suspect = self.now.min(now.max(self.ledger.now));
+            self.suspect = self.event();
             self.ledger.check_failed(now, &token, CloseReason::Invalid);
             self.settle();
             self.closes.push((self.now, conn, CloseReason::Invalid));
             self.post(Task::Close, token, conn);
         } else {
-            self.proven.insert(conn, self.now);
+            self.proven.insert(conn, event);
             if let Some((token, conn)) = self.ledger.cleared(now, begun.minus(self.skew), token, conn, here()) {
                 self.lent(seat, token, conn);
                 return self.settle();
@@ -645,8 +685,9 @@ impl World {
             Take::Check(token, conn, ticket) => {
                 assert!(here, "it did not offer to");
                 self.serial += 1;
+                let event = self.event();
                 let until = self.now.plus(self.takes.check.min(self.ledger.rules.validation_timeout));
-                self.own.insert((until, self.serial), Own { seat, token, conn, ticket, begun: self.now });
+                self.own.insert((until, self.serial), Own { seat, token, conn, ticket, begun: self.now, event });
             }
             Take::Nothing => self.join(seat, None),
         }
@@ -688,8 +729,11 @@ impl World {
         let (token, conn) = self.out.remove(&seat).unwrap_or_else(|| panic!("{seat} has none"));
         let now = self.read().max(self.ledger.now);
         self.server.get_mut(&conn).unwrap().1 = now;
-        if back == Back::Broken {
-            self.suspect = now;
+        match back {
+            Back::Broken => self.suspect = self.event(),
+            // Once for all that are as old.
+            Back::Outdated if self.dialled[&conn] > self.replaced => self.replaced = self.event(),
+            _ => {}
         }
         self.ledger.checkin(self.read(), token, conn, back);
         self.settle();
@@ -1613,7 +1657,10 @@ fn one_who_checked_in_vain_keeps_its_place() {
     w.settle();
     let later = w.get();
     w.ledger.check_failed(w.now, &token, CloseReason::Invalid);
-    w.jobs.insert((w.now.plus(ms(10)), u64::MAX), (Event::Closed, Job { token, conn, begun: w.now, counted: false }));
+    w.jobs.insert(
+        (w.now.plus(ms(10)), u64::MAX),
+        (Event::Closed, Job { token, conn, begun: w.now, event: 0, counted: false }),
+    );
     let (Join::Queued(got), _) = w.ledger.join(w.now, here(), Some(ticket), 77) else { panic!() };
     assert_eq!(got, ticket);
     w.waiting.push_front((77, ticket, w.now)); // the naive account: ahead of `later`
@@ -2265,9 +2312,15 @@ mod property {
                 Op::Run(n) => w.run(ms(n)),
                 Op::Blink(n) => w.run(us(n)),
                 Op::Sleepy(n) => w.wake_time = us(n),
-                Op::Resize(n) if n >= floor => w.ledger.resize(w.read(), n),
+                Op::Resize(n) if n >= floor => {
+                    w.greatest = w.greatest.max(w.ledger.rules.max_size);
+                    w.ledger.resize(w.read(), n);
+                }
                 Op::Resize(_) => {}
-                Op::Recycle => w.ledger.recycle(w.read()),
+                Op::Recycle => {
+                    w.replaced = w.event();
+                    w.ledger.recycle(w.read());
+                }
                 Op::Close => {
                     w.ledger.close(w.read());
                 }
