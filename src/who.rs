@@ -125,7 +125,7 @@ impl Registry {
 fn names() -> MutexGuard<'static, Names> {
     let pid = process::id();
     let mut registry = &REGISTRY;
-    while !matches!(registry.pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed), Ok(_))
+    while registry.pid.compare_exchange(0, pid, Ordering::Relaxed, Ordering::Relaxed).is_err()
         && registry.pid.load(Ordering::Relaxed) != pid
     {
         registry = registry.next.get_or_init(|| Box::new(Registry::new()));

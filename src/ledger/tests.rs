@@ -167,6 +167,8 @@ struct World {
     jitter: f64,
     /// Connections that fail their next check.
     dead: Vec<Conn>,
+    /// Whether one can look at a connection without asking the server.
+    sees: bool,
     /// Counts what proves a connection well, at its beginning, and what finds one dead: by which of these each connection
     /// was last proven, and one was last found dead.
     events: u64,
@@ -239,6 +241,7 @@ impl World {
             leaves_one: false,
             jitter: 0.0,
             dead: Vec::new(),
+            sees: false,
             events: 0,
             proven: HashMap::new(),
             suspect: 0,
@@ -695,15 +698,19 @@ impl World {
 
     /// One thread asks for a connection, and waits for none.
     fn try_get(&mut self) -> Option<Seat> {
-        let lent = match self.ledger.take(self.read(), here(), false) {
-            Take::Ready(token, conn) => {
+        let taken = match self.ledger.take_at_once(self.read(), here()) {
+            Take::Ready(token, conn) => Some((token, conn)),
+            Take::Check(token, conn, _) => self.ledger.seen(self.read(), token, conn, here(), self.sees),
+            Take::Nothing => None,
+        };
+        let lent = match taken {
+            Some((token, conn)) => {
                 self.next_seat += 1;
                 self.assert_passable();
                 self.lent(self.next_seat, token, conn);
                 Some(self.next_seat)
             }
-            Take::Check(..) => unreachable!("it did not offer to"),
-            Take::Nothing => {
+            None => {
                 self.ledger.prepare(self.read());
                 self.check_that_one_is_prepared();
                 None
@@ -1788,6 +1795,23 @@ fn a_reset_or_a_keepalive_that_hangs_holds_up_nobody() {
 }
 
 #[test]
+fn what_one_try_get_had_checked_serves_the_next_until_another_is_found_dead() {
+    let mut w = World::new(Rules { validate: Validate::AfterIdle(secs(1)), ..rules() });
+    w.burst(3);
+    for found in [false, true] {
+        w.run(secs(100));
+        let dead = w.get();
+        w.run(secs(2));
+        assert_eq!(w.try_get(), None);
+        w.run(secs(200));
+        w.put_back(dead, if found { Back::Broken } else { Back::Keep });
+        let served = w.try_get();
+        assert_eq!(served.is_some(), !found, "checked, 200 s ago");
+        served.into_iter().for_each(|seat| w.put(seat));
+    }
+}
+
+#[test]
 fn try_get_prepares_one_at_a_time() {
     let mut w = World::new(rules());
     w.takes.open = ms(100);
@@ -2265,6 +2289,7 @@ mod property {
                     w.get_or_check(true);
                 }
                 Op::TryGet => {
+                    w.sees = !w.sees;
                     w.try_get();
                 }
                 Op::Put(n, back) => {
