@@ -265,7 +265,8 @@ impl<M: Manage> Builder<M> {
     /// Prepares each connection after it is opened, and takes care of it when it is closed, as in r2d2.
     ///
     /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called only
-    /// if `on_acquire` succeeded, and takes the place of [`Manage::close`].
+    /// if `on_acquire` succeeded, and takes the place of [`Manage::close`]. `on_acquire` runs again after a
+    /// reset that [undid what it set](Manage::undoes_on_acquire), as part of it.
     #[must_use]
     pub fn connection_customizer(mut self, c: Box<dyn CustomizeConnection<M::Connection, M::Error>>) -> Self {
         self.hooks.customizer = Some(c);

@@ -286,6 +286,11 @@ impl Cause {
         Cause { error: Some(Arc::new(error) as Arc<dyn StdError + Send + Sync>), ..Cause::message("") }.with_own_text()
     }
 
+    /// Whether it holds an error of the manager's own, with a drop of its own.
+    pub(crate) fn is_typed(&self) -> bool {
+        self.error.is_some()
+    }
+
     fn with_own_text(mut self) -> Cause {
         if let Some(error) = &self.error {
             self.text = Cause::text(&**error).text;

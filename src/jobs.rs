@@ -199,7 +199,12 @@ fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
             let remark = brief(remark, CAUSE);
             shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
         }
-        result
+        match (&shared.hooks.customizer, &result) {
+            (Some(customizer), Ok(Ok(()))) if shared.manager.undoes_on_acquire() => {
+                catch(|| customizer.on_acquire(conn.get_mut()))
+            }
+            _ => result,
+        }
     } else {
         catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout))
     };

@@ -1384,11 +1384,12 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// Sets the floor.
+    /// Sets the floor. What it no longer keeps and is due goes at once.
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
         self.step(now, |l, now| {
             l.rules.min_idle = min_idle;
             l.restacked = now;
+            l.evict_idle(now);
             l.arm(now);
         });
     }

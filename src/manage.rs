@@ -104,6 +104,13 @@ pub trait Manage: Send + Sync + 'static {
         Ok(())
     }
 
+    /// Whether a [`reset`](Manage::reset) that succeeds has undone what a customizer's `on_acquire` set. If so `on_acquire`
+    /// runs again after each, as part of it: if it fails, so has the reset. By default `false`: it runs once for each
+    /// connection.
+    fn undoes_on_acquire(&self) -> bool {
+        false
+    }
+
     /// What is to be said of the state in which a connection came back for a reset: it goes to the log as a warning, with
     /// the thread and the line of source that had checked the connection out. Asked once, after `reset`.
     ///

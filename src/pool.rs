@@ -402,6 +402,9 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, lent ones as they come back.
     ///
+    /// Where such a connection takes more than a tenth of `close_timeout` to close, and somebody waits for its place, it is
+    /// given up like one past that limit: what it leads to may be the server that failed.
+    ///
     /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
     /// forgotten: the next attempt is made soon.
     pub fn recycle(&self) {

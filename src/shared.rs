@@ -375,7 +375,7 @@ impl<M: Manage> Shared<M> {
         let before = self.cause.lock().replace(cause);
         match before {
             // What the one before was made of may be the user's, with a drop that takes its time.
-            Some(before) if reaper::is_this(self) => self.post(Job::Drop(before)),
+            Some(before) if before.is_typed() && reaper::is_this(self) => self.post(Job::Drop(before)),
             before => shielded(|| drop(before)),
         }
     }

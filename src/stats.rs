@@ -247,7 +247,7 @@ pub struct Stats {
     /// How long it took to open a connection.
     pub open_time: Distribution,
     /// The greatest time by which the pool was late in closing an idle or aged connection, counted from the deadline
-    /// to the moment the close was ordered.
+    /// to the moment the close began to run.
     pub max_lateness: Duration,
 
     pub(crate) closes_by: [u64; CloseReason::ALL.len()],

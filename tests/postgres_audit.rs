@@ -42,6 +42,17 @@ fn row(audit: &Audit, pid: Option<i32>) -> &Backend {
     audit.backends.iter().find(|b| Some(b.pid) == pid).unwrap_or_else(|| panic!("no {pid:?} in\n{audit}"))
 }
 
+/// An audit with so many orphans: that an end is closed may take the kernel a moment.
+fn audit_with_orphans(n: usize, mut audit: impl FnMut() -> Audit) -> Audit {
+    let mut found = audit();
+    let complete = wait_until(soon(), || {
+        found = audit();
+        found.orphans().count() == n
+    });
+    assert!(complete, "{found}");
+    found
+}
+
 /// Not a test of its own: a process with a pool that has `busy` connections with a query and `idle` without, until it is
 /// killed. See [`process`].
 #[test]
@@ -67,7 +78,8 @@ fn process(name: &str, busy: usize, idle: usize, params: &str) -> Again {
     let there = wait_until(soon(), || {
         let backends = server().backends(&known);
         let working = backends.iter().filter(|b| b.state == "active" && b.query.contains("pg_sleep")).count();
-        working == busy && backends.iter().filter(|b| b.state == "idle").count() == idle
+        // A pooler may use one more, for what the pool asks when it opens.
+        working == busy && backends.iter().filter(|b| b.state == "idle").count() >= idle
     });
     assert!(there, "{:?}", server().backends(&known));
     child
@@ -195,7 +207,7 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
     let survivor = process("orders", 1, 0, &params("postgres"));
 
     let alive = audit(&pool).unwrap();
-    let processes: Vec<_> = of(&alive, Owner::Process).iter().map(|b| b.process.unwrap()).collect();
+    let processes: Vec<_> = of(&alive, Owner::Other).iter().map(|b| b.process.unwrap()).collect();
     assert_eq!(processes.iter().filter(|&&pid| pid == killed.id()).count(), 3, "{alive}");
     assert_eq!(processes.len(), 4, "{alive}");
     assert_eq!(alive.orphans().count(), 0, "{alive}");
@@ -209,7 +221,7 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
         wait_until(soon(), || {
             found = audit(&pool).unwrap();
             // The idle one goes by itself, in its own time.
-            found.orphans().count() == 2 && of(&found, Owner::Process).len() == 1
+            found.orphans().count() == 2 && found.backends.iter().all(|b| b.owner != Owner::Unknown)
         }),
         "{found}"
     );
@@ -217,17 +229,18 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
     let found = audit(&pool).unwrap();
     assert_eq!(found.orphans().count(), 2, "{found}");
     assert!(found.orphans().all(|b| b.process == Some(killed.id())), "{found}");
-    assert!(found.to_string().contains(&format!("ORPHANED: process {} is dead", killed.id())), "{found}");
+    let said = format!("ORPHANED ({} by its name): its client has closed", killed.id());
+    assert!(found.to_string().contains(&said), "{found}");
     assert!(found.to_string().contains("2 orphaned"), "{found}");
-    assert_eq!(of(&found, Owner::Process).len(), 1, "the survivor's; the idle one went by itself: {found}");
+    assert_eq!(of(&found, Owner::Other).len(), 1, "the survivor's; the idle one went by itself: {found}");
 
     let account = found.terminate_orphans(&pool).unwrap();
     assert_eq!(account.done.len(), 2, "{account}");
     for done in &account.done {
-        assert_eq!((done.process, &done.outcome), (killed.id(), &Outcome::Ended), "{account}");
+        assert_eq!((done.process, &done.outcome), (Some(killed.id()), &Outcome::Ended), "{account}");
         assert!(found.orphans().any(|b| b.pid == done.pid));
     }
-    assert!(account.to_string().contains("ended 2 of 2 orphaned backends"), "{account}");
+    assert!(account.to_string().contains("ended 2 of 2 backends"), "{account}");
     assert_eq!(server().count(&format!("orders [{}]", killed.id())), 0);
     assert_eq!(server().count(&format!("orders [{}]", survivor.id())), 1, "left alone");
     assert!(row(&audit(&pool).unwrap(), borrowed.backend_pid()).owner == Owner::Pool, "left alone");
@@ -237,16 +250,16 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
     assert!(again.done.iter().all(|done| done.outcome == Outcome::Gone), "{again}");
 }
 
-/// Between the audit and the end of an orphan, its pid may become another's, or its process turn out to live.
+/// Between the audit and the end of an orphan, its pid may become another's, or somebody turn out to hold its connection.
 #[test]
 fn each_is_looked_at_again() {
     let pool = pool("again", 1);
     let mut killed = process("again", 1, 0, &params("postgres"));
-    let alive = process("again", 1, 0, &params("postgres"));
+    let _alive = process("again", 1, 0, &params("postgres"));
     killed.bury();
-    let found = audit(&pool).unwrap();
-    let orphan = found.orphans().next().unwrap_or_else(|| panic!("{found}")).clone();
-    let living = of(&found, Owner::Process)[0].clone();
+    let found = audit_with_orphans(1, || audit(&pool).unwrap());
+    let orphan = found.orphans().next().unwrap().clone();
+    let living = of(&found, Owner::Other)[0].clone();
     let only = |backend: Backend| {
         let mut changed = found.clone();
         changed.backends = vec![backend];
@@ -259,18 +272,68 @@ fn each_is_looked_at_again() {
     let mut other = orphan.clone();
     other.application_name += "x";
     assert_eq!(only(other), Outcome::Gone, "a backend of another's");
-    let mut other = living.clone();
-    other.owner = Owner::Orphaned;
-    assert_eq!(only(other.clone()), Outcome::Spared(format!("process {} lives", alive.id())));
-    other.process = orphan.process;
-    assert!(matches!(only(other.clone()), Outcome::Spared(why) if why.contains("somebody holds the connection")));
-    let mut other = of(&found, Owner::Pool)[0].clone();
-    (other.owner, other.process, other.client) = (Owner::Orphaned, orphan.process, None);
-    assert_eq!(only(other), Outcome::Gone, "busy no more");
+    for held in [&living, of(&found, Owner::Pool)[0]] {
+        let mut other = held.clone();
+        // Whatever was written down of it, this host is asked again.
+        (other.owner, other.process, other.client) = (Owner::Orphaned, orphan.process, orphan.client);
+        assert_eq!(only(other), Outcome::Spared("somebody holds its connection".into()));
+    }
     assert!(pool.get().unwrap().batch_execute("").is_ok(), "and alive");
     assert_eq!(server().count(&orphan.application_name) + server().count(&living.application_name), 2);
 
     assert_eq!(only(orphan), Outcome::Ended);
+}
+
+/// Through a unix socket nothing is proven, so nothing is ended; unless an operator who knows better names it.
+#[test]
+fn what_is_unknown_ends_only_by_its_pid() {
+    let unix =
+        format!("host={} port={} user=postgres dbname=postgres", server().socket_dir().display(), server().port());
+    let mut killed = process("named", 2, 0, &unix);
+    killed.bury();
+    let theirs = format!("named [{}]", killed.id());
+    let pools = [unix, params("postgres")].map(|params| manager(&params).builder().name("named").open().unwrap());
+    let theirs_in = |audit: &Audit| {
+        let theirs: Vec<_> = audit.backends.iter().filter(|b| b.process == Some(killed.id())).cloned().collect();
+        assert_eq!((theirs.len(), audit.orphans().count()), (2, 0), "{audit}");
+        assert!(theirs.iter().all(|b| b.owner == Owner::Unknown), "{audit}");
+        theirs
+    };
+    for pool in &pools {
+        let found = audit(pool).unwrap();
+        theirs_in(&found);
+        assert!(found.notes.iter().any(|note| note.contains("a unix socket")), "{found}");
+        let unseen = found.notes.iter().any(|note| note.contains("1 of the pool are known by pid and age alone"));
+        assert_eq!(unseen, of(&found, Owner::Pool)[0].client.is_none(), "{found}");
+        assert!(found.terminate_orphans(pool).unwrap().done.is_empty());
+        assert_eq!(server().count(&theirs), 2);
+    }
+
+    let found = audit(&pools[0]).unwrap();
+    let [pid, other] = [0, 1].map(|i| theirs_in(&found)[i].pid);
+    let outcomes = |audit: &Audit, pids: &[i32]| {
+        let account = audit.terminate(&pools[0], pids).unwrap();
+        account.done.into_iter().map(|done| (done.pid, done.outcome)).collect::<Vec<_>>()
+    };
+    assert_eq!(outcomes(&found, &[]), []);
+    let unheard = Outcome::Spared("the audit has no such backend".into());
+    assert_eq!(outcomes(&found, &[pid, pid, -1]), [(pid, Outcome::Ended), (-1, unheard)]);
+    assert_eq!(outcomes(&found, &[pid]), [(pid, Outcome::Gone)]);
+    assert_eq!(server().count(&theirs), 1, "the other was not named");
+
+    // Another backend that has its pid by now is not hit, nor is the connection that asks.
+    let mut earlier = found.clone();
+    for backend in &mut earlier.backends {
+        backend.backend_start = backend.backend_start.map(|start| start - ms(1));
+    }
+    assert_eq!(outcomes(&earlier, &[other]), [(other, Outcome::Gone)]);
+    let mut own = pools[1].get().unwrap();
+    let pid = own.backend_pid().unwrap();
+    let found = audit(&pools[1]).unwrap();
+    let account = found.terminate_with(&mut own, &[pid]).unwrap();
+    assert_eq!(account.done[0].outcome, Outcome::Spared("it is the connection that asks".into()), "{account}");
+    assert!(own.batch_execute("").is_ok());
+    server().terminate(&theirs);
 }
 
 /// Through a proxy that has not noticed yet: the server's side of the connection is well.
@@ -286,32 +349,10 @@ fn what_somebody_holds_is_not_orphaned() {
     let theirs: Vec<_> = audit.backends.iter().filter(|b| b.process == Some(killed.id())).collect();
     assert_eq!(theirs.len(), 2, "{audit}");
     for backend in theirs {
-        assert_eq!(backend.owner, Owner::Process, "{audit}");
-        assert!(backend.note.as_ref().unwrap().contains("its process is dead, but somebody holds"), "{audit}");
+        assert_eq!((backend.owner, &backend.note), (Owner::ThisProcess, &None), "the proxy is here: {audit}");
     }
-    assert!(audit.to_string().contains("note: "), "{audit}");
+    assert_eq!(audit.orphans().count(), 0, "{audit}");
     server().terminate(&format!("held [{}]", killed.id()));
-}
-
-/// Through unix sockets the proof is harder, and in a container there is none.
-#[test]
-fn a_killed_process_of_a_unix_socket() {
-    let unix =
-        format!("host={} port={} user=postgres dbname=postgres", server().socket_dir().display(), server().port());
-    let mut killed = process("unix", 1, 0, &unix);
-    killed.bury();
-    let everybody = std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.ends_with("pid:[4026531836]"));
-    for params in [unix, params("postgres")] {
-        let pool = manager(&params).builder().name("unix").open().unwrap();
-        let audit = audit(&pool).unwrap();
-        if everybody {
-            assert_eq!(audit.orphans().count(), 1, "{audit}");
-        } else {
-            assert_eq!(audit.orphans().count(), 0, "{audit}");
-            assert!(audit.to_string().contains("in a container"), "{audit}");
-        }
-    }
-    server().terminate(&format!("unix [{}]", killed.id()));
 }
 
 #[test]
@@ -340,15 +381,15 @@ fn a_name_of_one_s_own() {
     let fixed = audit(&pool).unwrap();
     assert_eq!(fixed.application_name, "fixed");
     assert_eq!(of(&fixed, Owner::Pool).len(), 1, "{fixed}");
-    assert_eq!(of(&fixed, Owner::Unnamed).len(), 1, "{fixed}");
-    assert!(fixed.notes[0].contains("'fixed' is your own and names no process"), "{fixed}");
+    assert_eq!(of(&fixed, Owner::ThisProcess).len(), 1, "{fixed}");
+    assert!(fixed.notes[0].contains("'fixed' is your own"), "{fixed}");
 
     let own = params("postgres") + &format!(" application_name='mixed [{}]'", std::process::id());
     let pool = manager(&own).builder().name("ignored").max_size(1).open().unwrap();
     let other = params("postgres") + " application_name='mixed [1]'";
     let _other = postgres::Client::connect(&other, NoTls).unwrap();
     let mixed = audit(&pool).unwrap();
-    assert_eq!(of(&mixed, Owner::Process)[0].process, Some(1), "{mixed}");
+    assert_eq!(of(&mixed, Owner::ThisProcess)[0].process, Some(1), "whatever its name says: {mixed}");
     assert!(mixed.notes.is_empty(), "{mixed}");
 }
 
@@ -379,14 +420,16 @@ fn what_a_role_cannot_see_or_do_is_said() {
     let hidden = audit_with(&pool, &mut nosy).unwrap();
     assert_eq!((hidden.role.as_str(), hidden.backends.len()), ("worker", 2), "{hidden}");
     assert_eq!(hidden.orphans().count(), 0, "{hidden}");
-    let other = of(&hidden, Owner::Process)[0];
+    let unknown = of(&hidden, Owner::Unknown);
+    assert_eq!(unknown.len(), 2, "a pid alone proves nothing: {hidden}");
+    let other = unknown[0];
     assert_eq!((&other.state, other.age, other.backend_start), (&None, None, None));
-    assert_eq!(of(&hidden, Owner::Pool).len(), 1, "a pid is for all to see");
+    let account = hidden.terminate_with(&mut server().connect(), &[other.pid]).unwrap();
+    assert!(matches!(&account.done[0].outcome, Outcome::Spared(why) if why.contains("hid it")), "{account}");
     assert!(hidden.to_string().contains("(hidden)") && hidden.to_string().contains("pg_read_all_stats"), "{hidden}");
 
     let mut seer = postgres::Client::connect(&params("seer"), NoTls).unwrap();
-    let seen = audit_with(&pool, &mut seer).unwrap();
-    assert_eq!(seen.orphans().count(), 1, "{seen}");
+    let seen = audit_with_orphans(1, || audit_with(&pool, &mut seer).unwrap());
     let account = seen.terminate_orphans_with(&mut seer).unwrap();
     assert!(matches!(&account.done[0].outcome, Outcome::Refused(why) if why.contains("must be a member")), "{account}");
     // The role itself may.
@@ -402,6 +445,30 @@ fn a_client_in_a_transaction_sees_the_present() {
     assert_eq!(of(&audit_with(&pool, &mut client).unwrap(), Owner::Pool).len(), 1);
     let _both = (pool.get().unwrap(), pool.get().unwrap());
     assert_eq!(of(&audit_with(&pool, &mut client).unwrap(), Owner::Pool).len(), 2);
+}
+
+/// Not every server that speaks like PostgreSQL answers like one.
+#[test]
+fn a_server_that_answers_something_else() {
+    for (database, columns) in
+        [("odd_port", "client_port::text AS client_port, state"), ("odd_state", "client_port, 7 AS state")]
+    {
+        server().connect().batch_execute(&format!("CREATE DATABASE {database}")).unwrap();
+        let mut owner = server().config("observer").dbname(database).connect(NoTls).unwrap();
+        owner
+            .batch_execute(&format!(
+                "SET allow_system_table_mods = on; ALTER VIEW pg_catalog.pg_stat_activity RENAME TO real_activity; \
+                 CREATE VIEW pg_catalog.pg_stat_activity AS SELECT {columns}, pid, usename, datname, application_name, \
+                 client_addr, backend_type, backend_start, state_change, xact_start, wait_event_type, wait_event \
+                 FROM pg_catalog.real_activity"
+            ))
+            .unwrap();
+        drop(owner);
+        let params = params("postgres").replace("dbname=postgres", &format!("dbname={database}"));
+        let pool = manager(&params).builder().name("odd").max_size(1).open().unwrap();
+        let e = audit(&pool).unwrap_err().to_string();
+        assert!(e.contains("the server's answer is not what was asked for"), "{e}");
+    }
 }
 
 /// A server that is silent holds up an audit for `open_timeout`, and its thread no longer.
@@ -443,7 +510,8 @@ fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
         let found = audit(&unobserved).unwrap();
         let theirs = found.backends.iter().filter(|b| b.process == Some(killed.id())).collect::<Vec<_>>();
         assert!(theirs.iter().all(|b| b.note.as_ref().unwrap().contains("something stands in between")), "{found}");
-        assert_eq!((theirs.len(), found.orphans().count()), (1, 0), "{found}");
+        assert!(!theirs.is_empty() && found.orphans().count() == 0, "{found}");
+        assert!(found.terminate_orphans(&unobserved).unwrap().done.is_empty());
         server().terminate(&format!("{name} [{}]", killed.id()));
     }
 }
@@ -460,5 +528,5 @@ fn a_backend_under_another_s_name_is_not_the_pool_s() {
     assert_eq!(other.query_typed_one("SELECT pg_backend_pid()", &[]).unwrap().get::<_, i32>(0) as u64, pid);
     let audit = audit_with(&pool, &mut server().connect()).unwrap();
     let backend = row(&audit, Some(pid as i32));
-    assert_eq!((backend.owner, backend.process), (Owner::Process, Some(1)), "{audit}");
+    assert_eq!((backend.owner, backend.process), (Owner::Other, Some(1)), "{audit}");
 }

@@ -180,3 +180,34 @@ fn a_server_that_does_not_say() {
     let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
     assert!(e.to_string().contains("permission denied for view pg_roles"), "{e}");
 }
+
+/// Not every server that speaks like PostgreSQL answers like one. As if the server had no such limits, or kept them as text.
+#[test]
+fn a_server_that_answers_something_else() {
+    listen();
+    sql("CREATE ROLE odd LOGIN");
+    for (database, columns) in [
+        ("odd_null", "rolname, rolsuper, NULL::int AS rolconnlimit, oid"),
+        ("odd_type", "rolname, rolsuper::text AS rolsuper, rolconnlimit, oid"),
+    ] {
+        sql(&format!("CREATE DATABASE {database}"));
+        let mut owner = server().config("observer").dbname(database).connect(NoTls).unwrap();
+        owner
+            .batch_execute(&format!(
+                "SET allow_system_table_mods = on; ALTER VIEW pg_catalog.pg_roles RENAME TO real_roles; \
+                 CREATE VIEW pg_catalog.pg_roles AS SELECT {columns} FROM pg_catalog.real_roles; \
+                 GRANT SELECT ON pg_catalog.pg_roles TO PUBLIC"
+            ))
+            .unwrap();
+        drop(owner);
+        let manager = manager("odd", database).processes(1);
+        let pool = manager.clone().builder().name(database).open().unwrap();
+        assert!(pool.get().is_ok());
+        let told = format!("'{database}': cannot tell how many connections the server allows: the server's answer");
+        assert!(LOG.lock().iter().any(|l| l.contains(&told)), "{:?}", LOG.lock());
+        let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
+        assert!(e.to_string().contains("the server's answer is not what was asked for"), "{e}");
+        let e = budget(&mut pool.get().unwrap()).unwrap_err();
+        assert!(e.to_string().contains("the server's answer is not what was asked for"), "{e}");
+    }
+}

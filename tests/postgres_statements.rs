@@ -203,8 +203,9 @@ fn a_changed_table_costs_what_it_must() {
     }
 }
 
+/// A value that does not fit the type that was remembered was not sent.
 #[test]
-fn a_changed_parameter_shows_once_at_most() {
+fn a_changed_parameter_does_not_show() {
     for way in WAYS {
         for cache in [256, 0] {
             let table = format!("parameter_{way:?}");
@@ -214,18 +215,72 @@ fn a_changed_parameter_shows_once_at_most() {
             let sql = format!("SELECT 1 FROM {table} WHERE id = $1");
             client.query_cached(&sql, &[&1_i32]).unwrap();
             meanwhile(&format!("ALTER TABLE {table} ALTER COLUMN id TYPE text"));
-            assert!(client.query_cached(&sql, &[&"1"]).is_err());
-            client.query_cached(&sql, &[&"1"]).unwrap();
+            client.query_cached(&sql, &[&"1"]).unwrap_or_else(|e| panic!("{way:?}, {cache}: {e:?}"));
+            // Where the server says so it shows once.
             meanwhile(&format!("ALTER TABLE {table} ALTER COLUMN id TYPE bigint USING 1"));
             assert_eq!(code(&client.query_cached(&sql, &[&"1"]).unwrap_err()), "42883", "bigint = text");
             client.query_cached(&sql, &[&1_i64]).unwrap();
-            // No need to forget it for what it finds.
+            // In a transaction as well: nothing of it has failed.
+            meanwhile(&format!("ALTER TABLE {table} ALTER COLUMN id TYPE int"));
+            let mut tx = client.begin().unwrap();
+            tx.query_cached(&sql, &[&1_i32]).unwrap_or_else(|e| panic!("{way:?}, {cache}: {e:?}"));
+            tx.commit().unwrap();
+            // No need to forget it for what it finds, nor for what was never right.
             let before = client.statement_cache_stats().misses;
-            assert!(client.query_one_cached(&sql, &[&1_i64]).is_err(), "no row");
-            client.query_cached(&sql, &[&1_i64]).unwrap();
+            assert!(client.query_one_cached(&sql, &[&1_i32]).is_err(), "no row");
+            client.query_cached(&sql, &[&1_i32]).unwrap();
             assert_eq!(client.statement_cache_stats().misses, before, "{way:?}, {cache}");
+            assert!(client.query_cached(&sql, &[&"1"]).is_err());
+            client.query_cached(&sql, &[&1_i32]).unwrap();
+            assert_eq!(client.statement_cache_stats().misses, before + 1, "{way:?}, {cache}: to make sure");
         }
     }
+}
+
+/// What a portal meets says nothing of the statement that made it, and still less of others; nor does what was never one.
+#[test]
+fn a_portal_that_fails_costs_no_statement() {
+    let pool = Way::Observed.pool("portal");
+    let mut client = pool.get().unwrap();
+    client.query_cached("SELECT 1", &[]).unwrap();
+    let refused = client.query_typed("SELECT count(*) FROM pg_class FOR UPDATE", &[]).unwrap_err();
+    assert_eq!(code(&refused), "0A000");
+    client.query_cached("SELECT 1", &[]).unwrap();
+    client
+        .batch_execute(
+            "CREATE OR REPLACE FUNCTION pg_temp.fails(n int) RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN IF n > 1 THEN RAISE EXCEPTION 'x' USING ERRCODE = '0A000'; END IF; RETURN n; END $$",
+        )
+        .unwrap();
+    let mut tx = client.begin().unwrap();
+    let statement = tx.prepare_cached("SELECT pg_temp.fails(n) FROM generate_series(1, 2) n").unwrap();
+    let portal = tx.bind(&statement, &[]).unwrap();
+    assert_eq!(tx.query_portal(&portal, 1).unwrap().len(), 1);
+    assert_eq!(code(&tx.query_portal(&portal, 1).unwrap_err()), "0A000");
+    drop(tx);
+    client.query_cached("SELECT 1", &[]).unwrap();
+    let stats = client.statement_cache_stats();
+    assert_eq!((stats.hits, stats.statements), (2, 2), "{stats:?}");
+}
+
+/// Whatever begins within a transaction has the cache at hand.
+#[test]
+fn a_savepoint_keeps_the_cache() {
+    let pool = Way::Observed.pool("savepoints");
+    let mut client = pool.get().unwrap();
+    let mut tx = client.begin().unwrap();
+    let mut named = tx.savepoint("named").unwrap();
+    named.query_cached("SELECT 1", &[]).unwrap();
+    let mut inner = named.transaction().unwrap();
+    inner.query_cached("SELECT 1", &[]).unwrap();
+    let mut innermost = inner.begin().unwrap();
+    innermost.query_cached("SELECT 1", &[]).unwrap();
+    innermost.commit().unwrap();
+    inner.commit().unwrap();
+    named.rollback().unwrap();
+    tx.commit().unwrap();
+    let stats = client.statement_cache_stats();
+    assert_eq!((stats.hits, stats.misses), (2, 1));
 }
 
 #[test]

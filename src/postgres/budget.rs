@@ -1,6 +1,7 @@
 //! How many connections the server allows, and whether all processes together stay below it.
 
 use super::Error;
+use super::audit::column;
 use crate::Settings;
 use crate::error::Cause;
 use crate::text::Shown;
@@ -96,7 +97,7 @@ impl fmt::Display for Allowance {
 ///
 /// # Errors
 ///
-/// If the server cannot be asked.
+/// If the server cannot be asked, or answers something else.
 pub fn budget(client: &mut Client) -> Result<Allowance, Error> {
     Ok(ask(client)?.0)
 }
@@ -107,29 +108,29 @@ fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
     // that logged in, whatever `SET ROLE` has made of it.
     const QUESTION: &str = "\
         SELECT session_user::text, current_database()::text, r.rolsuper, r.rolconnlimit, d.datconnlimit, \
-               current_setting('max_connections')::int, \
-               current_setting('superuser_reserved_connections')::int, \
-               coalesce(nullif(current_setting('reserved_connections', true), ''), '0')::int, \
-               coalesce((SELECT pg_has_role(session_user, oid, 'USAGE') FROM pg_roles \
+               pg_catalog.current_setting('max_connections')::int, \
+               pg_catalog.current_setting('superuser_reserved_connections')::int, \
+               coalesce(nullif(pg_catalog.current_setting('reserved_connections', true), ''), '0')::int, \
+               coalesce((SELECT pg_catalog.pg_has_role(session_user, oid, 'USAGE') FROM pg_catalog.pg_roles \
                          WHERE rolname = 'pg_use_reserved_connections'), false), \
-               pg_backend_pid() \
-        FROM pg_roles r, pg_database d WHERE r.rolname = session_user AND d.datname = current_database()";
+               pg_catalog.pg_backend_pid() \
+        FROM pg_catalog.pg_roles r, pg_catalog.pg_database d WHERE r.rolname = session_user AND d.datname = current_database()";
     let row = client.query_typed_one(QUESTION, &[])?;
-    let number = |i| u32::try_from(row.get::<_, i32>(i)).unwrap_or(0);
     // -1 is none; others are states of the database, not numbers.
-    let limit = |i| u32::try_from(row.get::<_, i32>(i)).ok();
-    let (superuser, may_use_reserved): (bool, bool) = (row.get(2), row.get(8));
+    let limit = |i| column::<i32>(&row, i).map(|n| u32::try_from(n).ok());
+    let number = |i| limit(i).map(Option::unwrap_or_default);
+    let (superuser, may_use_reserved): (bool, bool) = (column(&row, 2)?, column(&row, 8)?);
     let allowance = Allowance {
-        role: row.get(0),
-        database: row.get(1),
+        role: column(&row, 0)?,
+        database: column(&row, 1)?,
         superuser,
-        max_connections: number(5),
-        superuser_reserved: if superuser { 0 } else { number(6) },
-        reserved: if superuser || may_use_reserved { 0 } else { number(7) },
-        role_limit: if superuser { None } else { limit(3) },
-        database_limit: if superuser { None } else { limit(4) },
+        max_connections: number(5)?,
+        superuser_reserved: if superuser { 0 } else { number(6)? },
+        reserved: if superuser || may_use_reserved { 0 } else { number(7)? },
+        role_limit: if superuser { None } else { limit(3)? },
+        database_limit: if superuser { None } else { limit(4)? },
     };
-    Ok((allowance, row.get(9)))
+    Ok((allowance, column(&row, 9)?))
 }
 
 /// Compares what all processes may open with what the server allows, when a pool starts. `pid` is what the connection was

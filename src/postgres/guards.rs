@@ -22,7 +22,9 @@ use std::time::Duration;
 /// | `transaction_timeout` | a transaction without end, whatever it does | 17 |
 ///
 /// The idle backend of a killed client needs no guard: its socket is closed with the process, and the server notices at
-/// once.
+/// once. A busy one is noticed when its query ends, or has something to send; `client_connection_check_interval` does not
+/// wait for that. It works wherever the client was, in a container or behind a tunnel, where [`audit`](super::audit()) can
+/// prove nothing.
 ///
 /// ```
 /// use millpond::postgres::ServerGuards;

@@ -1,7 +1,7 @@
 //! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
 
 use super::budget::{self, Budget};
-use super::connection::{Canceller, Connection};
+use super::connection::{CANCEL_LIMIT, Canceller, Connection, Opened, SendCancel};
 use super::error::{Error, parse_error};
 use super::guards::ServerGuards;
 use super::observer::{Connector, Observer, Status, Watch};
@@ -9,35 +9,65 @@ use super::statements;
 use crate::stats::Short;
 use crate::text::{CAUSE, brief};
 use crate::{Cause, Manage, Opening, Returned, Settings};
-use ::postgres::config::TargetSessionAttrs;
+use ::postgres::config::{Host, TargetSessionAttrs};
 use ::postgres::error::DbError;
-use ::postgres::{CancelToken, Client, Config};
+use ::postgres::{Client, Config};
 use crossbeam_channel::bounded;
 use r2d2_postgres::PostgresConnectionManager;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// What is done to a connection that comes back, before anyone else gets it.
+///
+/// What is left of a session goes to the next user of the connection, whoever that is. Only
+/// [`DiscardAll`](Reset::DiscardAll) leaves nothing:
+///
+/// | left by a user | `Rollback` | `DiscardAll` | `None` |
+/// |---|---|---|---|
+/// | an open or failed transaction, with its `SET LOCAL` and cursors | rolled back | rolled back | stays |
+/// | `SET ROLE`, `SET SESSION AUTHORIZATION` | **stays** | undone | stays |
+/// | `SET`: `search_path`, `statement_timeout`, `client_encoding`, `default_transaction_read_only`, ... | **stays** | undone | stays |
+/// | advisory locks of the session | **stay held** | released | stay held |
+/// | cursors `WITH HOLD`, temporary tables, `LISTEN` | **stay** | gone | stay |
+/// | statements made with SQL's `PREPARE` | **stay** | stay, see there | stay |
+/// | notifications that were read | dropped | dropped | dropped |
+/// | a long answer half read, a query that still runs | cancelled, closed | cancelled, closed | cancelled, closed |
+///
+/// A connection is closed instead of handed on, though it might be healthy, if
+///
+/// * a `COPY ... FROM STDIN` on it was refused, failed or was broken off, where it is [observed](super#the-observer). (Where
+///   not, a question to it finds out.)
+/// * [`Canceller::cancel`] was called for it: the request may arrive late.
+/// * more was left of an answer than can be read within 50 ms (500 ms where it is not observed), or the time it took to
+///   connect if that is longer. The query is cancelled, and its slot is free when that is done.
+/// * the server had lost a prepared statement of it (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE ALL` of the user's:
+///   those with which the `postgres` crate looks up types may be gone as well, and it would fail to for ever.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reset {
     /// An open or failed transaction is rolled back. The default. A connection that comes back clean costs nothing, if it
-    /// is [observed](super#the-observer); one that is not is asked, in one round trip on a thread of the pool's.
+    /// is [observed](super#the-observer). One that is not is asked on a thread of the pool's, in one round trip, or in two if
+    /// more than the `_cached` functions was used.
+    ///
+    /// Who may set what others must not inherit (a role, a `search_path`, a time limit) uses `SET LOCAL` in a transaction, or
+    /// [`DiscardAll`](Reset::DiscardAll).
     #[default]
     Rollback,
     /// `ROLLBACK` where needed, and what `DISCARD ALL` does at every return: session settings, temporary tables, advisory
     /// locks, `LISTEN`s and cached statements do not survive. (Statements made with SQL's `PREPARE` do: the `postgres`
     /// crate breaks when its own are deallocated.) One more round trip each time, on a thread of the pool's.
+    ///
+    /// What a customizer's `on_acquire` has set does not survive it either, so `on_acquire` runs again after each, before
+    /// anyone gets the connection; if it fails the connection is closed. So do the [server
+    /// guards](PostgresManager::server_guards).
     DiscardAll,
-    /// Nothing: for those who know that their users clean up.
+    /// Nothing, except that what still runs is cancelled where that can be seen: for those who know that their users clean
+    /// up. Where connections are not [observed](super#the-observer) not even whose answers they give is asked.
     None,
 }
 
-/// How long the pool waits for a cancel request of its own to be sent and to have its effect.
-const CANCEL_LIMIT: Duration = Duration::from_secs(1);
 /// How long a user waits for one.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
 /// What a server takes to act on one, at best.
@@ -100,6 +130,11 @@ impl<T: Connector> PostgresManager<T> {
     /// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
     pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
         let mut config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
+        // It would be looked up by name, and be in the logs of whoever is asked for it.
+        if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+            let text = "invalid connection string: an `@` in a host's name (in a user name or password write %40)";
+            return Err(Error::own(text, true));
+        }
         config.notice_callback(log_notice);
         Ok(Self::new(config, tls))
     }
@@ -172,26 +207,13 @@ impl<T: Connector> PostgresManager<T> {
         PostgresConnectionManager::new(self.config, self.tls)
     }
 
-    /// Asks the server to cancel what a connection is doing, from any thread. The query fails with SQLSTATE 57014, or ends
-    /// before the request arrives. The connection is closed when it is returned.
-    ///
-    /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (`cancel_query` of the
-    /// `postgres` crate, which is used where connections are not observed, hangs up at once instead. PgBouncer 1.18 then
-    /// does not pass the request on, and may end itself.)
+    /// [`Canceller::cancel`], which needs no manager.
     ///
     /// # Errors
     ///
-    /// If the request could not be sent. That it had an effect is not said by success.
+    /// As [`Canceller::cancel`].
     pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
-        canceller.cancelled.store(true, Ordering::Relaxed);
-        match self.observer(&self.config) {
-            Some(observer) => {
-                let limit = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
-                send_cancel(limit, &observer, &canceller.token)?;
-            }
-            None => canceller.token.cancel_query(self.tls.clone())?,
-        }
-        Ok(())
+        canceller.cancel()
     }
 
     fn observer(&self, config: &Config) -> Option<Observer<T>> {
@@ -247,17 +269,25 @@ impl<T: Connector> PostgresManager<T> {
         config
     }
 
-    fn connect(&self, opening: &Opening) -> Result<(Client, Option<Arc<Watch>>), Error> {
+    fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
         let config = self.complete(opening.pool(), opening.limit());
+        let cancel_patience = self.config.get_connect_timeout().copied().unwrap_or(CANCEL_PATIENCE);
+        let begun = Instant::now();
         let Some(observer) = self.observer(&config) else {
             let client = config.connect(self.tls.clone())?;
+            let took = begun.elapsed();
             let (token, tls) = (client.cancel_token(), self.tls.clone());
-            opening.on_cancel(move || {
-                let _ = token.cancel_query(tls.clone());
+            let cancel: SendCancel = Arc::new(move |limit| {
+                let (token, tls) = (token.clone(), tls.clone());
+                send_within(limit, move || token.cancel_query(tls), || {})
             });
-            return Ok((client, None));
+            let send = Arc::clone(&cancel);
+            opening.on_cancel(move || {
+                let _ = send(CANCEL_LIMIT);
+            });
+            return Ok(Opened { client, watch: None, cancel, cancel_patience, took });
         };
-        let (watch, begun) = (Watch::new(), Instant::now());
+        let watch = Watch::new();
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.cut());
         // A pooler lets everybody in; whether there is a server behind it, the first answer shows.
@@ -276,9 +306,16 @@ impl<T: Connector> PostgresManager<T> {
             let status = "what is asked first was answered with a transaction status with which no session begins";
             return Err(Error::own(status, false));
         }
-        let (token, watched) = (client.cancel_token(), Arc::clone(&watch));
-        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &observer, &token, &watched));
-        Ok((client, Some(watch)))
+        let took = begun.elapsed();
+        let token = client.cancel_token();
+        let cancel: SendCancel = Arc::new(move |limit| {
+            let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+            let switch = Arc::clone(&watch);
+            send_within(limit, move || observer.cancel(&token, &watch), || switch.cut())
+        });
+        let (send, watched) = (Arc::clone(&cancel), Arc::clone(&watch));
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &send, &watched));
+        Ok(Opened { client, watch: Some(watch), cancel, cancel_patience, took })
     }
 }
 
@@ -290,12 +327,12 @@ fn log_notice(notice: DbError) {
 
 /// Asks the server to cancel what the connection `watched` is doing, and waits for it to be done; gives up at the limit.
 /// It is the first half of cutting a connection: the second must not wait for a server that is silent.
-fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken, watched: &Watch) {
+fn cancel_within(limit: Duration, send: &SendCancel, watched: &Watch) {
     if !watched.is_waiting() {
         return;
     }
     let begun = Instant::now();
-    let _ = send_cancel(limit, observer, token);
+    let _ = send(limit);
     // The server's own word for it ("canceling statement due to user request") is to come before the cut.
     while watched.is_waiting() && begun.elapsed() < limit {
         thread::sleep(REACTION);
@@ -304,13 +341,16 @@ fn cancel_within<T: Connector>(limit: Duration, observer: &Observer<T>, token: &
     thread::sleep(REACTION);
 }
 
-/// Sends a cancel request, on a thread of its own: a TCP connect cannot be cut.
-fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &CancelToken) -> Result<(), Error> {
-    let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+/// Sends a cancel request on a thread of its own, since a TCP connect cannot be cut, and waits for it; at the limit has
+/// it given up.
+fn send_within(
+    limit: Duration,
+    send: impl FnOnce() -> Result<(), ::postgres::Error> + Send + 'static,
+    give_up: impl FnOnce(),
+) -> Result<(), Error> {
     let (done, wait) = bounded(1);
-    let switch = Arc::clone(&watch);
     let send = move || {
-        let _ = done.send(observer.cancel(&token, &watch));
+        let _ = done.send(send());
     };
     if let Err(e) = thread::Builder::new().name("millpond-cancel".into()).spawn(send) {
         return Err(Error::own(format!("cannot start a thread to cancel on: {e}"), false));
@@ -318,7 +358,7 @@ fn send_cancel<T: Connector>(limit: Duration, observer: &Observer<T>, token: &Ca
     match wait.recv_timeout(limit) {
         Ok(sent) => Ok(sent?),
         Err(_) => {
-            switch.cut();
+            give_up();
             Err(Error::own(format!("no answer to a request to cancel within {}", Short(limit)), false))
         }
     }
@@ -338,12 +378,11 @@ impl<T: Connector> Manage for PostgresManager<T> {
     type Error = Error;
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
-        let (client, watch) = self.connect(opening)?;
-        let mut connection = Connection::new(client, watch, self.statement_cache)?;
+        let mut connection = Connection::new(self.connect(opening)?, self.statement_cache)?;
         match self.guard(&mut connection) {
             Ok(()) => Ok(connection),
             Err(e) => {
-                connection.close();
+                connection.close(opening.limit());
                 Err(e)
             }
         }
@@ -374,12 +413,17 @@ impl<T: Connector> Manage for PostgresManager<T> {
         if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
     }
 
+    /// `DISCARD ALL` takes a customizer's settings for a user's.
+    fn undoes_on_acquire(&self) -> bool {
+        self.reset == Reset::DiscardAll
+    }
+
     fn remark(&self, connection: &mut Connection) -> Option<String> {
         connection.take_remark()
     }
 
-    fn close(&self, connection: Connection, _limit: Duration) {
-        connection.close();
+    fn close(&self, connection: Connection, limit: Duration) {
+        connection.close(limit);
     }
 
     fn started(&self, connection: &mut Connection, settings: &Settings) -> Result<(), Cause> {
@@ -402,13 +446,26 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 }
 
-/// Never the password, nor the configuration as a whole.
+/// Never the password, nor the configuration as a whole. Of a password that is not escaped in a URL the parts behind an `@`,
+/// `/` or `,` are taken for hosts, or for a database: whatever stands before an `@` is left out.
 impl<T> fmt::Debug for PostgresManager<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));
+        let dbname = self.config.get_dbname().map(|name| behind_at(name).unwrap_or_else(|| name.to_owned()));
+        let mut hosts: Vec<Box<dyn fmt::Debug + '_>> = Vec::new();
+        for host in self.config.get_hosts() {
+            match host {
+                Host::Tcp(name) if name.contains('@') => hosts = vec![Box::new(behind_at(name).unwrap_or_default())],
+                host => hosts.push(Box::new(host)),
+            }
+        }
+        if self.config.get_dbname().is_some_and(|name| name.contains('@')) {
+            hosts = vec![Box::new("…")];
+        }
         f.debug_struct("PostgresManager")
-            .field("hosts", &self.config.get_hosts())
+            .field("hosts", &hosts)
             .field("user", &self.config.get_user())
-            .field("dbname", &self.config.get_dbname())
+            .field("dbname", &dbname)
             .field("observe", &self.observe)
             .field("reset", &self.reset)
             .field("statement_cache", &self.statement_cache)
@@ -457,5 +514,25 @@ mod tests {
     fn debug_keeps_the_password() {
         let text = format!("{:?}", manager("host=h user=u password=hunter2"));
         assert!(!text.contains("hunter2") && text.contains("\"u\""), "{text}");
+        // Not escaped, it ends at its first `@` or `/`, and the rest is taken for what follows it.
+        for (params, shown) in [
+            ("postgres://u:p@hunter2@h/db", "[\"…@h\"]"),
+            ("postgres://u:p@hun,hunter2@a,b/db", "[\"…@a\", Tcp(\"b\")]"),
+            ("postgres://u:p@hun/hunter2@h/db", "\"…@h/db\""),
+        ] {
+            let text = format!("{:?}", PostgresManager::new(params.parse().unwrap(), NoTls));
+            assert!(!text.contains("hun") && text.contains(shown), "{text}");
+        }
+        let text = format!("{:?}", manager("host=a,b dbname=c user=d@e"));
+        assert!(text.contains("[Tcp(\"a\"), Tcp(\"b\")]") && text.contains("\"c\"") && text.contains("d@e"), "{text}");
+    }
+
+    #[test]
+    fn an_unescaped_password_is_not_taken_for_a_host() {
+        let parse = |params: &str| PostgresManager::parse(params, NoTls).map(drop).map_err(|e| e.to_string());
+        let error = parse("postgres://u:p@hunter2@h/db").unwrap_err();
+        assert!(error.contains("%40") && !error.contains("hunter2"), "{error}");
+        assert_eq!(parse("postgres://u%40e:p%40hunter2@h/d%40b"), Ok(()));
+        assert_eq!(parse("host=h user=u@e password=p@hunter2 dbname=d@b"), Ok(()));
     }
 }

@@ -23,12 +23,15 @@
 //!   until the deadline. See [`Error`].
 //! * **Clean hand-over.** Nobody receives another's transaction: a connection that comes back inside one is rolled back
 //!   before anyone gets it, with a warning that names the line that had borrowed it; one in the middle of a COPY, or whose
-//!   answers no longer match its questions, is closed. See [`Reset`].
+//!   answers no longer match its questions, is closed. What a session has set stays, unless you say otherwise: see [`Reset`].
+//! * **What is abandoned ends.** A query of which nobody reads the rest, or whose user has gone, is cancelled before another
+//!   takes its place. A [`Canceller`] ends with its checkout: a watchdog that fires late hits nobody else's query.
+//! * **A commit that keeps nothing is an error.** See [`Transaction::commit`].
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
 //!   cut from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those whose
-//!   process is dead, and can end them.
+//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those that are
+//!   proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves alone.
 //! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
 //!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
@@ -79,13 +82,30 @@
 //! crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain no is taken for one:
 //! after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip it costs little
 //! (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`] switches it off. With
-//! it on, `client.cancel_token()` works with [`PostgresManager::cancel`] only, not with `cancel_query(NoTls)`.
+//! it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
 //!
-//! A connection that is not observed is asked with one query when it comes back, which costs as much as a small query, and
-//! nothing can be cut. Nor is there a bound to what a server may say before it has let anybody in (observed, 64 KiB in one
-//! message and 1 MiB in all): `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And
-//! a server that declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
-//! `sslmode=prefer` it takes both for a no, and logs in in clear.)
+//! A connection that is not observed is asked with one query when it comes back (and is pinged before, if more than the
+//! `_cached` functions was used), which costs as much as a small query, and nothing can be cut. Nor is there a bound to what
+//! a server may say before it has let anybody in (observed, 64 KiB in one message and 1 MiB in all): `postgres` takes as much
+//! memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is taken for one that
+//! fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both for a no, and logs in in
+//! clear.)
+//!
+//! # Code that is generic over `GenericClient`
+//!
+//! ```no_run
+//! fn total(client: &mut impl postgres::GenericClient) -> Result<i64, postgres::Error> {
+//!     Ok(client.query_one("SELECT coalesce(sum(total), 0)::bigint FROM orders", &[])?.get(0))
+//! }
+//!
+//! # fn f(pool: &millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut client = pool.get()?;
+//! total(&mut **client)?; // through the pool's connection to the `Client` itself
+//! let mut tx = client.begin()?;
+//! total(&mut *tx)?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod audit;
 mod budget;
@@ -94,6 +114,7 @@ mod error;
 mod guards;
 mod host;
 mod manager;
+mod marked;
 // What the pool's own manager does not use, tests do.
 #[allow(dead_code)]
 mod observer;

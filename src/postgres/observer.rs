@@ -156,15 +156,25 @@ impl<T: Connector> Observer<T> {
 }
 
 /// Sends what `client` has queued but not yet written, without waiting for anything. A dropped statement or COPY leaves
-/// such a message, and before it is written its [`Watch`] cannot know of it. Notifications that have already arrived are
-/// dropped: they were for whoever used the client until now.
+/// such a message, and before it is written its [`Watch`] cannot know of it. It reads, once, what has arrived: not to be
+/// called where that may be much. Notifications are dropped: they were for whoever used the client until now.
 ///
 /// # Errors
 ///
 /// If the connection is found dead; that it is alive is not said.
 pub(crate) fn flush(client: &mut Client) -> Result<(), ::postgres::Error> {
-    while client.notifications().iter().next()?.is_some() {}
+    forget_notifications(client);
+    client.notifications().iter().next()?;
+    forget_notifications(client);
     Ok(())
+}
+
+/// Drops the notifications that `client` has read. Looks for no others.
+pub(crate) fn forget_notifications(client: &mut Client) {
+    while !client.notifications().is_empty() {
+        // With something there it does not look at the stream.
+        let _ = client.notifications().iter().next();
+    }
 }
 
 /// What is known of one connection, and the switch that cuts it. Shared between the stream and whoever cares.
@@ -260,7 +270,7 @@ impl Watch {
     pub(crate) fn is_clean(&self) -> bool {
         let scanner = self.scanner.lock();
         let idle = scanner.status() == Status::Idle && !scanner.is_busy() && !scanner.is_lost() && !self.is_cut();
-        idle && !scanner.has_refused_write()
+        idle && !scanner.has_refused_write() && !scanner.has_missed_a_statement()
     }
 
     /// See [`Scanner::fatal`].
@@ -278,6 +288,11 @@ impl Watch {
     /// See [`Scanner::take_refused_write`].
     pub(crate) fn take_refused_write(&self) -> bool {
         self.scanner.lock().take_refused_write()
+    }
+
+    /// See [`Scanner::has_missed_a_statement`].
+    pub(crate) fn has_missed_a_statement(&self) -> bool {
+        self.scanner.lock().has_missed_a_statement()
     }
 
     /// See [`Scanner::take_refused_statement`].

@@ -45,6 +45,8 @@ enum Request {
     Simple,
     /// A `Sync` that ends a batch of the extended protocol.
     Sync,
+    /// A `Sync` that ends a batch which began with a `Bind`: of a statement that was prepared before.
+    Bind,
     /// A `Sync` after nothing but `Close`: what `postgres` sends when a statement is dropped.
     Close,
 }
@@ -56,7 +58,7 @@ pub(crate) struct Scanner {
     frontend: Frames,
     /// Requests not yet answered, oldest first.
     pending: VecDeque<Request>,
-    /// The messages of the frontend since its last `Sync` or query: none, only `Close`, or others.
+    /// The messages of the frontend since its last `Sync` or query: none, only `Close`, a `Bind` first, or others.
     batch: Option<Request>,
     status: Status,
     pid: Option<i32>,
@@ -74,6 +76,7 @@ pub(crate) struct Scanner {
     /// Of the request that is being answered: what it runs has parameters and a plan, and is about to run.
     bound: bool,
     refused_statement: bool,
+    missed_statement: bool,
     /// From an error to the next `ReadyForQuery`.
     failing: bool,
     in_hot_standby: Option<bool>,
@@ -149,6 +152,7 @@ impl Scanner {
             refused_write: false,
             bound: false,
             refused_statement: false,
+            missed_statement: false,
             failing: false,
             in_hot_standby: None,
             read_only_by_default: None,
@@ -212,16 +216,15 @@ impl Scanner {
                 self.pending.push_back(Request::Simple);
                 self.batch = None;
             }
-            b'S' => self.pending.push_back(match self.batch.take() {
-                Some(Request::Close) => Request::Close,
-                _ => Request::Sync,
-            }),
+            b'S' => self.pending.push_back(self.batch.take().unwrap_or(Request::Sync)),
             b'C' if self.batch.is_none() => self.batch = Some(Request::Close),
             b'C' => {}
+            b'B' if matches!(self.batch, None | Some(Request::Close)) => self.batch = Some(Request::Bind),
             // Poison, rule 1. `postgres` queues the end of a COPY even when the server refused the COPY. The server skips
             // it but answers the `Sync` that follows, and from then on every call gets the answer to the one before it
             // (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
+            _ if self.batch == Some(Request::Bind) => {}
             _ => self.batch = Some(Request::Sync),
         }
     }
@@ -253,7 +256,7 @@ impl Scanner {
             b'G' => {
                 self.copy_in = true;
                 // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
-                if self.pending.front() == Some(&Request::Sync) {
+                if matches!(self.pending.front(), Some(Request::Sync | Request::Bind)) {
                     self.pending.pop_front();
                 }
             }
@@ -263,8 +266,9 @@ impl Scanner {
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
                 self.refused_write |= code == Some(*b"25006");
-                if !self.bound && self.pending.front() == Some(&Request::Sync) {
+                if !self.bound && self.pending.front() == Some(&Request::Bind) {
                     self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
+                    self.missed_statement |= code == Some(*b"26000");
                 }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
@@ -381,6 +385,12 @@ impl Scanner {
     /// changed (0A000).
     pub(crate) fn take_refused_statement(&mut self) -> bool {
         std::mem::take(&mut self.refused_statement)
+    }
+
+    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have removed
+    /// those of the `postgres` crate as well, which it does not notice.
+    pub(crate) fn has_missed_a_statement(&self) -> bool {
+        self.missed_statement
     }
 
     /// Whether the server is a standby; reported since PostgreSQL 14.

@@ -66,7 +66,7 @@ impl Statements {
         self.spoilt
     }
 
-    fn is_off(&self) -> bool {
+    pub(super) fn is_off(&self) -> bool {
         self.capacity == 0
     }
 
@@ -120,6 +120,59 @@ impl Statements {
         Ok(types)
     }
 
+    /// Runs it on a connection of which it is not known whether a transaction is open, and again if it was refused for its
+    /// statement alone.
+    fn run_outside<O: Operation>(
+        &mut self,
+        client: &mut Client,
+        sql: &str,
+        params: Params<'_>,
+    ) -> Result<O::Output, Error> {
+        if self.is_off() {
+            return self.run_typed::<O, _>(client, sql, params, |statements, client| {
+                if in_transaction(client, statements.watch.as_deref())? {
+                    return statements.learn(client, sql);
+                }
+                // It keeps the server until the statement is closed.
+                let mut transaction = client.transaction()?;
+                let types = statements.learn(&mut transaction, sql)?;
+                transaction.commit()?;
+                Ok(types)
+            });
+        }
+        let error = match self.run::<O, _>(client, sql, params) {
+            Ok(output) => return Ok(output),
+            Err(error) => error,
+        };
+        if !self.take_refusal(&error, sql) {
+            return Err(error);
+        }
+        // A transaction that was open has failed by now. Either shows: what came before the refusal has been answered.
+        let in_transaction = match &self.watch {
+            Some(watch) => watch.status() != Status::Idle,
+            None => ask_for_transaction(client).unwrap_or(true),
+        };
+        if in_transaction {
+            return Err(error);
+        }
+        self.run::<O, _>(client, sql, params)
+    }
+
+    /// Runs it in a transaction, which a refusal ends.
+    fn run_inside<O: Operation, C: GenericClient>(
+        &mut self,
+        client: &mut C,
+        sql: &str,
+        params: Params<'_>,
+    ) -> Result<O::Output, Error> {
+        if self.is_off() {
+            return self.run_typed::<O, _>(client, sql, params, |statements, client| statements.learn(client, sql));
+        }
+        self.run::<O, _>(client, sql, params).inspect_err(|e| {
+            self.take_refusal(e, sql);
+        })
+    }
+
     /// Runs it once, with a statement.
     fn run<O: Operation, C: GenericClient>(
         &mut self,
@@ -127,24 +180,48 @@ impl Statements {
         sql: &str,
         params: Params<'_>,
     ) -> Result<O::Output, Error> {
+        let misses = self.misses;
         let statement = self.prepare(client, sql, &[])?;
-        O::run(client, &statement, params).inspect_err(|e| self.forget_what(e, sql))
+        let remembered = self.misses == misses;
+        let mut result = O::run(client, &statement, params);
+        if remembered && result.as_ref().is_err_and(does_not_fit) {
+            drop(statement);
+            self.forget(sql);
+            let statement = self.prepare(client, sql, &[])?;
+            result = O::run(client, &statement, params);
+        }
+        result.inspect_err(|e| self.forget_what(e, sql))
     }
 
-    /// Runs it once, in one message.
+    /// Runs it once, in one message, with types that are remembered or else learned.
     fn run_typed<O: Operation, C: GenericClient>(
         &mut self,
         client: &mut C,
         sql: &str,
-        types: &[Type],
         params: Params<'_>,
+        learn: impl Fn(&mut Self, &mut C) -> Result<Arc<[Type]>, Error>,
     ) -> Result<O::Output, Error> {
-        let result = if types.len() == params.len() {
+        let run = |client: &mut C, types: &[Type]| {
+            if types.len() != params.len() {
+                // It can only fail, and says so in the words of `postgres`.
+                return O::run(client, sql, params);
+            }
             let typed: Vec<_> = params.iter().copied().zip(types.iter().cloned()).collect();
             O::run_typed(client, sql, &typed)
-        } else {
-            // It can only fail, and says so in the words of `postgres`.
-            O::run(client, sql, params)
+        };
+        let result = match self.types(sql) {
+            Some(types) => match run(client, &types) {
+                Err(e) if does_not_fit(&e) => {
+                    self.forget(sql);
+                    let types = learn(self, client)?;
+                    run(client, &types)
+                }
+                result => result,
+            },
+            None => {
+                let types = learn(self, client)?;
+                run(client, &types)
+            }
         };
         result.inspect_err(|e| self.forget_what(e, sql))
     }
@@ -155,8 +232,6 @@ impl Statements {
             // As a rule nobody knows its name, and all went together.
             Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME => self.clear(),
             Some(code) if is_about_statements(code) => self.forget(sql),
-            // Nothing was sent: a parameter does not fit the type that it had when the statement was prepared.
-            None if e.source().is_some_and(|source| source.is::<WrongType>()) => self.forget(sql),
             _ => {}
         }
     }
@@ -175,6 +250,12 @@ impl Statements {
             None => is_refusal(e, sql),
         }
     }
+}
+
+/// A parameter does not fit its type, for which reason nothing was sent. The type may be another by now than when the
+/// statement was prepared.
+fn does_not_fit(e: &Error) -> bool {
+    e.source().is_some_and(|source| source.is::<WrongType>())
 }
 
 /// 0A000 (a cached plan's result has changed, or something else), class 42 (no such table, column, function, type...) and
@@ -266,7 +347,8 @@ impl Connection {
     ///
     /// As [`Client::prepare_typed`].
     pub fn prepare_typed_cached(&mut self, sql: &str, types: &[Type]) -> Result<Statement, Error> {
-        self.statements.prepare(&mut self.client, sql, types)
+        let statements = &mut self.statements;
+        self.client.whole(|client| statements.prepare(client, sql, types))
     }
 
     /// [`Client::query`] with a statement from the cache: one round trip, where that takes two each time.
@@ -315,7 +397,8 @@ impl Connection {
         self.run_cached::<Execute>(sql, params)
     }
 
-    /// [`Client::transaction`], with the statement cache at hand.
+    /// [`Client::transaction`], with the statement cache at hand, and with a [`commit`](Transaction::commit) that fails if
+    /// nothing is kept.
     ///
     /// ```no_run
     /// # fn f(mut client: millpond::postgres::PooledConnection) -> Result<(), postgres::Error> {
@@ -353,7 +436,7 @@ impl Connection {
         &'a mut self,
         start: impl FnOnce(&'a mut Client) -> Result<::postgres::Transaction<'a>, Error>,
     ) -> Result<Transaction<'a>, Error> {
-        Ok(Transaction { transaction: start(&mut self.client)?, statements: &mut self.statements })
+        Ok(Transaction { transaction: start(self.client.reach())?, statements: &mut self.statements, nested: false })
     }
 
     /// How well the cache does, since the connection was opened.
@@ -364,42 +447,14 @@ impl Connection {
     /// Forgets all statements; the server is told with the next request. Where types were dropped and made again, call
     /// [`Client::clear_type_cache`] first.
     pub fn clear_statement_cache(&mut self) {
+        self.client.reach();
         self.statements.clear();
         self.statements.types.clear();
     }
 
     fn run_cached<O: Operation>(&mut self, sql: &str, params: Params<'_>) -> Result<O::Output, Error> {
-        let (client, statements) = (&mut self.client, &mut self.statements);
-        if statements.is_off() {
-            let types = match statements.types(sql) {
-                Some(types) => types,
-                None if in_transaction(client, statements.watch.as_deref())? => statements.learn(client, sql)?,
-                None => {
-                    // It keeps the server until the statement is closed.
-                    let mut transaction = client.transaction()?;
-                    let types = statements.learn(&mut transaction, sql)?;
-                    transaction.commit()?;
-                    types
-                }
-            };
-            return statements.run_typed::<O, _>(client, sql, &types, params);
-        }
-        let error = match statements.run::<O, _>(client, sql, params) {
-            Ok(output) => return Ok(output),
-            Err(error) => error,
-        };
-        if !statements.take_refusal(&error, sql) {
-            return Err(error);
-        }
-        // A transaction that was open has failed by now. Either shows: what came before the refusal has been answered.
-        let in_transaction = match &statements.watch {
-            Some(watch) => watch.status() != Status::Idle,
-            None => ask_for_transaction(client).unwrap_or(true),
-        };
-        if in_transaction {
-            return Err(error);
-        }
-        statements.run::<O, _>(client, sql, params)
+        let statements = &mut self.statements;
+        self.client.whole(|client| statements.run_outside::<O>(client, sql, params))
     }
 }
 
@@ -421,16 +476,38 @@ fn in_transaction(client: &mut Client, watch: Option<&Watch>) -> Result<bool, Er
 pub struct Transaction<'a> {
     transaction: ::postgres::Transaction<'a>,
     statements: &'a mut Statements,
+    /// It is a savepoint.
+    nested: bool,
 }
 
+/// A `COMMIT`, behind something that costs nothing, and fails in a transaction that has failed.
+const CHECKED_COMMIT: &str = "SHOW transaction_isolation; COMMIT";
+
 impl Transaction<'_> {
-    /// Ends it, and keeps what it did.
+    /// Ends it, and keeps what it did. One round trip.
     ///
     /// # Errors
     ///
-    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit).
+    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit). Also if nothing is kept because a statement of
+    /// it has failed, even if that was overlooked: with SQLSTATE 25P02. (`postgres` itself says `Ok` then, since to PostgreSQL
+    /// the `COMMIT` of a failed transaction is a successful `ROLLBACK`.) It has ended in any case.
     pub fn commit(self) -> Result<(), Error> {
-        self.transaction.commit()
+        let sound = self.statements.watch.as_ref().is_some_and(|w| !w.is_busy() && w.status() != Status::Failed);
+        // The release of a savepoint fails by itself.
+        if sound || self.nested {
+            return self.transaction.commit();
+        }
+        // It has failed, or is not known not to have.
+        let mut transaction = self.transaction;
+        let result = transaction.batch_execute(CHECKED_COMMIT);
+        match &result {
+            // It has been committed, so there is nothing left to be rolled back.
+            Ok(()) => std::mem::forget(transaction),
+            // Or the commit itself has failed, and has ended it: a constraint that was deferred, another transaction.
+            Err(e) if e.code().is_some_and(is_of_the_commit) => std::mem::forget(transaction),
+            Err(_) => drop(transaction),
+        }
+        result
     }
 
     /// Ends it, as if it had not been.
@@ -502,21 +579,29 @@ impl Transaction<'_> {
     ///
     /// As [`postgres::Transaction::transaction`](::postgres::Transaction::transaction).
     pub fn begin(&mut self) -> Result<Transaction<'_>, Error> {
-        Ok(Transaction { transaction: self.transaction.transaction()?, statements: self.statements })
+        Ok(Transaction { transaction: self.transaction.transaction()?, statements: self.statements, nested: true })
+    }
+
+    /// [`begin`](Transaction::begin), under the name it has in the `postgres` crate.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Transaction::begin).
+    pub fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
+        self.begin()
+    }
+
+    /// [`begin`](Transaction::begin), with a name for the savepoint. It goes into the SQL as it is.
+    ///
+    /// # Errors
+    ///
+    /// As [`postgres::Transaction::savepoint`](::postgres::Transaction::savepoint).
+    pub fn savepoint(&mut self, name: impl Into<String>) -> Result<Transaction<'_>, Error> {
+        Ok(Transaction { transaction: self.transaction.savepoint(name)?, statements: self.statements, nested: true })
     }
 
     fn run_cached<O: Operation>(&mut self, sql: &str, params: Params<'_>) -> Result<O::Output, Error> {
-        let (client, statements) = (&mut self.transaction, &mut *self.statements);
-        if statements.is_off() {
-            let types = match statements.types(sql) {
-                Some(types) => types,
-                None => statements.learn(client, sql)?,
-            };
-            return statements.run_typed::<O, _>(client, sql, &types, params);
-        }
-        statements.run::<O, _>(client, sql, params).inspect_err(|e| {
-            statements.take_refusal(e, sql);
-        })
+        self.statements.run_inside::<O, _>(&mut self.transaction, sql, params)
     }
 }
 
@@ -532,6 +617,11 @@ impl<'a> DerefMut for Transaction<'a> {
     fn deref_mut(&mut self) -> &mut ::postgres::Transaction<'a> {
         &mut self.transaction
     }
+}
+
+/// Classes 23 (a constraint) and 40 (a serialization failure): what no other part of a [`CHECKED_COMMIT`] can fail with.
+fn is_of_the_commit(code: &SqlState) -> bool {
+    code.code().starts_with("23") || code.code().starts_with("40")
 }
 
 impl fmt::Debug for Transaction<'_> {

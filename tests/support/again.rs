@@ -8,8 +8,21 @@ pub struct Again(Child);
 impl Again {
     /// Runs `test`, which finds `task` in the environment variable [`TASK`](Again::TASK); nobody else has that.
     pub fn run(test: &str, task: &str) -> Again {
+        Again::run_by(&[], test, task)
+    }
+
+    /// As [`run`](Again::run), by a program that runs others, such as `unshare --pid --fork`. [`id`](Again::id) is that
+    /// program's then.
+    pub fn run_by(runner: &[&str], test: &str, task: &str) -> Again {
         let program = std::env::current_exe().expect("the path of this program");
-        let mut command = Command::new(program);
+        let mut command = match runner {
+            [] => Command::new(program),
+            [runner, args @ ..] => {
+                let mut command = Command::new(runner);
+                command.args(args).arg(program);
+                command
+            }
+        };
         command.args(["--exact", test, "--nocapture"]).env(Again::TASK, task);
         Again(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("this program, once more"))
     }
@@ -28,6 +41,11 @@ impl Again {
     /// SIGKILL. It is dead soon after, and stays unburied.
     pub fn kill(&mut self) {
         self.0.kill().expect("it can be killed");
+    }
+
+    /// Waits until it ends by itself, and says whether it ended well.
+    pub fn finish(&mut self) -> bool {
+        self.0.wait().expect("its end").success()
     }
 
     /// SIGKILL, and waits for its end.

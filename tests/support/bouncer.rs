@@ -58,6 +58,19 @@ impl Bouncer {
     ///
     /// If there is no PgBouncer, or it does not start: with the reason, its own words included.
     pub fn start(server: &Server, mode: PoolMode, settings: &[(&str, &str)]) -> Bouncer {
+        Bouncer::reaching(server, "127.0.0.1", mode, settings)
+    }
+
+    /// Starts one that reaches the server through its unix socket, as PgBouncer does if no host is named.
+    ///
+    /// # Panics
+    ///
+    /// As [`start`](Bouncer::start).
+    pub fn start_on_unix(server: &Server, mode: PoolMode, settings: &[(&str, &str)]) -> Bouncer {
+        Bouncer::reaching(server, &server.socket_dir().display().to_string(), mode, settings)
+    }
+
+    fn reaching(server: &Server, host: &str, mode: PoolMode, settings: &[(&str, &str)]) -> Bouncer {
         let program = find();
         // Like PostgreSQL, it refuses to be run by root.
         let user = User::for_server();
@@ -77,7 +90,7 @@ impl Bouncer {
 
         let mode = if mode == PoolMode::Session { "session" } else { "transaction" };
         let mut config = format!(
-            "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nunix_socket_dir =\n\
+            "[databases]\n* = host={host} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nunix_socket_dir =\n\
              auth_type = trust\nauth_file = users\nadmin_users = postgres\npool_mode = {mode}\n",
             server.port()
         );

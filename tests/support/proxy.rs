@@ -54,7 +54,11 @@ struct Link {
 impl Proxy {
     /// A proxy that forwards to `to`.
     pub fn to(to: SocketAddr) -> Proxy {
-        let listener = listen();
+        Proxy::between(listen(), to)
+    }
+
+    /// A proxy behind this listener. If that is in another network namespace, the proxy must be dropped there.
+    pub fn between(listener: TcpListener, to: SocketAddr) -> Proxy {
         let proxy = Proxy {
             line: Arc::new(Line {
                 to,
