@@ -797,15 +797,15 @@ impl World {
         self.jobs.values().filter(is_coming).count() as u32
     }
 
-    /// Whether another connection may be dialled at this moment, by the bound, the limit of parallel opens, the back-off, and
+    /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the back-off, and
     /// the bound of those written off.
-    fn has_room(&self) -> bool {
+    fn has_room(&self, now: Moment) -> bool {
         let (l, counts) = (&self.ledger, self.counts());
         let alone = counts.opening == 0;
         counts.total() < l.rules.max_size
             && counts.opening < l.rules.parallel_opens
-            && l.failure.is_none_or(|f| alone && f.retry <= self.now)
-            && (counts.lost + counts.opening < l.rules.max_size || alone && l.last_dial.plus(PROBE_PERIOD) <= self.now)
+            && l.failure.is_none_or(|f| alone && f.retry <= now)
+            && (counts.lost + counts.opening < l.rules.max_size || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
     /// At rest, when whatever is due has been done. One who waits has been called and is on its way, or has something
@@ -827,7 +827,7 @@ impl World {
         let hope = format!("{unserved} wait, {coming} come: {counts:?} at {:?}", self.now);
         // (One who comes has first choice: what it leaves is seen to when it has come.)
         assert!(on_the_way > 0 || l.idle.is_empty(), "somebody waits beside an idle connection: {hope}");
-        assert!(!self.has_room(), "somebody waits beside room for another: {hope}");
+        assert!(!self.has_room(self.now), "somebody waits beside room for another: {hope}");
     }
 
     /// After one who does not wait has asked for a connection to be made ready.
@@ -845,7 +845,7 @@ impl World {
         let suspect = l.idle.last().is_some_and(|&(top, _)| l.needs_check(&l.rows[top as usize], l.now));
         let what = format!("{} come: {:?} at {:?}", self.coming(), l.counts(), self.now);
         assert!(!suspect, "an idle connection that needs a check is not made ready: {what}");
-        assert!(!l.idle.is_empty() || !self.has_room(), "nothing is made ready though there is room: {what}");
+        assert!(!l.idle.is_empty() || !self.has_room(l.now), "nothing is made ready though there is room: {what}");
     }
 
     // ------------------------------------------------------------------------------------------ what must hold
