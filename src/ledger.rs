@@ -155,6 +155,8 @@ pub(crate) struct Row {
     /// 0: the slot is free.
     pub(crate) id: u64,
     phase: Phase,
+    /// Where it is counted for that: its index in the census.
+    counted: u8,
     /// When it took its state; for an idle connection since when it is unused.
     pub(crate) since: Moment,
     /// Since when it is unused, while it is idle, and while it is checked for maintenance, which is not use.
@@ -1804,16 +1806,19 @@ impl<C, W: Clone> Ledger<C, W> {
         self.rows[token.index as usize].id == token.id
     }
 
-    /// Sets the phase of a slot, and with it the counts.
-    #[inline]
+    /// Sets the phase of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the phase
+    /// they set, need not look up where it is counted.)
+    #[inline(always)]
     fn set(&mut self, index: u32, phase: Phase) {
-        let before = std::mem::replace(&mut self.rows[index as usize].phase, phase);
-        self.census.0[Census::of(before)] -= 1;
+        let row = &mut self.rows[index as usize];
+        let before = std::mem::replace(&mut row.counted, Census::of(phase) as u8);
+        row.phase = phase;
+        self.census.0[before as usize] -= 1;
         self.census.0[Census::of(phase)] += 1;
     }
 
     /// A slot takes another state, since then. What belonged to the one before ends with it.
-    #[inline]
+    #[inline(always)]
     fn turn(&mut self, index: u32, phase: Phase, since: Moment) {
         self.set(index, phase);
         let row = &mut self.rows[index as usize];
@@ -1825,6 +1830,7 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// The part of a turn that concerns jobs.
+    #[inline(never)]
     fn turn_job(&mut self, index: u32, phase: Phase) {
         self.dirty = true;
         self.end_limit(index);
@@ -1847,6 +1853,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let row = Row {
             id,
             phase: Phase::Free,
+            counted: Census::FREE as u8,
             since: now,
             unused_since: now,
             born: now,
