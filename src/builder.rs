@@ -210,7 +210,8 @@ impl<M: Manage> Builder<M> {
 
     /// How many threads may wait for a connection; one more fails at once.
     ///
-    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened.
+    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened, nor (with a manager that does not
+    /// [keep its limits](Manage::keeps_limits)) to be checked: what a call that failed had opened or checked serves the next.
     #[must_use]
     pub fn max_waiting(mut self, n: impl Into<Option<u32>>) -> Self {
         self.settings.max_waiting = n.into();

@@ -1586,6 +1586,11 @@ impl<C, W: Clone> Ledger<C, W> {
         if !full || !self.may_lose() || self.dial_with_room_at(now) > now {
             return false;
         }
+        // The one that is lost must leave a dial, or its place is of no use.
+        let last = self.lost + self.census.opens() + 1 >= self.rules.max_size;
+        if last && self.last_dial.plus(PROBE_PERIOD) > now {
+            return false;
+        }
         let hangs = |row: &&Row| row.phase == Phase::Closing(Close::Runs) && row.generation < self.generation;
         let rows = self.limits.iter().map(|&(_, index)| (index, &self.rows[index as usize]));
         let oldest = rows.filter(|(_, row)| hangs(row)).min_by_key(|&(_, row)| row.since);

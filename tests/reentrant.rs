@@ -57,7 +57,9 @@ fn hooked<M: Manage<Connection = FakeConn, Error = FakeError>>(
 #[track_caller]
 fn whole<M: Manage>(pool: &Pool<M>) {
     let held: Vec<_> = (0..3).map(|_| pool.get_timeout(LONG).unwrap()).collect();
-    assert_eq!((pool.stats().out, pool.stats().size(), pool.stats().lost), (3, 3, 0), "{}", pool.stats());
+    assert_eq!((pool.stats().out, pool.stats().size()), (3, 3), "{}", pool.stats());
+    // A close that took its time after a recycle may have been given up for one who waited, and comes back.
+    assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
     drop(held);
 }
 
@@ -302,7 +304,8 @@ fn uses<M: Manage<Connection = FakeConn, Error = FakeError>>(call: Call, fake: &
     });
     fake.set(call, act);
     fake.live(&pool);
-    assert!(times.load(SeqCst) > 0, "{call:?} did not happen");
+    // (On a thread of the pool's, which has a life of its own.)
+    assert!(wait_until(within(LONG), || times.load(SeqCst) > 0), "{call:?} did not happen");
     whole(&pool);
     fake.release(call);
     let report = pool.close(LONG);

@@ -1998,6 +1998,28 @@ fn what_was_recycled_and_hangs_gives_its_place_to_one_who_waits() {
 }
 
 #[test]
+fn what_was_recycled_is_not_given_up_for_a_place_that_is_of_no_use() {
+    // As many would be lost as the pool has slots: the next dial is a minute after the last.
+    let mut w = World::new(Rules { max_size: 1, ..rules() });
+    w.burst(1);
+    w.takes.close = secs(2);
+    w.ledger.recycle(w.now);
+    w.settle();
+    let a = w.get();
+    w.run(secs(2));
+    assert!(w.out.contains_key(&a), "its close has ended");
+    assert_eq!(w.written_off, 0);
+    w.put(a);
+    w.run(secs(61));
+    w.takes.close = secs(2);
+    w.ledger.recycle(w.now);
+    w.settle();
+    let b = w.get();
+    w.run(ms(500));
+    assert!(w.out.contains_key(&b), "a minute later it is dialled at once");
+}
+
+#[test]
 fn closes_that_hang_hold_up_no_other() {
     let mut w = World::new(Rules { max_idle: Some(secs(2)), ..rules() });
     w.burst(9);

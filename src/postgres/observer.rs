@@ -648,7 +648,7 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
             return Poll::Ready(Ok(()));
         }
         let Poll::Ready(result) = self.stream(cx)?.poll_read(cx, buf) else {
-            let between = !self.line.scanner().is_inside_answer();
+            let between = !self.line.scanner().is_half_told();
             if self.line.0.probe.nothing(cx, between) && self.line.0.probe.feed(buf) {
                 return Poll::Ready(Ok(()));
             }

@@ -341,11 +341,6 @@ impl Scanner {
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(|&request| request != Request::Close)
     }
 
-    /// Half a message has come from the server.
-    pub(crate) fn is_inside_answer(&self) -> bool {
-        self.backend.is_inside()
-    }
-
     /// The oldest request has failed, and its `ReadyForQuery` has not come.
     pub(crate) fn is_failing(&self) -> bool {
         self.failing
