@@ -116,7 +116,8 @@ const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
 /// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if somebody waits for
 /// its place: the server it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
-/// The least time between two dials once as many jobs as the pool has slots are written off and have not come back.
+/// The least time between two dials once as many jobs as the pool has slots are written off and have not come back, and the
+/// last dial did not come through; or more than as many.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
 /// Who holds a connection: where in the user's code it was checked out, and on which thread.
@@ -1575,7 +1576,10 @@ impl<C, W: Clone> Ledger<C, W> {
             if opening > 0 {
                 return Moment::NEVER;
             }
-            at = at.max(self.last_dial.plus(PROBE_PERIOD));
+            // At the bound the next may be dialled if the last came through, for then it was no connect that hung.
+            if self.failure.is_some() || self.lost > self.rules.max_size {
+                at = at.max(self.last_dial.plus(PROBE_PERIOD));
+            }
         }
         at
     }
@@ -1586,9 +1590,10 @@ impl<C, W: Clone> Ledger<C, W> {
         if !full || !self.may_lose() || self.dial_with_room_at(now) > now {
             return false;
         }
-        // The one that is lost must leave a dial, or its place is of no use.
-        let last = self.lost + self.census.opens() + 1 >= self.rules.max_size;
-        if last && self.last_dial.plus(PROBE_PERIOD) > now {
+        // The one that is lost must leave a dial, or its place is of no use. (There is no failure: it could be dialled.)
+        if self.lost + self.census.opens() + 1 >= self.rules.max_size
+            && (self.census.opens() > 0 || self.failure.is_some())
+        {
             return false;
         }
         let hangs = |row: &&Row| row.phase == Phase::Closing(Close::Runs) && row.generation < self.generation;

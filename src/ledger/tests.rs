@@ -457,15 +457,13 @@ impl World {
     }
 
     /// P5: with those that are lost and those that are dialled the server sees as many more as the pool has slots, at
-    /// most; beyond that one is dialled in a minute.
+    /// most; and one more, if the last that was dialled came through. Beyond that one is dialled in a minute.
     fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().lost + dialled.count() as u32;
         let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
-        assert!(
-            others < self.greatest.max(self.ledger.rules.max_size) || probe,
-            "{others} may be lost, and one more is dialled"
-        );
+        let most = self.greatest.max(self.ledger.rules.max_size) + u32::from(self.ledger.failure.is_none());
+        assert!(others < most || probe, "{others} may be lost, and one more is dialled");
     }
 
     /// Whether the job has its slot.
@@ -1999,24 +1997,43 @@ fn what_was_recycled_and_hangs_gives_its_place_to_one_who_waits() {
 
 #[test]
 fn what_was_recycled_is_not_given_up_for_a_place_that_is_of_no_use() {
-    // As many would be lost as the pool has slots: the next dial is a minute after the last.
+    // As many would be lost as the pool has slots: while opens fail, the next dial is a minute after the last.
+    for fails in [true, false] {
+        let mut w = World::new(Rules { max_size: 2, ..rules() });
+        w.burst(1);
+        w.takes.close = secs(2);
+        w.refuse = fails.then_some(false);
+        let held = w.get();
+        w.ledger.prepare(w.now);
+        w.settle();
+        w.run(secs(40));
+        w.refuse = None;
+        w.ledger.resize(w.now, 1);
+        w.put_back(held, Back::Outdated);
+        let a = w.get();
+        w.run(ms(500));
+        assert_eq!(w.out.contains_key(&a), !fails);
+        assert_eq!(w.written_off, u32::from(!fails));
+        w.run(ms(1_500));
+        assert!(w.out.contains_key(&a), "its close has ended");
+    }
+}
+
+#[test]
+fn one_that_hangs_in_a_pool_of_one_does_not_close_it_for_a_minute() {
     let mut w = World::new(Rules { max_size: 1, ..rules() });
-    w.burst(1);
-    w.takes.close = secs(2);
-    w.ledger.recycle(w.now);
-    w.settle();
-    let a = w.get();
-    w.run(secs(2));
-    assert!(w.out.contains_key(&a), "its close has ended");
-    assert_eq!(w.written_off, 0);
-    w.put(a);
-    w.run(secs(61));
-    w.takes.close = secs(2);
-    w.ledger.recycle(w.now);
-    w.settle();
-    let b = w.get();
-    w.run(ms(500));
-    assert!(w.out.contains_key(&b), "a minute later it is dialled at once");
+    w.takes.check = Duration::MAX;
+    let (a, b) = (w.get(), w.get());
+    w.put_back(a, Back::Reset);
+    w.run(secs(5));
+    assert!(w.out.contains_key(&b), "the server answers to connects");
+    assert_eq!((w.counts().lost, w.counts().total()), (1, 1));
+    // A second one keeps its slot: as many are lost as may be.
+    let c = w.get();
+    w.put_back(b, Back::Reset);
+    w.run(secs(5));
+    assert!(!w.out.contains_key(&c));
+    assert_eq!((w.counts().lost, w.counts().total()), (1, 1));
 }
 
 #[test]
