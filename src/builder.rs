@@ -199,7 +199,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How many connections may be opened at the same time. Each has a thread of the pool's for as long as that takes.
+    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each has a
+    /// thread of the pool's for as long as that takes.
     ///
     /// Default 4. Zero is refused, and so is more than 1024.
     #[must_use]

@@ -47,6 +47,9 @@ pub struct Timeout {
     pub checking: u32,
     /// Connections that were being closed.
     pub closing: u32,
+    /// Jobs past their limit that were given up and have not come back. With as many as `max_size` of them the pool opens no
+    /// more than one connection a minute, unless the last attempt came through.
+    pub lost: u32,
     /// Others who waited.
     pub waiting: u32,
     /// The connections that were out for the longest time, each with the thread and line that had checked it out:
@@ -211,6 +214,9 @@ impl fmt::Display for Timeout {
                     if n > 0 {
                         write!(f, ", {n} {what}")?;
                     }
+                }
+                if self.lost > 0 {
+                    write!(f, "; {} given up and not back", self.lost)?;
                 }
             }
         }

@@ -156,7 +156,14 @@ fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
     match slot.settle(|l, now, token| l.opened(now, token, conn)) {
-        Ok(()) => {
+        Ok(false) => {
+            let life = shared.settings.max_lifetime.map_or(Short(took).to_string(), |life| Short(life).to_string());
+            shared.set_cause(Cause::message(format!(
+                "connected in {}, when its life of at most {life} was over or about to be",
+                Short(took)
+            )));
+        }
+        Ok(true) => {
             shared.notice(Level::Debug, || {
                 let server = opening.server_id().map(|id| format!(" (server id {id})")).unwrap_or_default();
                 format!("opened #{id}{server} in {}", Short(took))
@@ -331,11 +338,11 @@ impl<M: Manage> Slot<M> {
     }
 
     /// Hands slot and connection to the ledger; gets them back if it comes too late.
-    fn settle(
+    fn settle<R: Default>(
         mut self,
-        hand_over: impl FnOnce(&mut crate::shared::Book<M>, Moment, Token) -> Result<(), (Token, Box<Conn<M>>)>,
-    ) -> Result<(), Late<M>> {
-        let Some(token) = self.token.take() else { return Ok(()) };
+        hand_over: impl FnOnce(&mut crate::shared::Book<M>, Moment, Token) -> Result<R, (Token, Box<Conn<M>>)>,
+    ) -> Result<R, Late<M>> {
+        let Some(token) = self.token.take() else { return Ok(R::default()) };
         let shared = Arc::clone(&self.shared);
         let now = shared.clock.precise();
         shared.with(|l| hand_over(l, now, token)).map_err(|(token, conn)| (Slot::new(shared, token), conn))

@@ -111,8 +111,9 @@ const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
 /// ... and so long while nothing is known of what is usual.
 const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
 /// How long a close counts among those that run side by side. It takes a millisecond or two; one that takes longer may
-/// hang, and must not hold up the next by more than what is scheduling noise anyway.
-const CLOSE_PATIENCE: Duration = Duration::from_millis(10);
+/// hang, and must not hold up the next by more than what is scheduling noise anyway. (The crew runs one more for each that
+/// takes longer, so that with every such pause twice as many have begun.)
+const CLOSE_PATIENCE: Duration = Duration::from_millis(3);
 /// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if somebody waits for
 /// its place: the server it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
@@ -296,14 +297,9 @@ impl Census {
         self.0[1..].iter().sum()
     }
 
-    /// All but those that are being closed.
-    fn live(&self) -> u32 {
-        self.total() - self.closes()
-    }
-
     /// Connections that will or may come to the next in the queue.
     fn alive(&self) -> u32 {
-        self.live() - self.opens()
+        self.total() - self.closes() - self.opens()
     }
 }
 
@@ -635,7 +631,7 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             let demand = self.plan_checks(now);
             self.plan_opens(now, demand);
-            if demand > 0 {
+            if demand > 0 || self.watchers > 0 {
                 self.arm_for_patience();
             }
         }
@@ -691,6 +687,8 @@ impl<C, W: Clone> Ledger<C, W> {
         // timeouts in a row.
         let missed = self.misses > 0 && quick + slow == 0;
         let users = demand > 0 && (missed || counted_on < demand);
+        // (`build` waits for the floor.)
+        let slow = slow.saturating_sub(u32::from(self.watchers > 0));
         let coming = quick + slow + self.census.checks();
         users || self.census.0[Census::IDLE] + coming.saturating_sub(demand) < self.rules.min_idle
     }
@@ -928,11 +926,13 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// Queues for a connection, at `ticket` if the caller has held a place before. Asks for what it takes to serve it.
+    /// `hurried`: it may not have the time to wait for a check, and takes one that was made for one like it.
     pub(crate) fn join(
         &mut self,
         now: Moment,
         holder: Holder,
         ticket: Option<Ticket>,
+        hurried: bool,
         seat: W,
     ) -> (Join<C>, Option<W>) {
         self.step(now, |l, now| {
@@ -941,6 +941,11 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             if let Take::Ready(token, conn) = l.take_idle(now, holder, false) {
                 return (Join::Ready(token, conn), Some(seat));
+            }
+            if hurried && l.front.is_none() {
+                if let Some((token, conn)) = l.take_checked(now, holder) {
+                    return (Join::Ready(token, conn), Some(seat));
+                }
             }
             if l.is_refused(now) {
                 return (Join::Refused, Some(seat));
@@ -1021,6 +1026,17 @@ impl<C, W: Clone> Ledger<C, W> {
                 first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, passed: 0 });
         }
         Some(waiter)
+    }
+
+    /// One who was [hurried](Ledger::join) has given up: what was ordered for it is to be there for the next.
+    pub(crate) fn prepare_for_the_next(&mut self, now: Moment) {
+        self.step(now, |l, now| {
+            if !l.closed {
+                l.note_asked(now);
+                l.kick(now);
+                l.ask();
+            }
+        });
     }
 
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
@@ -1194,7 +1210,8 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// A connection has arrived. `Err`: too late, it was written off; to be closed, and then [`free`](Ledger::free)d.
-    pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
+    /// `Ok(false)`: it has arrived at the end of its life.
+    pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<bool, (Token, C)> {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(&token) {
@@ -1209,7 +1226,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 l.failed(now, born, false, 0.5);
                 // Not counted among the closed, for it is not among the opened.
                 l.send_off(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
-                return Ok(());
+                return Ok(false);
             }
             // No single one says much of what is usual.
             l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
@@ -1225,7 +1242,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 }
             }
             l.proven(index, born, now, conn);
-            Ok(())
+            Ok(true)
         })
     }
 
@@ -1380,7 +1397,8 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn resize(&mut self, now: Moment, max_size: u32) {
         self.step(now, |l, now| {
             l.rules.max_size = max_size;
-            let excess = l.census.live().saturating_sub(max_size).min(l.idle.len() as u32);
+            // (Those that are being opened may never arrive.)
+            let excess = l.census.alive().saturating_sub(max_size).min(l.idle.len() as u32);
             for (index, conn) in l.drain_idle(0, excess as usize) {
                 l.doom(index, conn, CloseReason::Resized, now);
             }
@@ -1481,7 +1499,7 @@ impl<C, W: Clone> Ledger<C, W> {
         } else if row.generation != self.generation {
             Some(CloseReason::Recycled)
         } else if self.free.len() + (self.rules.max_size as usize) < self.rows.len()
-            && self.census.live() > self.rules.max_size
+            && self.census.alive() + u32::from(row.state() == State::Opening) > self.rules.max_size
         {
             Some(CloseReason::Resized)
         } else {
@@ -1561,13 +1579,15 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The same, if there were room.
     fn dial_with_room_at(&self, now: Moment) -> Moment {
         let opening = self.census.opens();
-        if self.closed || opening >= self.rules.parallel_opens {
+        // One that takes longer than usual does not count: those that hang keep nobody from another.
+        let hangs = u32::from(self.census.0[Census::SLOW_OPENING] > 0);
+        if self.closed || opening >= self.rules.parallel_opens.saturating_add(hangs) {
             return Moment::NEVER;
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
-            // While opens fail, one at a time is enough to learn that they no longer do.
-            if opening > 0 {
+            // While opens fail, one at a time is enough to learn that they no longer do; and one beside one that hangs.
+            if self.census.0[Census::OPENING] > 0 || opening > 1 {
                 return Moment::NEVER;
             }
             at = at.max(failure.retry);
@@ -1584,9 +1604,10 @@ impl<C, W: Clone> Ledger<C, W> {
         at
     }
 
-    /// Gives up on the close of a connection that was replaced, and hangs, if its place is all that is missing.
+    /// Gives up on the close of a connection that was replaced, and hangs, or of one that was stuck, if its place is all that
+    /// is missing.
     fn make_room(&mut self, now: Moment) -> bool {
-        let full = self.census.total() >= self.rules.max_size;
+        let full = self.census.total() >= self.rules.max_size && self.census.0[Census::CLOSING] > 0;
         if !full || !self.may_lose() || self.dial_with_room_at(now) > now {
             return false;
         }
@@ -1595,6 +1616,12 @@ impl<C, W: Clone> Ledger<C, W> {
             && (self.census.opens() > 0 || self.failure.is_some())
         {
             return false;
+        }
+        if let Some(stuck) = self.rows.iter().position(|row| row.phase == Phase::Closing(Close::Stuck)) {
+            // It could not be given up before.
+            self.lost += 1;
+            self.release(stuck as u32);
+            return true;
         }
         let hangs = |row: &&Row| row.phase == Phase::Closing(Close::Runs) && row.generation < self.generation;
         let rows = self.limits.iter().map(|&(_, index)| (index, &self.rows[index as usize]));

@@ -243,6 +243,8 @@ impl<M: Manage> Pool<M> {
         }
         let begun = shared.clock.precise();
         let deadline = begun.plus(timeout);
+        // Too short for a check, perhaps.
+        let hurried = timeout < shared.settings.validation_timeout;
         let mut place = None;
         if timeout.is_zero() {
             if let Some((token, conn)) = self.take_at_once(begun, holder) {
@@ -258,7 +260,7 @@ impl<M: Manage> Pool<M> {
         let seat = Arc::new(WaitingSeat::<M>::new(shared.home));
         let now = shared.clock.precise();
         let (joined, unused) = shared.with(|l| {
-            let joined = l.join(now, holder, place, Arc::clone(&seat));
+            let joined = l.join(now, holder, place, hurried, Arc::clone(&seat));
             shared.note_crowd(l);
             joined
         });
@@ -275,10 +277,9 @@ impl<M: Manage> Pool<M> {
             Join::Queued(ticket) => match self.wait(&seat, ticket, deadline) {
                 Some(grant) => grant,
                 None => {
-                    if timeout.is_zero() {
-                        // What was ordered for it is to be there for the next.
+                    if hurried {
                         let now = shared.clock.precise();
-                        shared.with(|l| l.prepare(now));
+                        shared.with(|l| l.prepare_for_the_next(now));
                     }
                     if let Some(events) = &shared.hooks.events {
                         shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
@@ -369,6 +370,7 @@ impl<M: Manage> Pool<M> {
             opening: counts.opening,
             checking: counts.checking,
             closing: counts.closing,
+            lost: counts.lost,
             waiting: counts.waiting,
             holders,
             checked_out_here,
@@ -700,6 +702,58 @@ impl Closer {
     }
 }
 
+/// One who closes the pool from within a call that the pool makes: what it has in hand ends only when it has closed. Of two
+/// of them neither waits for what the other has in hand.
+#[derive(Clone)]
+pub(crate) struct Within {
+    on_the_crew: bool,
+    in_hand: Vec<u64>,
+}
+
+/// While it closes.
+struct Entered<'a, M: Manage> {
+    shared: &'a Arc<Shared<M>>,
+    on_the_crew: bool,
+    /// Whether it is within a call at all: who is not waits for those who are.
+    is_within: bool,
+}
+
+impl Within {
+    fn enter<M: Manage>(shared: &Arc<Shared<M>>) -> Entered<'_, M> {
+        let (on_the_crew, in_hand) = here::of(shared.address());
+        let is_within = on_the_crew || !in_hand.is_empty();
+        if is_within {
+            shared.within.lock().push(Within { on_the_crew, in_hand });
+            // Who came before waits for one thing less.
+            shared.changed.ring();
+        }
+        Entered { shared, on_the_crew, is_within }
+    }
+}
+
+impl<M: Manage> Entered<'_, M> {
+    /// The numbers of the connections, and how many threads of the crew.
+    fn not_waited_for(&self) -> (Vec<u64>, usize) {
+        if !self.is_within {
+            return (Vec::new(), 0);
+        }
+        let within = self.shared.within.lock();
+        let threads = within.iter().filter(|one| one.on_the_crew).count();
+        (within.iter().flat_map(|one| one.in_hand.iter().copied()).collect(), threads)
+    }
+}
+
+impl<M: Manage> Drop for Entered<'_, M> {
+    fn drop(&mut self) {
+        if self.is_within {
+            let (on_the_crew, in_hand) = here::of(self.shared.address());
+            let mut within = self.shared.within.lock();
+            let at = within.iter().position(|one| (one.on_the_crew, &one.in_hand) == (on_the_crew, &in_hand));
+            at.map(|at| within.swap_remove(at));
+        }
+    }
+}
+
 /// A wait that was in vain.
 #[derive(Clone)]
 pub(crate) struct Vain {
@@ -721,19 +775,20 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let waiters = end(shared, by, Some(at));
     let since = shared.clock.precise();
     // (A job of this very thread's that was written off has no slot any longer.)
-    let (on_the_crew, in_hand) = here::of(shared.address());
-    let my_thread = usize::from(on_the_crew);
+    let mine = Within::enter(shared);
+    let my_thread = usize::from(mine.on_the_crew);
     let deadline = begun.checked_add(grace);
 
     let is_over = |vain: Option<&Vain>| {
         let threads = shared.crew.threads();
+        let (in_hand, my_threads) = mine.not_waited_for();
         let ledger = shared.lock();
         let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
         let others = ledger.rows().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
         let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::Out);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
-        (!others && !reaper && threads <= my_thread + vain.map_or(0, |vain| vain.threads)).then_some(())
+        (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(())
     };
     let vain = shared.vain.lock().clone();
     match vain.as_ref().filter(|_| joins) {

@@ -64,7 +64,10 @@ impl Settings {
             max_idle: self.max_idle,
             max_lifetime: self.max_lifetime,
             lifetime_jitter: self.lifetime_jitter,
-            validate: self.validate,
+            validate: match self.validate {
+                Validate::AfterIdle(Duration::ZERO) => Validate::Always,
+                validate => validate,
+            },
             validation_timeout: self.validation_timeout,
             open_timeout: self.open_timeout,
             close_timeout: self.close_timeout,

@@ -13,7 +13,7 @@ use crate::error::{Cause, Closed, Error, ErrorKind};
 use crate::jobs::{Job, Notice, Slot, shielded};
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
-use crate::pool::Vain;
+use crate::pool::{Vain, Within};
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Short};
 use crate::text::Shown;
@@ -24,6 +24,7 @@ use log::Level;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -40,7 +41,7 @@ pub(crate) struct Shared<M: Manage> {
     pub(crate) name: Arc<str>,
     pub(crate) clock: Clock,
     pub(crate) settings: Settings,
-    pub(crate) manager: M,
+    pub(crate) manager: Shielded<M>,
     pub(crate) hooks: Hooks<M>,
     pub(crate) crew: Crew<Job<M>>,
     /// [`Manage::keeps_limits`], asked once.
@@ -56,6 +57,8 @@ pub(crate) struct Shared<M: Manage> {
     /// Every connection that is open or being opened, by number: what can be done about it from outside.
     pub(crate) openings: Mutex<HashMap<u64, Arc<Opening>>>,
     pub(crate) ended: OnceLock<Ended>,
+    /// Who closes the pool from within a call that it makes.
+    pub(crate) within: Mutex<Vec<Within>>,
     /// What `close` and guards have waited for in vain.
     pub(crate) vain: Mutex<Option<Vain>>,
     /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`].
@@ -130,6 +133,42 @@ fn only_call<M: Manage>(ledger: &mut Book<M>) -> Option<Arc<WaitingSeat<M>>> {
     if alone { ledger.outbox.calls.pop() } else { None }
 }
 
+/// The manager and the hooks are the user's, and may panic when they are dropped: on whatever thread has the pool last.
+pub(crate) struct Shielded<T>(Option<T>);
+
+impl<T> Shielded<T> {
+    pub(crate) fn new(what: T) -> Self {
+        Shielded(Some(what))
+    }
+}
+
+impl<T> Deref for Shielded<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl<T> Drop for Shielded<T> {
+    fn drop(&mut self) {
+        let what = self.0.take();
+        shielded(|| drop(what));
+    }
+}
+
+impl<M: Manage> Drop for Shared<M> {
+    fn drop(&mut self) {
+        // Each by itself: of two that panic the second would end the process.
+        let Hooks { customizer, errors, events } = &mut self.hooks;
+        let (customizer, errors, events) = (customizer.take(), errors.take(), events.take());
+        shielded(|| drop(customizer));
+        shielded(|| drop(errors));
+        shielded(|| drop(events));
+    }
+}
+
 /// Who closed the pool.
 pub(crate) struct Ended {
     pub(crate) by: &'static str,
@@ -162,6 +201,7 @@ impl<M: Manage> Shared<M> {
             cause: Mutex::new(None),
             openings: Mutex::new(HashMap::new()),
             ended: OnceLock::new(),
+            within: Mutex::new(Vec::new()),
             vain: Mutex::new(None),
             starting: AtomicBool::new(false),
             home,
@@ -169,7 +209,7 @@ impl<M: Manage> Shared<M> {
             clock,
             settings,
             hooks,
-            manager,
+            manager: Shielded::new(manager),
         })
     }
 
@@ -292,6 +332,8 @@ impl<M: Manage> Shared<M> {
     /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
     #[inline]
     pub(crate) fn seems_forked(&self, now: Moment) -> bool {
+        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come up.
+        let now = if self.core.crowd.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
         self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }
 

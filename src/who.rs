@@ -49,7 +49,8 @@ impl Home {
     #[inline]
     pub(crate) fn seems_elsewhere(self, at: u64) -> bool {
         let (looked, seen) = PROCESS.get();
-        (at.saturating_sub(looked) >= LOOK_AGAIN || seen != self.0) && self.look(at)
+        // (What is before the last look was read off a clock that lies behind the one then: nothing is relied on.)
+        (at.wrapping_sub(looked) >= LOOK_AGAIN || seen != self.0) && self.look(at)
     }
 
     #[cold]
