@@ -966,6 +966,8 @@ impl<C, W: Clone> Ledger<C, W> {
             if waiting == 0 {
                 l.kick(now);
             }
+            // (One that comes again and again wants one, not one more each time.)
+            l.asked &= !hurried;
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
             l.queue.insert(ticket, Waiter { seat, holder, since: ticket.since });
             if l.front.is_none_or(|front| ticket < front.ticket) {
@@ -1028,13 +1030,16 @@ impl<C, W: Clone> Ledger<C, W> {
         Some(waiter)
     }
 
-    /// One who was [hurried](Ledger::join) has given up: what was ordered for it is to be there for the next.
-    pub(crate) fn prepare_for_the_next(&mut self, now: Moment) {
+    /// One who was [hurried](Ledger::join) has given up: what was ordered for it is to be there for the next. `even_now`: it
+    /// was gone, perhaps, before that had begun, which is wanted all the same.
+    pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {
         self.step(now, |l, now| {
             if !l.closed {
                 l.note_asked(now);
-                l.kick(now);
-                l.ask();
+                if even_now {
+                    l.kick(now);
+                    l.ask();
+                }
             }
         });
     }

@@ -279,7 +279,7 @@ impl<M: Manage> Pool<M> {
                 None => {
                     if hurried {
                         let now = shared.clock.precise();
-                        shared.with(|l| l.prepare_for_the_next(now));
+                        shared.with(|l| l.prepare_for_the_next(now, timeout < BLINK));
                     }
                     if let Some(events) = &shared.hooks.events {
                         shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
@@ -680,6 +680,9 @@ fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static
     shared.crew.close();
     waiters.unwrap_or(0)
 }
+
+/// A timeout in which a job may not even begin, on a busy machine.
+const BLINK: Duration = Duration::from_millis(10);
 
 /// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
 const LAST_WORDS: Duration = Duration::from_millis(20);
