@@ -71,7 +71,8 @@ fn one_that_the_server_has_ended_is_not_handed_out() {
     assert_eq!(server.terminate(app), 3);
     assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
     assert!(pool.try_get().is_none(), "the first is seen to be dead, and the others are suspect");
-    assert_eq!(pool.stats().closed_for(CloseReason::Invalid), 1);
+    // (And looked at for the next call, on other threads.)
+    assert!(pool.stats().closed_for(CloseReason::Invalid) >= 1);
     let mut served = None;
     assert!(wait_until(within(SOON), || {
         served = number(&pool);
