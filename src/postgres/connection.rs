@@ -5,7 +5,7 @@ use super::observer::{self, Status, Watch};
 use super::statements::Statements;
 use super::{Error, Reset};
 use ::postgres::error::SqlState;
-use ::postgres::{Client, SimpleQueryMessage};
+use ::postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -81,7 +81,7 @@ enum Lookup {
 /// its own, by which it looks up types, and does not notice when they are gone. A type that it has not met before would
 /// fail from then on.
 const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
-    SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
+    SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
 
 impl Connection {
     pub(super) fn new(opened: Opened, statement_cache: usize) -> Result<Connection, Error> {
@@ -158,6 +158,9 @@ impl Connection {
             return Returned::Broken;
         }
         self.client.unmark();
+        if watch.is_idle() {
+            watch.forgive();
+        }
         if kept_if_clean && watch.is_clean() {
             return Returned::Keep;
         }
@@ -261,7 +264,11 @@ impl Connection {
                 self.cut();
                 Err(Error::own("it could not be brought to rest", false))
             }
-            _ => Ok(()),
+            Some(watch) => {
+                watch.forgive();
+                Ok(())
+            }
+            None => Ok(()),
         }
     }
 
@@ -406,29 +413,42 @@ enum Answer {
 /// and its answer says which it answers: after a COPY that the server refused, `postgres` may return each call's predecessor's
 /// (rust-postgres #789).
 fn ask_who(client: &mut Client, lookup: bool) -> Result<Answer, ::postgres::Error> {
-    static ASKED: AtomicU64 = AtomicU64::new(0);
-    let nonce = format!("millpond {}", ASKED.fetch_add(1, Ordering::Relaxed));
+    let nonce = nonce();
     let lookups = match lookup {
         true => {
-            "EXISTS (SELECT FROM pg_prepared_statements WHERE statement LIKE 'SELECT t.typname, t.typtype, t.typelem%')"
+            "EXISTS (SELECT FROM pg_catalog.pg_prepared_statements \
+             WHERE statement OPERATOR(pg_catalog.~~) 'SELECT t.typname, t.typtype, t.typelem%')"
         }
         false => "NULL",
     };
-    let question = format!("SELECT '{nonce}', now() = statement_timestamp(), {lookups}");
+    // Somebody's `search_path` may lead to a function of another kind by one of these names first: one that stops the time.
+    let still = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
+    let question = format!("SELECT '{nonce}', {still}, {lookups}");
     let answer = match client.simple_query(&question) {
         Ok(answer) => answer,
         Err(e) if e.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => return Ok(Answer::Failed),
         Err(e) => return Err(e),
     };
-    let row = answer.iter().find_map(|m| match m {
-        SimpleQueryMessage::Row(row) if row.try_get(0).is_ok_and(|n| n == Some(&*nonce)) => Some(row),
-        _ => None,
-    });
+    let row = answer_to(&answer, &nonce);
     let is = |column| row.and_then(|row| row.try_get(column).ok().flatten()) == Some("t");
     Ok(match row {
         None => Answer::Another,
         Some(_) if is(1) => Answer::Idle { lookups: is(2) },
         Some(_) => Answer::Open,
+    })
+}
+
+/// A word that was never said before, by which an answer shows that it answers the question that had it.
+pub(super) fn nonce() -> String {
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    format!("millpond {}", ASKED.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The row that begins with `nonce`, if it is there.
+pub(super) fn answer_to<'a>(answer: &'a [SimpleQueryMessage], nonce: &str) -> Option<&'a SimpleQueryRow> {
+    answer.iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(row) if row.try_get(0).is_ok_and(|n| n == Some(nonce)) => Some(row),
+        _ => None,
     })
 }
 
@@ -438,7 +458,7 @@ pub(super) fn ask_for_transaction(client: &mut Client) -> Result<bool, ::postgre
 }
 
 fn ask_for_pid(client: &mut Client) -> Result<Option<i32>, ::postgres::Error> {
-    let answer = client.simple_query("SELECT pg_backend_pid()")?;
+    let answer = client.simple_query("SELECT pg_catalog.pg_backend_pid()")?;
     Ok(answer.iter().find_map(|m| match m {
         SimpleQueryMessage::Row(row) => row.try_get(0).ok()??.parse().ok(),
         _ => None,

@@ -273,6 +273,16 @@ impl Watch {
         idle && !scanner.has_refused_write() && !scanner.has_missed_a_statement()
     }
 
+    /// See [`Scanner::has_erred`].
+    pub(crate) fn has_erred(&self) -> bool {
+        self.scanner.lock().has_erred()
+    }
+
+    /// It was made sure that questions and answers match.
+    pub(crate) fn forgive(&self) {
+        self.scanner.lock().forgive();
+    }
+
     /// See [`Scanner::fatal`].
     pub(crate) fn fatal(&self) -> Option<SqlState> {
         let code = self.scanner.lock().fatal()?;

@@ -79,6 +79,8 @@ pub(crate) struct Scanner {
     missed_statement: bool,
     /// From an error to the next `ReadyForQuery`.
     failing: bool,
+    /// There was an error since it was last forgiven.
+    erred: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
     /// How much the server may still say until the login is over; `None` once it is.
@@ -154,6 +156,7 @@ impl Scanner {
             refused_statement: false,
             missed_statement: false,
             failing: false,
+            erred: false,
             in_hot_standby: None,
             read_only_by_default: None,
             login: Some(LOGIN),
@@ -262,6 +265,7 @@ impl Scanner {
             }
             b'E' => {
                 self.failing = true;
+                self.erred = true;
                 // Poison, rule 3: whether that `Sync` was ignored now depends on when the COPY failed.
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
@@ -344,6 +348,16 @@ impl Scanner {
     /// The oldest request has failed, and its `ReadyForQuery` has not come.
     pub(crate) fn is_failing(&self) -> bool {
         self.failing
+    }
+
+    /// A request has failed since the last [`forgive`](Scanner::forgive).
+    pub(crate) fn has_erred(&self) -> bool {
+        self.erred
+    }
+
+    /// Whatever has failed until now left nothing behind.
+    pub(crate) fn forgive(&mut self) {
+        self.erred = false;
     }
 
     /// Nothing more can come of it: poisoned, hung up or told so by the server.

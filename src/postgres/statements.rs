@@ -8,15 +8,16 @@
 //! A dropped [`Statement`] sends a `Close` with the next request. So room is made before a statement is prepared, not
 //! after: nothing is left queued when the call returns, which the drop of the connection would have to wait for.
 
-use super::connection::{Connection, ask_for_transaction};
+use super::connection::{Connection, answer_to, ask_for_transaction, nonce};
 use super::observer::{Status, Watch};
 use ::postgres::error::SqlState;
-use ::postgres::types::{ToSql, Type, WrongType};
+use ::postgres::types::private::BytesMut;
+use ::postgres::types::{IsNull, ToSql, Type, WrongType, to_sql_checked};
 use ::postgres::{Client, Error, GenericClient, Row, Statement, ToStatement};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::error::Error as _;
+use std::error::Error as StdError;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -480,9 +481,6 @@ pub struct Transaction<'a> {
     nested: bool,
 }
 
-/// A `COMMIT`, behind something that costs nothing, and fails in a transaction that has failed.
-const CHECKED_COMMIT: &str = "SHOW transaction_isolation; COMMIT";
-
 impl Transaction<'_> {
     /// Ends it, and keeps what it did. One round trip.
     ///
@@ -492,22 +490,14 @@ impl Transaction<'_> {
     /// it has failed, even if that was overlooked: with SQLSTATE 25P02. (`postgres` itself says `Ok` then, since to PostgreSQL
     /// the `COMMIT` of a failed transaction is a successful `ROLLBACK`.) It has ended in any case.
     pub fn commit(self) -> Result<(), Error> {
-        let sound = self.statements.watch.as_ref().is_some_and(|w| !w.is_busy() && w.status() != Status::Failed);
-        // The release of a savepoint fails by itself.
-        if sound || self.nested {
-            return self.transaction.commit();
+        match &self.statements.watch {
+            // The release of a savepoint fails by itself, and what became of it shows when the transaction is committed.
+            _ if self.nested => self.transaction.commit(),
+            Some(watch) if watch.has_erred() => ask_and_commit(self.transaction),
+            // It is known not to have failed.
+            Some(watch) if !watch.is_busy() => self.transaction.commit(),
+            _ => commit_and_see(self.transaction),
         }
-        // It has failed, or is not known not to have.
-        let mut transaction = self.transaction;
-        let result = transaction.batch_execute(CHECKED_COMMIT);
-        match &result {
-            // It has been committed, so there is nothing left to be rolled back.
-            Ok(()) => std::mem::forget(transaction),
-            // Or the commit itself has failed, and has ended it: a constraint that was deferred, another transaction.
-            Err(e) if e.code().is_some_and(is_of_the_commit) => std::mem::forget(transaction),
-            Err(_) => drop(transaction),
-        }
-        result
     }
 
     /// Ends it, as if it had not been.
@@ -619,9 +609,78 @@ impl<'a> DerefMut for Transaction<'a> {
     }
 }
 
-/// Classes 23 (a constraint) and 40 (a serialization failure): what no other part of a [`CHECKED_COMMIT`] can fail with.
-fn is_of_the_commit(code: &SqlState) -> bool {
-    code.code().starts_with("23") || code.code().starts_with("40")
+/// A `COMMIT` where something has failed before, after which an answer may come that nobody waits for: of a COPY that the
+/// server refused `postgres` returns to each call its predecessor's, or it ends the connection (rust-postgres #789). What
+/// became of a commit would not be known then. So it is sent only when it is certain that its answer will be its own.
+fn ask_and_commit(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
+    let nonce = nonce();
+    let answer = transaction.simple_query(&format!("SELECT '{nonce}'"))?;
+    if answer_to(&answer, &nonce).is_some() {
+        return transaction.commit();
+    }
+    Err(local_error(&mut transaction, "nothing is committed: its answers no longer match its questions"))
+}
+
+const UNKNOWN: &str = "it is not known whether it was committed: its answers no longer match its questions";
+
+/// How many answers to other questions may come before the one that is waited for: one for each COPY that was refused.
+const BEHIND: usize = 1000;
+
+/// A `COMMIT`, behind something that fails in a transaction that has failed, and that shows whose answer comes. Whatever else
+/// comes is followed by questions, until it is certain what became of it. (Unless `postgres` ends the connection over it.)
+/// One round trip, where nobody knows whether something has failed before.
+fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
+    let (nonce, end) = (nonce(), nonce());
+    let mut asked = format!("SELECT '{nonce}'; COMMIT");
+    let (mut failure, mut rolled_back) = (None, false);
+    for _ in 0..BEHIND {
+        let answer = transaction.simple_query(&asked);
+        asked = format!("SELECT '{end}'");
+        match answer {
+            Ok(answer) if answer_to(&answer, &nonce).is_some() => {
+                // It has been committed, so there is nothing left to be rolled back.
+                std::mem::forget(transaction);
+                return Ok(());
+            }
+            Ok(answer) if answer_to(&answer, &end).is_some() => {
+                // The answer to the commit came before this one, and was an error. It has ended.
+                let error = failure.unwrap_or_else(|| local_error(&mut transaction, UNKNOWN));
+                std::mem::forget(transaction);
+                return Err(error);
+            }
+            Ok(_) => {}
+            Err(e) if e.is_closed() => return Err(failure.unwrap_or(e)),
+            Err(e) => {
+                if e.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) && !rolled_back {
+                    rolled_back = true;
+                    asked.insert_str(0, "ROLLBACK; ");
+                }
+                failure = failure.or(Some(e));
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| local_error(&mut transaction, UNKNOWN)))
+}
+
+/// An error of `postgres`'s with this text, made by a parameter that cannot be sent.
+fn local_error(transaction: &mut ::postgres::Transaction<'_>, text: &'static str) -> Error {
+    #[derive(Debug)]
+    struct Unsendable(&'static str);
+
+    impl ToSql for Unsendable {
+        fn to_sql(&self, _: &Type, _: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+            Err(self.0.into())
+        }
+        fn accepts(_: &Type) -> bool {
+            true
+        }
+        to_sql_checked!();
+    }
+
+    match transaction.execute_typed("", &[(&Unsendable(text), Type::TEXT)]) {
+        Err(error) => error,
+        Ok(_) => unreachable!("it cannot be sent"),
+    }
 }
 
 impl fmt::Debug for Transaction<'_> {
