@@ -198,6 +198,7 @@ fn one_that_is_seen_to_be_dead_goes_and_its_siblings_are_suspect() {
     pause();
     fake.next(Call::Peek, [Act::Fail]);
     fake.set(Call::Validate, Act::Block);
+    fake.set(Call::Open, Act::Block); // one that is newly opened would serve
     assert!(pool.try_get().is_none());
     assert_eq!((pool.stats().closed_for(CloseReason::Invalid), fake.calls(Call::HandleError)), (1, 1));
     // After one that failed two are checked where one is wanted.
@@ -205,6 +206,7 @@ fn one_that_is_seen_to_be_dead_goes_and_its_siblings_are_suspect() {
     assert!(pool.try_get().is_none());
     assert_eq!(fake.calls(Call::Peek), 1, "the others are asked, not looked at");
     fake.release(Call::Validate);
+    fake.release(Call::Open);
     assert!(wait_until(within(SOON), || pool.try_get().is_some()), "{}\n{}", pool.stats(), pool.connections());
 
     // A panic in it costs that one.
