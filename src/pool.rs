@@ -159,7 +159,7 @@ impl<M: Manage> Pool<M> {
     /// but asks for one to be made ready, so that a later call finds it.
     ///
     /// What would be [validated](Builder::validate) because it was unused for a while is had after a
-    /// [look](Manage::peek) at it, if the manager can look ([`PostgresManager`](crate::postgres::PostgresManager) can, except
+    /// [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except
     /// over a unix socket). Otherwise it is had if it was used or validated since the last such call, however long ago
     /// that is: what one call had validated in vain serves the next. So it may be found dead by its user. What is under
     /// suspicion, since another connection was found dead, is had only after it was validated; and with

@@ -141,7 +141,7 @@ fn life(seed: u64) -> Result<(), String> {
     if let Some(flaw) = flaw {
         return Err(format!("{flaw}\n{text}"));
     }
-    if worst > ms(700) {
+    if worst > ms(1500) {
         return Err(format!("waited for {worst:?}: {stats} {text}"));
     }
     if !report.is_complete() || fake.alive() > 0 {
