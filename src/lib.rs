@@ -53,8 +53,8 @@
 //!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is written off: its slot is freed, its thread
 //!   replaced, and what may come of it closed. What takes longer than usual is not counted on until then: beside an open
 //!   that hangs one more is dialled (after three times the usual time to open, at least 250 ms; after 1 s while none has
-//!   come), beside a check of 100 ms another is made, and of the closes only four run side by side that have taken less
-//!   than 10 ms, so that those which hang hold up no other.
+//!   come), beside a check of 100 ms another is made, and of the closes four run side by side, and one more for each that
+//!   has taken 3 ms, so that those which hang hold up no other.
 //! * **Workers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
 //!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
 //! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
