@@ -1,10 +1,9 @@
-//! What the bounds of the hand-over cost, and what they buy: `cargo bench --bench curve [-- --quick] [words of a
+//! What the bound of barging costs, and what it buys: `cargo bench --bench curve [-- --quick] [words of a
 //! scenario]`.
 //!
 //! A connection that comes back while others wait is handed over to the first of them, or may be taken by whoever runs.
 //! The more is handed over, the shorter are the longest waits, and the longer lies a connection unused until its new
-//! holder runs. `right_of_way` sets how much of each, and so does `passes` with the time that goes with it. Their
-//! defaults are one point of a curve. Here are others, one bound moved at a time.
+//! holder runs. `fair_after` sets how much of each. Its default is one point of a curve. Here are others.
 //!
 //! Costs and waits are from runs of their own: the clock around a get costs more than some of the gets.
 
@@ -28,14 +27,11 @@ fn main() {
     let begun = Instant::now();
     let plan = if is_quick() { Plan(3, ms(25), ms(150)) } else { Plan(7, ms(60), ms(500)) };
     let Plan(n, short, long) = plan;
-    let mut part = Part::new("curve", "What the bounds of the hand-over cost");
+    let mut part = Part::new("curve", "What the bound of barging costs");
     part.say(&format!(
-        "Millpond with one bound of the hand-over moved at a time: `right_of_way`, or how often the first who waits \
-         may be passed and for how long it must have been first. \"No bound\" has neither: whoever runs takes it. \
-         Costs are per get and return, all threads together, and their ratio to r2d2 without its test; medians of {n} \
+        "Millpond with other values of `fair_after`: for how long the first waiter may be barged. Costs are per get and return, all threads together, and their ratio to r2d2 without its test; medians of {n} \
          interleaved rounds of {} ms in which nobody looks at the clock. Waits and fairness are of one more run of {} \
-         ms. The defaults are measured twice, once in each sweep: how far the two lie apart tells what else is noise. \
-         Where some starve while the others take it thousands of times, p99.9 does not show it, but the greatest wait \
+         ms. Where some starve while the others take it thousands of times, p99.9 does not show it, but the greatest wait \
          and the fairness do.\n",
         short.as_millis(),
         long.as_millis()
@@ -73,31 +69,17 @@ fn main() {
 /// So many rounds of so long for the costs, and so long for the waits.
 struct Plan(usize, Duration, Duration);
 
-/// Which bounds are not the default's.
-enum Setting {
-    RightOfWay(Duration),
-    /// How often, and for how long first.
-    Passes(u32, Duration),
-    Neither,
-}
+/// For how long the first waiter may be barged.
+struct Setting(Duration);
 
 /// In the order of the table.
 fn settings() -> Vec<Setting> {
-    let rights = [Duration::ZERO, us(100), us(300), us(700), ms(2), ms(10)].map(Setting::RightOfWay);
-    let passes = [(1, 0), (4, 0), (4, 20), (8, 50), (8, 100), (16, 300), (u32::MAX, 0)];
-    let passes = passes.map(|(n, first_for)| Setting::Passes(n, us(first_for)));
-    rights.into_iter().chain(passes).chain([Setting::Neither]).collect()
+    [Duration::ZERO, us(100), us(300), us(700), ms(2), ms(10)].map(Setting).into()
 }
 
 impl Setting {
     fn apply<M: Manage>(&self, builder: Builder<M>) -> Builder<M> {
-        const HOUR: Duration = Duration::from_secs(60 * 60);
-        match *self {
-            Setting::RightOfWay(limit) => builder.right_of_way(limit),
-            Setting::Passes(n, first_for) => builder.passes(n, first_for),
-            // What may not be idle for as long as it may be passed is handed over.
-            Setting::Neither => builder.right_of_way(HOUR).passes(u32::MAX, Duration::ZERO).max_idle(None),
-        }
+        builder.fair_after(self.0)
     }
 
     /// Whether it changes nothing.
@@ -107,12 +89,7 @@ impl Setting {
     }
 
     fn name(&self) -> String {
-        let name = match *self {
-            Setting::RightOfWay(limit) => format!("right of way {}", brief(limit)),
-            Setting::Passes(u32::MAX, _) => "passes unlimited".into(),
-            Setting::Passes(n, first_for) => format!("passes {n} after {}", brief(first_for)),
-            Setting::Neither => "no bound".into(),
-        };
+        let name = format!("fair after {}", brief(self.0));
         if self.is_default() { format!("{name} (default)") } else { name }
     }
 }
@@ -170,16 +147,9 @@ fn compare(
     let x = Axis::log("p99.9 of the waits", least_wait, most_wait, seconds);
     let y = Axis::log("cost, to r2d2", least_cost, most_cost, number);
     let dot = |(wait, cost): (f64, f64), name, marked| Dot { at: (wait.log10(), cost.log10()), name, marked };
-    let mut lines: Vec<Vec<Dot>> = (0..4).map(|_| Vec::new()).collect();
-    for (setting, &place) in settings.iter().zip(&places[1..]) {
-        let line = match setting {
-            Setting::RightOfWay(_) => 0,
-            Setting::Passes(..) => 1,
-            Setting::Neither => 2,
-        };
-        lines[line].push(dot(place, setting.name(), setting.is_default()));
-    }
-    lines[3].push(dot(places[0], subjects[0].name().into(), false));
+    let millponds = settings.iter().zip(&places[1..]);
+    let millponds = millponds.map(|(setting, &place)| dot(place, setting.name(), setting.is_default())).collect();
+    let lines = [millponds, vec![dot(places[0], subjects[0].name().into(), false)]];
     let title = format!("{title} (large dots: the default)");
     part.plot(name, &format!("Cost against the longest waits: {title}"), &dots(&title, &x, &y, &lines));
 }

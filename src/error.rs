@@ -1,7 +1,9 @@
 //! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], what the other side said.
 
-use crate::stats::{ConnectionInfo, Short};
-use crate::text::{self, Brief, Escaping};
+use crate::leaf::shield::Panic;
+use crate::leaf::text::Short;
+use crate::leaf::text::{self, Brief, Escaping};
+use crate::stats::ConnectionInfo;
 use std::error::Error as StdError;
 use std::fmt::{self, Write as _};
 use std::panic::Location;
@@ -39,23 +41,23 @@ pub struct Timeout {
     pub timeout: Duration,
     /// The greatest number of connections, as set then.
     pub max_size: u32,
-    /// Connections that were checked out.
-    pub out: u32,
+    /// Connections in use.
+    pub in_use: u32,
     /// Connections that were being opened.
     pub opening: u32,
     /// Connections that were being checked or reset.
     pub checking: u32,
     /// Connections that were being closed.
     pub closing: u32,
-    /// Jobs past their limit that were given up and have not come back. With as many as `max_size` of them the pool opens no
+    /// Abandoned jobs (those past their limit) that have not ended. With as many as `max_size` of them the pool opens no
     /// more than one connection a minute, unless the last attempt came through.
-    pub lost: u32,
+    pub abandoned: u32,
     /// Others who waited.
     pub waiting: u32,
-    /// The connections that were out for the longest time, each with the thread and line that had checked it out:
-    /// [`HOLDERS`](Timeout::HOLDERS) of them at most, the longest first.
-    pub holders: Vec<ConnectionInfo>,
-    /// How many of the connections that were out the very thread that got this error had checked out. (It may have given
+    /// The connections that were in use for the longest time, each with the thread and line that had checked it out:
+    /// [`HOLDERS`](Timeout::MOST_SHOWN) of them at most, the longest first.
+    pub longest_in_use: Vec<ConnectionInfo>,
+    /// How many of the connections in use the very thread that got this error had checked out. (It may have given
     /// them to others since.)
     pub checked_out_here: u32,
     /// The last failure to open a connection, if none has been opened since.
@@ -63,8 +65,8 @@ pub struct Timeout {
 }
 
 impl Timeout {
-    /// How many holders are named at most.
-    pub const HOLDERS: usize = 5;
+    /// How many connections are named at most.
+    pub const MOST_SHOWN: usize = 5;
 }
 
 /// [`ErrorKind::Connect`]: a permanent refusal.
@@ -158,7 +160,7 @@ impl Error {
     /// (`false` while a connection is being opened, for then it is the other side that takes its time.)
     pub fn is_exhausted(&self) -> bool {
         match &*self.0 {
-            ErrorKind::Timeout(t) => t.out > 0 && t.opening == 0 && t.out + t.checking + t.closing >= t.max_size,
+            ErrorKind::Timeout(t) => t.in_use > 0 && t.opening == 0 && t.in_use + t.checking + t.closing >= t.max_size,
             ErrorKind::TooManyWaiting(_) => true,
             _ => false,
         }
@@ -204,10 +206,10 @@ impl fmt::Display for Timeout {
         let mut f = Escaping(f);
         write!(f, "pool '{}': no connection within {}", self.pool, Short(self.timeout))?;
         match &self.cause {
-            Some(cause) if self.out == 0 => write!(f, ": none can be opened: {cause}")?,
-            _ if self.out >= self.max_size => write!(f, ": all {} are in use", self.max_size)?,
+            Some(cause) if self.in_use == 0 => write!(f, ": none can be opened: {cause}")?,
+            _ if self.in_use >= self.max_size => write!(f, ": all {} are in use", self.max_size)?,
             _ => {
-                write!(f, ": {} of {} in use", self.out, self.max_size)?;
+                write!(f, ": {} of {} in use", self.in_use, self.max_size)?;
                 for (n, what) in
                     [(self.opening, "being opened"), (self.checking, "being checked"), (self.closing, "being closed")]
                 {
@@ -215,23 +217,23 @@ impl fmt::Display for Timeout {
                         write!(f, ", {n} {what}")?;
                     }
                 }
-                if self.lost > 0 {
-                    write!(f, "; {} given up and not back", self.lost)?;
+                if self.abandoned > 0 {
+                    write!(f, "; {} abandoned and not back", self.abandoned)?;
                 }
             }
         }
         if self.checked_out_here > 0 {
             write!(f, "; {} of them checked out by this very thread", self.checked_out_here)?;
         }
-        for (i, row) in self.holders.iter().enumerate() {
-            let lead = if i == 0 { "; out the longest: " } else { ", " };
+        for (i, row) in self.longest_in_use.iter().enumerate() {
+            let lead = if i == 0 { "; in use the longest: " } else { ", " };
             write!(f, "{lead}{}", row.held())?;
         }
         if self.waiting > 0 {
             write!(f, "; {} more wait", self.waiting)?;
         }
         match &self.cause {
-            Some(cause) if self.out > 0 => write!(f, "; the last attempt to open one failed: {cause}"),
+            Some(cause) if self.in_use > 0 => write!(f, "; the last attempt to open one failed: {cause}"),
             _ => Ok(()),
         }
     }
@@ -319,6 +321,12 @@ impl Cause {
     /// The error itself, if the manager handed it on and it is an `E`.
     pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
         self.error.as_ref().and_then(|e| e.downcast_ref())
+    }
+}
+
+impl From<Panic> for Cause {
+    fn from(panic: Panic) -> Cause {
+        Cause::message(panic.to_string())
     }
 }
 

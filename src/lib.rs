@@ -60,7 +60,7 @@
 //! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
 //!   leaves, or has its connection. Those who wait are served in order of arrival. To hand over every connection that
 //!   comes back would make each return a context switch, so a thread that runs may pass the first of them, but only
-//!   while that one has waited less than [`right_of_way`](Builder::right_of_way).
+//!   while that one has waited less than [`fair_after`](Builder::fair_after).
 //!
 //! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; borrowed connections and the pool's threads do not.
 //!
@@ -89,40 +89,28 @@
 //! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
 #![forbid(unsafe_code)]
 
-mod bell;
-mod builder;
-mod clock;
-mod connection;
-mod crew;
-mod defect;
-mod error;
+pub mod error;
 pub mod event;
-mod guard;
-mod here;
-mod jobs;
-mod keep;
+mod leaf;
 mod ledger;
 mod manage;
 mod pool;
 #[cfg(feature = "postgres")]
 pub mod postgres;
-mod reaper;
+mod runtime;
 mod settings;
-mod shared;
 mod stats;
-mod text;
-mod waiter;
-mod who;
 
-pub use crate::builder::Builder;
-pub use crate::connection::PooledConnection;
-pub use crate::error::{Cause, Closed, Config, Connect, Error, ErrorKind, Timeout, TooManyWaiting};
-pub use crate::guard::{PoolGuard, Workers};
+pub use crate::error::{Cause, Error, ErrorKind};
+pub use crate::leaf::histogram::Distribution;
 pub use crate::ledger::Validate;
 pub use crate::manage::{Manage, Opening, Returned};
+pub use crate::pool::builder::Builder;
+pub use crate::pool::connection::PooledConnection;
+pub use crate::pool::guard::{PoolGuard, Workers};
 pub use crate::pool::{CloseReport, Pool};
 pub use crate::settings::Settings;
-pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, Distribution, State, Stats};
+pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, State, Stats};
 pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
 
 #[cfg(doc)]
@@ -135,32 +123,9 @@ pub mod coming_from_r2d2 {}
 #[doc = include_str!("../README.md")]
 mod readme {}
 
-#[doc(hidden)]
-pub mod doc {
-    //! What the examples in the documentation pool.
-
-    use crate::{Manage, Opening, Returned};
-    use std::convert::Infallible;
-    use std::time::Duration;
-
-    /// A manager whose connections are nothing.
-    #[derive(Debug)]
-    pub struct DocManager;
-
-    impl Manage for DocManager {
-        type Connection = ();
-        type Error = Infallible;
-
-        fn open(&self, _: &Opening) -> Result<(), Infallible> {
-            Ok(())
-        }
-
-        fn validate(&self, _: &mut (), _: Duration) -> Result<(), Infallible> {
-            Ok(())
-        }
-
-        fn returned(&self, _: &mut ()) -> Returned {
-            Returned::Keep
-        }
-    }
-}
+// The examples name the crate as users do.
+#[cfg(test)]
+extern crate self as millpond;
+#[cfg(test)]
+#[path = "doc/manager.rs"]
+mod doc_manager;

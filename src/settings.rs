@@ -1,8 +1,8 @@
 //! [`Settings`]: the limits of a pool, and which of them cannot be.
 
 use crate::error::Error;
+use crate::leaf::text::Short;
 use crate::ledger::{Rules, Validate};
-use crate::stats::Short;
 use std::time::Duration;
 
 /// The shortest that the limit of a call may be, and a hold that is called a leak. Anything shorter would fail every call
@@ -48,11 +48,8 @@ pub struct Settings {
     pub keepalive: Option<Duration>,
     /// See [`Builder::leak_threshold`](crate::Builder::leak_threshold).
     pub leak_threshold: Option<Duration>,
-    /// See [`Builder::right_of_way`](crate::Builder::right_of_way).
-    pub right_of_way: Duration,
-    /// See [`Rules`].
-    pub(crate) passes: u32,
-    pub(crate) first_for: Duration,
+    /// See [`Builder::fair_after`](crate::Builder::fair_after).
+    pub fair_after: Duration,
 }
 
 impl Settings {
@@ -75,9 +72,7 @@ impl Settings {
             max_waiting: self.max_waiting,
             keepalive: self.keepalive,
             leak_threshold: self.leak_threshold,
-            right_of_way: self.right_of_way,
-            passes: self.passes,
-            first_for: self.first_for,
+            fair_after: self.fair_after,
             resolution,
         }
     }

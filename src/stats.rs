@@ -1,6 +1,7 @@
 //! What a pool can be seen doing: [`Stats`], [`Connections`], and why connections are closed.
 
-use crate::text::{Escaping, Shown, brief};
+use crate::leaf::histogram::Distribution;
+use crate::leaf::text::{Escaping, Short, Shown, Times, write_table};
 use std::fmt::{self, Write as _};
 use std::ops::Deref;
 use std::panic::Location;
@@ -24,9 +25,9 @@ pub enum ConnectionState {
     Opening,
     /// In the pool, ready to be handed out.
     Idle,
-    /// Checked out.
-    Out,
-    /// Being validated, kept alive or reset: neither idle nor lent.
+    /// In use: checked out.
+    InUse,
+    /// Being validated, kept alive or reset: neither idle nor in use.
     Checking,
     /// Being closed.
     Closing,
@@ -37,7 +38,7 @@ impl fmt::Display for ConnectionState {
         f.pad(match self {
             ConnectionState::Opening => "opening",
             ConnectionState::Idle => "idle",
-            ConnectionState::Out => "out",
+            ConnectionState::InUse => "in use",
             ConnectionState::Checking => "checking",
             ConnectionState::Closing => "closing",
         })
@@ -74,8 +75,8 @@ impl ConnectionInfo {
     }
 
     /// How long it has been checked out, if it is.
-    pub fn held_for(&self) -> Option<Duration> {
-        (self.state == ConnectionState::Out).then_some(self.since)
+    pub fn in_use_for(&self) -> Option<Duration> {
+        (self.state == ConnectionState::InUse).then_some(self.since)
     }
 
     /// `#7 for 1.50 s by 'worker-3' at src/main.rs:12:5`.
@@ -98,7 +99,7 @@ impl ConnectionInfo {
     }
 }
 
-/// One line: `#7 (server id 4711) out for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
+/// One line: `#7 (server id 4711) in use for 1.50 s, age 12.0 min, used 40 times, by 'worker-3' at src/main.rs:12:5`.
 impl fmt::Display for ConnectionInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut f = Escaping(f);
@@ -162,31 +163,6 @@ impl fmt::Display for Connections {
     }
 }
 
-/// How much of a cell is shown, in bytes: a thread and a line of source in a long path fit.
-const CELL: usize = 256;
-
-/// Writes rows, of which the first is the head, as a table.
-pub(crate) fn write_table<const N: usize>(
-    f: &mut fmt::Formatter<'_>,
-    rows: impl Iterator<Item = [String; N]>,
-) -> fmt::Result {
-    let rows: Vec<_> = rows.map(|row| row.map(|cell| brief(cell, CELL))).collect();
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    for row in &rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            let _ = write!(line, "{cell:<width$}  ");
-        }
-        writeln!(f, "{}", line.trim_end())?;
-    }
-    Ok(())
-}
-
 /// What a pool is doing, and has done since it was built.
 ///
 /// [`Display`](fmt::Display) prints it in a few lines for a human being. A snapshot: it does not change.
@@ -205,7 +181,7 @@ pub struct Stats {
     /// Connections ready to be handed out.
     pub idle: u32,
     /// Connections that are checked out.
-    pub out: u32,
+    pub in_use: u32,
     /// Connections being validated, kept alive or reset.
     pub checking: u32,
     /// Connections being opened.
@@ -214,8 +190,8 @@ pub struct Stats {
     pub closing: u32,
     /// Threads that wait for a connection.
     pub waiting: u32,
-    /// Jobs written off that have not come back: the server may see as many connections more.
-    pub lost: u32,
+    /// Abandoned jobs that have not ended: the server may see as many connections more.
+    pub abandoned: u32,
 
     /// How often a connection was checked out.
     pub checkouts: u64,
@@ -223,8 +199,8 @@ pub struct Stats {
     pub waits: u64,
     /// How often none came in time.
     pub timeouts: u64,
-    /// How often `max_waiting` turned somebody away.
-    pub turned_away: u64,
+    /// How often `max_waiting` made a checkout fail.
+    pub rejected: u64,
     /// Connections opened.
     pub opens: u64,
     /// Attempts to open one that failed.
@@ -233,8 +209,8 @@ pub struct Stats {
     pub closes: u64,
     /// Connections taken out of the pool with `detach`.
     pub detached: u64,
-    /// Jobs (opens, checks, closes) written off because they took longer than their limit.
-    pub written_off: u64,
+    /// Jobs (opens, checks, closes) abandoned because they took longer than their limit.
+    pub abandonments: u64,
     /// Checkouts that lasted longer than `leak_threshold`.
     pub leaks: u64,
     /// Log records dropped because the logger blocked.
@@ -243,7 +219,7 @@ pub struct Stats {
     /// How long those waited who had to, up to the moment they were given a connection or gave up.
     pub wait_time: Distribution,
     /// How long connections were checked out, in steps of the coarse clock (4 ms on most Linux systems).
-    pub hold_time: Distribution,
+    pub usage_time: Distribution,
     /// How long it took to open a connection.
     pub open_time: Distribution,
     /// The greatest time by which the pool was late in closing an idle or aged connection, counted from the deadline
@@ -261,7 +237,7 @@ impl Stats {
 
     /// All slots in use: what `max_size` bounds.
     pub fn size(&self) -> u32 {
-        self.idle + self.out + self.checking + self.opening + self.closing
+        self.idle + self.in_use + self.checking + self.opening + self.closing
     }
 }
 
@@ -270,21 +246,25 @@ impl fmt::Display for Stats {
         let closed = if self.closed { ", closed" } else { "" };
         write!(f, "pool '{}': {} of {} connections", Shown(&self.name), self.size(), self.max_size)?;
         writeln!(f, ", built {} ago{closed}", Short(self.age))?;
-        write!(f, "  now        {} idle, {} out", self.idle, self.out)?;
-        let passing =
-            [(self.checking, "checking"), (self.opening, "opening"), (self.closing, "closing"), (self.lost, "lost")];
+        write!(f, "  now        {} idle, {} in use", self.idle, self.in_use)?;
+        let passing = [
+            (self.checking, "checking"),
+            (self.opening, "opening"),
+            (self.closing, "closing"),
+            (self.abandoned, "abandoned"),
+        ];
         some(f, ", ", passing.map(|(n, what)| (u64::from(n), what)))?;
         write!(f, "; {} waiting", self.waiting)?;
         write!(f, "\n  checkouts  {}; {} had to wait, {} timed out", self.checkouts, self.waits, self.timeouts)?;
-        some(f, ", ", [(self.turned_away, "turned away"), (self.leaks, "held for too long")])?;
+        some(f, ", ", [(self.rejected, "rejected"), (self.leaks, "in use for too long")])?;
         write!(f, "\n  opened     {}; {} failed", self.opens, self.failed_opens)?;
         write!(f, "\n  closed     {}", self.closes)?;
         some(f, ": ", CloseReason::ALL.map(|reason| (self.closed_for(reason), reason.as_str())))?;
         some(f, "\n  detached   ", [(self.detached, "by their users")])?;
-        some(f, "\n  given up   ", [(self.written_off, "past their limit")])?;
+        some(f, "\n  abandoned  ", [(self.abandonments, "past their limit")])?;
         some(f, "\n  log        ", [(self.dropped_records, "dropped: the logger blocked")])?;
         write!(f, "\n  waited     {}", self.wait_time)?;
-        write!(f, "\n  held       {}", self.hold_time)?;
+        write!(f, "\n  in use     {}", self.usage_time)?;
         write!(f, "\n  to open    {}", self.open_time)?;
         match self.max_lateness {
             Duration::ZERO => writeln!(f, "\n  evictions  never late"),
@@ -299,15 +279,6 @@ fn some<const N: usize>(f: &mut fmt::Formatter<'_>, lead: &str, numbers: [(u64, 
         write!(f, "{}{n} {what}", if i == 0 { lead } else { ", " })?;
     }
     Ok(())
-}
-
-/// `1 time`, `2 times`.
-struct Times(u64);
-
-impl fmt::Display for Times {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.0, if self.0 == 1 { "time" } else { "times" })
-    }
 }
 
 /// Why the pool closed a connection.
@@ -337,7 +308,7 @@ pub enum CloseReason {
     /// The pool was closed.
     Closed,
     /// A check of it did not end within its limit.
-    WrittenOff,
+    Abandoned,
 }
 
 impl CloseReason {
@@ -354,7 +325,7 @@ impl CloseReason {
         CloseReason::Outdated,
         CloseReason::Resized,
         CloseReason::Closed,
-        CloseReason::WrittenOff,
+        CloseReason::Abandoned,
     ];
 
     /// The reason in one or two words, as it stands in log records.
@@ -371,7 +342,7 @@ impl CloseReason {
             CloseReason::Outdated => "outdated",
             CloseReason::Resized => "pool resized",
             CloseReason::Closed => "pool closed",
-            CloseReason::WrittenOff => "check timed out",
+            CloseReason::Abandoned => "check timed out",
         }
     }
 }
@@ -382,157 +353,18 @@ impl fmt::Display for CloseReason {
     }
 }
 
-/// Buckets per power of two: a quantile is at most an eighth above the true value.
-const STEPS: u32 = 8;
-/// `log2(STEPS)`.
-const STEP_BITS: u32 = 3;
-/// The greatest power of two, in nanoseconds, that has buckets of its own: 2^43 ns are 2.4 hours.
-const OCTAVES: u32 = 43;
-const BUCKETS: usize = ((OCTAVES - STEP_BITS + 1) * STEPS) as usize;
-
-/// How long something took, over the whole life of the pool: count, sum, greatest, and quantiles.
-///
-/// Quantiles come from a histogram whose buckets are an eighth of a power of two wide: what [`quantile`] says is at
-/// most 12.5 % above the true value, and never above [`max`].
-///
-/// [`quantile`]: Distribution::quantile
-/// [`max`]: Distribution::max
-#[derive(Clone)]
-pub struct Distribution {
-    count: u64,
-    /// In nanoseconds, as are all its numbers.
-    sum: u64,
-    max: u64,
-    buckets: [u64; BUCKETS],
-}
-
-impl Default for Distribution {
-    fn default() -> Self {
-        Distribution { count: 0, sum: 0, max: 0, buckets: [0; BUCKETS] }
-    }
-}
-
-impl Distribution {
-    #[inline]
-    pub(crate) fn record(&mut self, nanos: u64) {
-        self.count += 1;
-        self.sum = self.sum.saturating_add(nanos);
-        self.max = self.max.max(nanos);
-        self.buckets[bucket(nanos)] += 1;
-    }
-
-    /// How many there were.
-    pub fn count(&self) -> u64 {
-        self.count
-    }
-
-    /// All of them together.
-    pub fn sum(&self) -> Duration {
-        Duration::from_nanos(self.sum)
-    }
-
-    /// The longest; zero if there was none.
-    pub fn max(&self) -> Duration {
-        Duration::from_nanos(self.max)
-    }
-
-    /// The mean; zero if there was none.
-    pub fn mean(&self) -> Duration {
-        Duration::from_nanos(self.sum.checked_div(self.count).unwrap_or(0))
-    }
-
-    /// The time that a part `q` of them, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero if
-    /// there was none; a `q` outside of 0 to 1 counts as the nearer end.
-    pub fn quantile(&self, q: f64) -> Duration {
-        let rank = (q.clamp(0.0, 1.0) * self.count as f64).ceil().max(1.0) as u64;
-        let mut seen = 0;
-        for (i, n) in self.buckets.iter().enumerate() {
-            seen += n;
-            if seen >= rank {
-                return Duration::from_nanos(upper(i).min(self.max));
-            }
-        }
-        self.max()
-    }
-}
-
-#[inline]
-fn bucket(ns: u64) -> usize {
-    if ns < u64::from(STEPS) {
-        return ns as usize;
-    }
-    let octave = ns.ilog2();
-    let step = (ns >> (octave - STEP_BITS)) as u32 & (STEPS - 1);
-    (((octave - STEP_BITS + 1) * STEPS + step) as usize).min(BUCKETS - 1)
-}
-
-/// The greatest time that falls into bucket `i`.
-fn upper(i: usize) -> u64 {
-    let (octave, step) = (i as u32 / STEPS, i as u64 % u64::from(STEPS));
-    match octave {
-        _ if i == BUCKETS - 1 => u64::MAX,
-        0 => step,
-        o => ((u64::from(STEPS) + step + 1) << (o - 1)) - 1,
-    }
-}
-
-impl fmt::Debug for Distribution {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self}")
-    }
-}
-
-/// One line: `1234 times, mean 1.2ms, p50 1.0ms, p99 8.0ms, max 11ms`.
-impl fmt::Display for Distribution {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.count == 0 {
-            return f.write_str("never");
-        }
-        write!(f, "{}, mean {}, p50 {}", Times(self.count), Short(self.mean()), Short(self.quantile(0.5)))?;
-        write!(f, ", p99 {}, max {}", Short(self.quantile(0.99)), Short(self.max()))
-    }
-}
-
-/// A duration in three digits and one unit, as one would say it.
-pub(crate) struct Short(pub(crate) Duration);
-
-impl fmt::Display for Short {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let s = self.0.as_secs_f64();
-        let text = match s {
-            0.0 => "0".to_string(),
-            _ if s < 1e-6 => format!("{} ns", self.0.as_nanos()),
-            _ if s < 1e-3 => format!("{} us", digits(s * 1e6)),
-            _ if s < 1.0 => format!("{} ms", digits(s * 1e3)),
-            _ if s < 120.0 => format!("{} s", digits(s)),
-            _ if s < 7200.0 => format!("{} min", digits(s / 60.0)),
-            _ if s < 172_800.0 => format!("{} h", digits(s / 3600.0)),
-            _ => format!("{} d", digits(s / 86_400.0)),
-        };
-        f.pad(&text)
-    }
-}
-
-fn digits(x: f64) -> String {
-    match x {
-        _ if x < 9.995 => format!("{x:.2}"),
-        _ if x < 99.95 => format!("{x:.1}"),
-        _ => format!("{x:.0}"),
-    }
-}
-
 /// What the ledger counts as it goes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) checkouts: u64,
     pub(crate) waits: u64,
     pub(crate) timeouts: u64,
-    pub(crate) turned_away: u64,
+    pub(crate) rejected: u64,
     pub(crate) opens: u64,
     pub(crate) failed_opens: u64,
     pub(crate) closes: [u64; CloseReason::ALL.len()],
     pub(crate) detached: u64,
-    pub(crate) written_off: u64,
+    pub(crate) abandonments: u64,
     pub(crate) leaks: u64,
     pub(crate) wait: Distribution,
     pub(crate) hold: Distribution,
@@ -566,7 +398,7 @@ mod tests {
         ConnectionInfo {
             id,
             server_id: None,
-            state: ConnectionState::Out,
+            state: ConnectionState::InUse,
             since: Duration::from_secs(1),
             age: Duration::from_secs(2),
             uses: 3,
@@ -595,48 +427,5 @@ mod tests {
         let place = lines[0].find("checked out at").unwrap();
         let column = |line: &str| line.chars().take(place).collect::<String>().ends_with("  ");
         assert!(lines.iter().all(|line| column(line)), "the columns are straight: {text}");
-    }
-
-    #[test]
-    fn buckets_are_an_eighth_wide() {
-        for ns in (0..5000).chain((10..43).flat_map(|o| [(1u64 << o) - 1, 1 << o, (1 << o) + (1 << (o - 2)) + 7])) {
-            let up = upper(bucket(ns));
-            assert!(up >= ns, "{ns} is not above its bucket's end {up}");
-            assert!(up - ns <= ns / 8, "{ns} may be said to be {up}");
-        }
-        assert_eq!(upper(bucket(u64::MAX)), u64::MAX);
-    }
-
-    #[test]
-    fn quantiles() {
-        let mut d = Distribution::default();
-        assert_eq!((d.quantile(0.5), d.mean(), d.max()), (Duration::ZERO, Duration::ZERO, Duration::ZERO));
-        for ms in 1..=1000 {
-            d.record(ms * 1_000_000);
-        }
-        assert_eq!(d.count(), 1000);
-        assert_eq!(d.mean(), Duration::from_micros(500_500));
-        for (q, ms) in [(0.0, 1), (0.5, 500), (0.99, 990), (1.0, 1000)] {
-            let (got, exact) = (d.quantile(q), Duration::from_millis(ms));
-            assert!(got >= exact && got <= exact.mul_f64(1.125), "{q}: {got:?}");
-        }
-        assert_eq!(d.quantile(1.0), d.max());
-    }
-
-    #[test]
-    fn short() {
-        let cases = [
-            (0, "0"),
-            (999, "999 ns"),
-            (1_500, "1.50 us"),
-            (23_456_000, "23.5 ms"),
-            (1_000_000_000, "1.00 s"),
-            (600_000_000_000, "10.0 min"),
-            (7_200_000_000_000, "2.00 h"),
-            (259_200_000_000_000, "3.00 d"),
-        ];
-        for (ns, text) in cases {
-            assert_eq!(Short(Duration::from_nanos(ns)).to_string(), text);
-        }
     }
 }

@@ -30,7 +30,7 @@ fn what_build_opens_was_in_nobodys_hands() {
         assert_eq!((fake.calls(Call::Validate), fake.calls(Call::Started)), (0, 1));
         let stats = pool.stats();
         assert_eq!((stats.opens, stats.checkouts, stats.waits, stats.closes), (opened, 0, 0, 0), "{stats}");
-        assert_eq!((stats.wait_time.count(), stats.hold_time.count()), (0, 0), "{stats}");
+        assert_eq!((stats.wait_time.count(), stats.usage_time.count()), (0, 0), "{stats}");
         assert_eq!(u64::from(stats.idle), opened, "{stats}");
         assert!(pool.connections().iter().all(|row| row.uses == 0), "{}", pool.connections());
         assert!(pool.close(SOON).is_complete());

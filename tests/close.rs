@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use direct::Direct;
 use fake::{Act, Call, DirectFake, Fake, run};
+use millpond::error::Closed;
 use millpond::{
-    CloseReport, Closed, ConnectionState, Error, ErrorKind, HandleError, Pool, PoolGuard, PooledConnection, Validate,
+    CloseReport, ConnectionState, Error, ErrorKind, HandleError, Pool, PoolGuard, PooledConnection, Validate,
 };
 use postgres::NoTls;
 use postgres::error::SqlState;
@@ -146,7 +147,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     let waiters: Vec<_> = (0..8).map(|_| thread::spawn(wait())).collect();
     let staged = || {
         let s = pool.stats();
-        (s.out, s.waiting, s.opening, proxy.accepted()) == (2, 8, 1, 3)
+        (s.in_use, s.waiting, s.opening, proxy.accepted()) == (2, 8, 1, 3)
     };
     assert!(wait_until(within(SOON), staged), "{}", pool.stats());
 
@@ -250,14 +251,14 @@ fn the_guard_goes(way: Way, lent: Lent) {
     match lent {
         Lent::Returned => assert_eq!(rows, [hung], "{report}"),
         Lent::Kept => {
-            assert_eq!(rows, [(ConnectionState::Out, held[0]), (ConnectionState::Out, held[1]), hung], "{report}");
+            assert_eq!(rows, [(ConnectionState::InUse, held[0]), (ConnectionState::InUse, held[1]), hung], "{report}");
             for row in &report.left[..2] {
                 assert_eq!(row.location.map(|at| (at.file(), at.line())), Some((file!(), held_at)), "{row}");
                 assert_eq!(row.thread.as_deref(), Some("'holder'"), "{row}");
             }
         }
     }
-    assert_eq!((report.threads, report.lost, report.is_complete()), (1, 0, false), "{report}");
+    assert_eq!((report.threads, report.abandoned, report.is_complete()), (1, 0, false), "{report}");
     let closed = closed(pool.get().map(drop).unwrap_err());
     assert_eq!(closed.by, "its guard was dropped", "the first to close is named");
 
@@ -597,13 +598,17 @@ fn from_a_hook_that_was_written_off() {
     let _ = of_hook.set(pool.clone());
     fake.set(Call::OnAcquire, Act::Block);
     assert!(pool.get_timeout(ms(50)).unwrap_err().is_timeout());
-    assert!(wait_until(within(SOON), || pool.stats().lost == 1));
+    assert!(wait_until(within(SOON), || pool.stats().abandoned == 1));
     // What it closes in the end is the pool.
     fake.set(Call::OnRelease, run(move || drop(reports.send(of_hook.get().unwrap().close(ms(300))))));
     fake.release(Call::OnAcquire);
     let report: CloseReport = reported.recv_timeout(SOON).unwrap();
     assert_within(report.elapsed, ms(300), ms(300) + EPSILON);
-    assert_eq!((report.left.len(), report.left[0].state), (1, ConnectionState::Out), "the one that is lent: {report}");
+    assert_eq!(
+        (report.left.len(), report.left[0].state),
+        (1, ConnectionState::InUse),
+        "the one that is lent: {report}"
+    );
     fake.set(Call::OnRelease, Act::Succeed);
     drop(lent);
     assert!(pool.close(SOON).is_complete());
@@ -651,7 +656,7 @@ fn waits_no_longer_than_its_grace_for_what_its_own_thread_holds() {
     assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
     assert_eq!((report.left.len(), report.is_complete()), (1, false), "{report}");
     assert_eq!(report.left[0].location.map(|at| (at.file(), at.line())), Some((file!(), line)), "{report}");
-    assert_eq!(report.cut, [report.left[0].id], "{report}");
+    assert_eq!(report.aborted, [report.left[0].id], "{report}");
     drop(mine);
     fake.wait_alive(0);
     assert_threads("own", &[]);
@@ -696,7 +701,7 @@ fn grace_zero_waits_for_nothing() {
         let report = pool.close(Duration::ZERO);
         assert!(report.elapsed <= EPSILON, "{report}");
         let states: Vec<_> = report.left.iter().map(|row| row.state).collect();
-        assert_eq!(states, [ConnectionState::Out, ConnectionState::Opening], "{report}");
+        assert_eq!(states, [ConnectionState::InUse, ConnectionState::Opening], "{report}");
         assert_eq!((report.waiters, report.is_complete()), (1, false), "{report}");
         assert!(report.threads >= 1, "{report}");
         closed(waiter.join().unwrap().unwrap_err());
@@ -745,11 +750,11 @@ fn a_connection_outlives_its_pool() {
     let report = pool.close(ms(100));
     drop(pool);
     assert_eq!(report.left.len(), 1, "{report}");
-    assert!(report.cut.is_empty(), "the stock manager has nothing to cut it with");
+    assert!(report.aborted.is_empty(), "the stock manager has nothing to cut it with");
     for n in 0..3 {
         assert_eq!(lent.query_one("SELECT $1::int4", &[&n]).unwrap().get::<_, i32>(0), n);
     }
-    assert_eq!(PooledConnection::info(&lent).state, ConnectionState::Out);
+    assert_eq!(PooledConnection::info(&lent).state, ConnectionState::InUse);
     drop(lent);
     assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert_threads("outlives", &[]);
@@ -811,8 +816,8 @@ fn what_is_lent_is_cut_after_the_grace() {
     let report = pool.close(ms(200));
     assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
     assert_eq!(report.left.iter().map(|row| row.server_id).collect::<Vec<_>>(), [Some(pid)], "{report}");
-    assert_eq!(report.cut, [report.left[0].id], "{report}");
-    assert!(report.to_string().ends_with(" (cut)"), "{report}");
+    assert_eq!(report.aborted, [report.left[0].id], "{report}");
+    assert!(report.to_string().ends_with(" (aborted)"), "{report}");
     let (at, error) = busy.join().unwrap();
     assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
     assert_within(at - began, ms(200), ms(200) + EPSILON);
@@ -838,7 +843,7 @@ fn what_hangs_is_cut_after_the_grace() {
     let report = pool.close(ms(100));
     let rows: Vec<_> = report.left.iter().map(|row| (row.id, row.state)).collect();
     assert_eq!(rows, [(1, ConnectionState::Closing), (2, ConnectionState::Opening)], "{report}");
-    assert_eq!(report.cut, [1, 2], "{report}");
+    assert_eq!(report.aborted, [1, 2], "{report}");
     fake.wait_calls(Call::Abort, 2);
     assert_eq!((fake.calls(Call::Abort), fake.calls(Call::Cancel)), (2, 0), "only what is lent is cancelled");
     assert!(pool.close(SOON).is_complete());

@@ -107,7 +107,7 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     // What arrives in the end is as good as any.
     fake.release(call);
     drop(pool.get_timeout(LONG).unwrap());
-    assert_eq!(pool.stats().written_off, 0);
+    assert_eq!(pool.stats().abandonments, 0);
     ends_well(pool, fake);
 }
 
@@ -160,7 +160,7 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
 
     fake.release(Call::Validate);
     drop(pool.get_timeout(LONG).unwrap());
-    assert_eq!(pool.stats().written_off, 0);
+    assert_eq!(pool.stats().abandonments, 0);
     ends_well(pool, fake);
 }
 
@@ -212,7 +212,7 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     let held = take(&pool, 3);
     let error = nothing_in_time(&pool);
     let ErrorKind::Timeout(why) = error.kind() else { panic!("{error}") };
-    assert_eq!((why.out, why.closing), (3, 3), "{error}");
+    assert_eq!((why.in_use, why.closing), (3, 3), "{error}");
     drop(held);
     drop(at_once(&pool));
     evicted_in_time(&pool, Instant::now(), max_idle);
@@ -222,7 +222,7 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
 
     fake.release(call);
     drop(pool.get_timeout(LONG).unwrap());
-    assert_eq!((fake.most_alive(), pool.stats().written_off), (6, 0));
+    assert_eq!((fake.most_alive(), pool.stats().abandonments), (6, 0));
     ends_well(pool, fake);
 }
 
@@ -258,14 +258,14 @@ const LIMIT: Duration = ms(100);
 /// A job that began at `begun` is the `nth` to be written off, at its limit.
 #[track_caller]
 fn written_off<M: Manage>(pool: &Pool<M>, nth: u64, begun: Instant) {
-    let done = wait_until(begun + LIMIT + EPSILON, || pool.stats().written_off == nth);
+    let done = wait_until(begun + LIMIT + EPSILON, || pool.stats().abandonments == nth);
     assert!(done, "not by {:?}: {}", begun.elapsed(), pool.stats());
 }
 
 /// What was written off has come back, and is gone.
 #[track_caller]
 fn found_again<M: Manage>(pool: &Pool<M>, fake: &Fake) {
-    assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
+    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
     assert!(fake.alive() <= u64::from(pool.stats().size()), "{} alive, {}", fake.alive(), pool.stats());
 }
 
@@ -288,7 +288,7 @@ fn an_open_past_its_limit() {
         // A second one is tried, and then no more: what was given up may be alive on the server.
         assert!(pool.get_timeout(ms(1000)).unwrap_err().is_timeout());
         nothing_in_time(&pool);
-        assert_eq!((fake.calls(Call::Open), pool.stats().lost, pool.stats().written_off), (2, 2, 2));
+        assert_eq!((fake.calls(Call::Open), pool.stats().abandoned, pool.stats().abandonments), (2, 2, 2));
         assert_eq!((pool.stats().failed_opens, pool.stats().size()), (2, 0));
 
         // Too late to be taken: closed on arrival. The next get opens anew.
@@ -338,7 +338,7 @@ fn a_check_past_its_limit() {
         // The patience of one who waits ends at that moment, too, and he may be served first.
         written_off(&pool, 1, begun);
         let stats = pool.stats();
-        assert_eq!((stats.written_off, stats.lost, stats.closed_for(CloseReason::WrittenOff)), (1, 1, 1));
+        assert_eq!((stats.abandonments, stats.abandoned, stats.closed_for(CloseReason::Abandoned)), (1, 1, 1));
         drop(got);
         fake.release(Call::Validate);
         found_again(&pool, &fake);
@@ -362,7 +362,7 @@ fn a_reset_past_its_limit() {
         let held = pool.get_timeout(LONG).unwrap();
         assert!(begun.elapsed() < LIMIT + EPSILON, "{:?}", begun.elapsed());
         written_off(&pool, 1, begun);
-        assert_eq!((held.id, pool.stats().closed_for(CloseReason::WrittenOff), pool.stats().lost), (2, 1, 1));
+        assert_eq!((held.id, pool.stats().closed_for(CloseReason::Abandoned), pool.stats().abandoned), (2, 1, 1));
         fake.release(Call::Reset);
         found_again(&pool, &fake);
         drop(held);
@@ -384,7 +384,7 @@ fn a_close_past_its_limit() {
         let took = begun.elapsed();
         assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
         written_off(&pool, 2, begun);
-        assert_eq!((pool.stats().lost, fake.alive()), (2, 4), "the bound, and two that are lost");
+        assert_eq!((pool.stats().abandoned, fake.alive()), (2, 4), "the bound, and two that are lost");
         drop((got, held));
         fake.release(Call::Drop);
         found_again(&pool, &fake);
@@ -402,8 +402,8 @@ fn more_closes_than_closers_are_all_written_off() {
         held.into_iter().for_each(PooledConnection::discard);
         // Four at a time, each for as long as it may: the ninth begins when eight were given up.
         fake.wait_calls(Call::Drop, 9);
-        assert!(wait_until(within(LIMIT + EPSILON), || pool.stats().written_off == 9), "{}", pool.stats());
-        assert_eq!((pool.stats().lost, pool.stats().size()), (9, 0));
+        assert!(wait_until(within(LIMIT + EPSILON), || pool.stats().abandonments == 9), "{}", pool.stats());
+        assert_eq!((pool.stats().abandoned, pool.stats().size()), (9, 0));
         drop(pool.get_timeout(LONG).unwrap());
         fake.release(Call::Drop);
         found_again(&pool, &fake);
@@ -559,13 +559,13 @@ fn a_server_that_accepts_and_says_nothing() {
         });
         // The reaper, those given up, and one that is about to be or lingers.
         assert!(most_threads <= 1 + 3 + 1, "{most_threads} threads");
-        assert_eq!((silent.accepted(), pool.stats().lost), (3, 3));
+        assert_eq!((silent.accepted(), pool.stats().abandoned), (3, 3));
         let error = nothing_in_time(&pool);
         assert!(error.to_string().contains("no answer to an attempt to connect within 100 ms"), "{error}");
 
         // Nothing can be done about them but to say so; when the server lets go of them they end.
         let report = pool.close(ms(100));
-        assert_eq!((report.lost, report.threads, report.left.len()), (3, 3, 0), "{report}");
+        assert_eq!((report.abandoned, report.threads, report.left.len()), (3, 3, 0), "{report}");
         drop(silent);
         assert!(wait_until(within(LONG), || threads_named("mute").is_empty()), "{:?}", threads_named("mute"));
     });
@@ -589,14 +589,14 @@ fn a_server_that_finds_its_voice_again() {
             most_threads = most_threads.max(threads_named("hoarse").len());
         }
         assert!(most_threads <= 1 + 3 + 3 + 1, "{most_threads} threads");
-        assert!(pool.stats().lost <= 3, "{}", pool.stats());
+        assert!(pool.stats().abandoned <= 3, "{}", pool.stats());
 
         proxy.cut();
         proxy.resume();
         let mut client = pool.get_timeout(LONG).unwrap();
         assert_eq!(client.query_one("SELECT 1", &[]).unwrap().get::<_, i32>(0), 1);
         drop(client);
-        assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
+        assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
         let report = pool.close(LONG);
         assert!(report.is_complete(), "{report}");
         assert_eq!(Server::shared().wait_for("hoarse", 0, within(LONG)), 0);

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, unbounded};
 use direct::Direct;
 use fake::{Act, Call, DirectFake, Fake};
-use millpond::{Builder, Error, ErrorKind, HandleError, Manage, Pool, PooledConnection, Timeout, Validate};
+use millpond::error::Timeout;
+use millpond::{Builder, Error, ErrorKind, HandleError, Manage, Pool, PooledConnection, Validate};
 use postgres::{Config, NoTls};
 use support::picky::{picky, refused_logins, set_password, with_password};
 use support::{EPSILON, Proxy, SEEN, Server, Silent, alone, ms, wait_until};
@@ -153,7 +154,7 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
         }
         assert!(wait_until(within(SOON), || refused_logins(server) > before && first.stats().opening == 0));
         let error = refusal(first.get_timeout(ms(100)));
-        let holder = &timeout(&error).holders[0];
+        let holder = &timeout(&error).longest_in_use[0];
         assert_eq!((holder.server_id, timeout(&error).checked_out_here), (Some(lent.1), 1), "{error}");
         assert!(
             error.to_string().contains("the last attempt to open one failed: db error: FATAL: password"),
@@ -350,7 +351,7 @@ fn settings_that_cannot_be() {
         |b| b.open_timeout(Duration::MAX).close_timeout(Duration::MAX).validation_timeout(Duration::MAX),
         |b| b.keepalive(Duration::MAX).leak_threshold(Duration::MAX),
         |b| b.keepalive(ms(10)).leak_threshold(ms(1)).parallel_opens(1024),
-        |b| b.max_idle(NANOSECOND).right_of_way(NANOSECOND).validate(Validate::AfterIdle(NANOSECOND)),
+        |b| b.max_idle(NANOSECOND).fair_after(NANOSECOND).validate(Validate::AfterIdle(NANOSECOND)),
         |b| b.max_idle(NANOSECOND).min_idle(2),
     ];
     for (i, set) in edges.iter().enumerate() {
@@ -401,18 +402,18 @@ fn a_timeout_names_the_holders() {
 
     assert!(error.is_timeout() && error.is_exhausted() && error.cause().is_none());
     let t = timeout(&error);
-    assert_eq!((t.pool.as_str(), t.timeout, t.max_size, t.out, t.waiting), ("orders", ms(100), 3, 3, 0));
+    assert_eq!((t.pool.as_str(), t.timeout, t.max_size, t.in_use, t.waiting), ("orders", ms(100), 3, 3, 0));
     assert_eq!(t.checked_out_here, 1);
-    let threads: Vec<_> = t.holders.iter().map(|row| row.thread.clone().unwrap()).collect();
+    let threads: Vec<_> = t.longest_in_use.iter().map(|row| row.thread.clone().unwrap()).collect();
     let me = format!("'{}'", thread::current().name().unwrap());
     assert_eq!(threads, [&me, "'worker-1' (ended)", "'worker-2' (ended)"], "the longest first");
-    let lines: Vec<_> = t.holders.iter().map(|row| row.location.unwrap().line()).collect();
+    let lines: Vec<_> = t.longest_in_use.iter().map(|row| row.location.unwrap().line()).collect();
     assert_eq!(lines, [line, line + 2, line + 2]);
-    assert!(t.holders[0].held_for().unwrap() >= ms(100) + 2 * EPSILON);
+    assert!(t.longest_in_use[0].in_use_for().unwrap() >= ms(100) + 2 * EPSILON);
     assert_eq!(
         masked(&error),
         "pool 'orders': no connection within T: all N are in use; N of them checked out by this very thread; \
-         out the longest: #N for T by 'a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
+         in use the longest: #N for T by 'a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
          FILE:L, #N for T by 'worker-N' (ended) at FILE:L"
     );
     drop((mine, theirs, others));
@@ -437,14 +438,14 @@ fn texts() {
         assert_eq!(
             text,
             format!(
-                "pool 't': no connection within N: all N are in use; N of them checked out by this very thread; out the \
-                 longest: {holder}, {holder}, {holder}, {holder}, {holder}; N more wait"
+                "pool 't': no connection within N: all N are in use; N of them checked out by this very thread; in use \
+                 the longest: {holder}, {holder}, {holder}, {holder}, {holder}; N more wait"
             )
         );
         drop(all);
         waiter.join().unwrap().unwrap();
     });
-    assert_eq!(Timeout::HOLDERS, 5);
+    assert_eq!(Timeout::MOST_SHOWN, 5);
 
     // Not all are out, and what comes next fails.
     fake.set(Call::Open, Act::Fail);
@@ -457,7 +458,7 @@ fn texts() {
     assert!(wait_until(within(SOON), || pool.try_get().is_none() && pool.stats().failed_opens > 0));
     assert_eq!(
         masked(&refusal(pool.get_timeout(ms(30)))),
-        "pool 't': no connection within T: N of N in use; N of them checked out by this very thread; out the longest: #N \
+        "pool 't': no connection within T: N of N in use; N of them checked out by this very thread; in use the longest: #N \
          for T by 'texts' at FILE:L; the last attempt to open one failed: Open failed on purpose"
     );
     PooledConnection::discard(lent);

@@ -90,7 +90,7 @@ fn giving_up_at_the_moment_of_the_return_loses_nothing() {
     });
     let stats = pool.stats();
     assert!(stats.timeouts > 1_000 && stats.checkouts > 1_000, "{stats}");
-    assert_eq!((stats.out, stats.idle, stats.waiting, fake.opened(), fake.dropped()), (0, 1, 0, 1, 0), "{stats}");
+    assert_eq!((stats.in_use, stats.idle, stats.waiting, fake.opened(), fake.dropped()), (0, 1, 0, 1, 0), "{stats}");
     drop(pool.get_timeout(LONG).unwrap());
     assert!(pool.close(LONG).is_complete());
 }
@@ -200,7 +200,7 @@ fn max_waiting() {
         assert_eq!(error.to_string(), "pool 'full': 3 wait already, and max_waiting is 3");
         let ErrorKind::TooManyWaiting(crowd) = error.kind() else { panic!("{error:?}") };
         assert_eq!((crowd.waiting, crowd.max_waiting), (3, 3));
-        assert_eq!((pool.stats().turned_away, pool.stats().waiting), (1, 3));
+        assert_eq!((pool.stats().rejected, pool.stats().waiting), (1, 3));
         drop(held);
         waiters.into_iter().for_each(|w| w.join().unwrap().unwrap());
     });
@@ -244,13 +244,13 @@ fn max_waiting_zero() {
     assert!(pool.close(LONG).is_complete());
 }
 
-/// What `right_of_way` says: who runs may take what it has just returned, or it may not.
+/// What `fair_after` says: who runs may take what it has just returned, or it may not.
 #[test]
 fn the_right_of_way_is_what_was_set() {
     let _alone = alone();
     let fake = Fake::new();
     for (limit, passes) in [(Duration::ZERO, false), (LONG, true)] {
-        let pool = Pool::builder().max_size(1).right_of_way(limit).build(fake.direct()).unwrap();
+        let pool = Pool::builder().max_size(1).fair_after(limit).build(fake.direct()).unwrap();
         let mut passed = false;
         for n in 0..200 {
             let held = pool.get().unwrap();

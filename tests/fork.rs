@@ -275,7 +275,7 @@ const DEEDS: [(&str, Deed); 10] = [
     ("return", |l| drop(l.lent.take())),
     ("discard", |l| PooledConnection::discard(l.lent.take().unwrap())),
     ("detach", |l| {
-        assert_eq!(PooledConnection::info(l.lent.as_ref().unwrap()).state, ConnectionState::Out);
+        assert_eq!(PooledConnection::info(l.lent.as_ref().unwrap()).state, ConnectionState::InUse);
         PooledConnection::detach(l.lent.take().unwrap());
     }),
     ("guard", |l| drop((l.guard.take(), l.pool.clone(), l.pool.guard()))),

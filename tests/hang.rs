@@ -38,7 +38,7 @@ fn closes_go_on<M: Manage>(pool: &Pool<M>) {
         let quiet = || pool.stats().closing == 0;
         assert!(wait_until(Instant::now() + LONG, quiet), "{}", pool.stats());
     }
-    assert_eq!(pool.stats().lost, 0, "{}", pool.stats());
+    assert_eq!(pool.stats().abandoned, 0, "{}", pool.stats());
 }
 
 /// A check that fails closes what it has, within its own job: a close that outlasts its limit there is given up as that job.
@@ -52,7 +52,7 @@ fn a_failed_check_whose_close_outlasts_its_limit_keeps_no_later_close_from_runni
             fake.next(Call::Validate, [Act::Fail]);
             fake.next(Call::Drop, [Act::Last(ms(300))]);
             drop(pool.get_timeout(LONG).unwrap());
-            let over = || pool.stats().written_off == n && pool.stats().lost == 0;
+            let over = || pool.stats().abandonments == n && pool.stats().abandoned == 0;
             assert!(wait_until(Instant::now() + LONG, over), "{}", pool.stats());
         }
         closes_go_on(&pool);
@@ -71,7 +71,7 @@ fn a_failed_reset_whose_close_outlasts_its_limit_keeps_no_later_close_from_runni
             fake.next(Call::Reset, [Act::Fail]);
             fake.next(Call::Close, [Act::Last(ms(300))]);
             drop(pool.get_timeout(LONG).unwrap());
-            let over = || pool.stats().written_off == n && pool.stats().lost == 0;
+            let over = || pool.stats().abandonments == n && pool.stats().abandoned == 0;
             assert!(wait_until(Instant::now() + LONG, over), "{}", pool.stats());
         }
         fake.verdict(Returned::Keep);
@@ -91,7 +91,7 @@ fn a_failed_open_whose_handler_outlasts_its_limit_keeps_no_later_close_from_runn
             fake.next(Call::Open, [Act::Fail]);
             fake.next(Call::HandleError, [Act::Last(ms(400))]);
             let held = pool.get_timeout(LONG).unwrap();
-            let over = || pool.stats().written_off == n && pool.stats().lost == 0;
+            let over = || pool.stats().abandonments == n && pool.stats().abandoned == 0;
             assert!(wait_until(Instant::now() + LONG, over), "{}", pool.stats());
             PooledConnection::discard(held);
         }
@@ -194,7 +194,7 @@ fn after_a_recycle_whose_closes_hang_there_is_a_connection_soon() {
         assert!(took < ms(500) + EPSILON * 2, "{took:?}");
         assert!(got.id > 2);
         let stats = pool.stats();
-        assert!(stats.lost == 1 && stats.closing == 1, "{stats}");
+        assert!(stats.abandoned == 1 && stats.closing == 1, "{stats}");
         drop(got);
         fake.release(Call::Drop);
         ends_well(pool, &fake);
@@ -279,7 +279,7 @@ fn an_error_whose_drop_takes_long_does_not_stop_the_clock() {
         let evicted = || pool.state().idle_connections == 0;
         assert!(wait_until(returned + max_idle + EPSILON, evicted), "{}", pool.connections());
         assert!(pool.stats().max_lateness < EPSILON, "{}", pool.stats());
-        assert!(pool.stats().written_off > 0, "{}", pool.stats());
+        assert!(pool.stats().abandonments > 0, "{}", pool.stats());
         over.store(true, Ordering::SeqCst);
         let report = pool.close(LONG);
         assert!(report.is_complete(), "{report}");

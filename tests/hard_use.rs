@@ -214,7 +214,7 @@ fn after_checks_that_hung_were_all_given_up_the_pool_is_whole() {
         let waiters: Vec<_> = (0..3).map(|_| (pool.clone(), ms(50))).collect();
         let waiters: Vec<_> = waiters.into_iter().map(|(p, t)| thread::spawn(move || drop(p.get_timeout(t)))).collect();
         waiters.into_iter().for_each(|w| w.join().unwrap());
-        assert!(wait_until(Instant::now() + LONG, || pool.stats().lost >= 2 || pool.stats().checking == 0));
+        assert!(wait_until(Instant::now() + LONG, || pool.stats().abandoned >= 2 || pool.stats().checking == 0));
         thread::sleep(ms(400));
         let begun = Instant::now();
         let held: Vec<_> = (0..3).map(|_| pool.get_timeout(Duration::from_secs(5)).ok()).collect();
@@ -342,7 +342,7 @@ fn many_that_wait_for_a_millisecond_lose_nothing() {
                 let late = all.iter().map(|a| a.1).max().unwrap();
                 assert!(served > 20, "{late:?} the longest: {}", pool.stats());
                 let stats = pool.stats();
-                assert!(stats.waiting == 0 && stats.out == 0 && fake.most_alive() <= u64::from(size), "{stats}");
+                assert!(stats.waiting == 0 && stats.in_use == 0 && fake.most_alive() <= u64::from(size), "{stats}");
                 drop(take(&pool, size as usize));
                 ends_well(pool, &fake);
             }

@@ -46,7 +46,7 @@ fn life(seed: u64) -> Result<(), String> {
         builder = builder.max_lifetime(ms(30 + dice.roll(100)));
     }
     if dice.roll(3) == 0 {
-        builder = builder.right_of_way([Duration::ZERO, Duration::MAX, ms(5)][dice.roll(3) as usize]);
+        builder = builder.fair_after([Duration::ZERO, Duration::MAX, ms(5)][dice.roll(3) as usize]);
     }
     if dice.roll(3) == 0 {
         builder = builder.keepalive(ms(10 + dice.roll(20)));

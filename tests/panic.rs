@@ -37,7 +37,7 @@ fn nothing_is_lost<M: Manage<Connection = FakeConn, Error = FakeError>>(pool: Po
     let held: Vec<_> = (0..MAX_SIZE).map(|_| pool.get_timeout(LONG).unwrap()).collect();
     assert!(wait_until(within(LONG), || fake.alive() == u64::from(MAX_SIZE)), "{} alive", fake.alive());
     let stats = pool.stats();
-    assert_eq!((stats.out, stats.size(), stats.waiting, stats.lost), (MAX_SIZE, MAX_SIZE, 0, 0), "{stats}");
+    assert_eq!((stats.in_use, stats.size(), stats.waiting, stats.abandoned), (MAX_SIZE, MAX_SIZE, 0, 0), "{stats}");
     assert!(pool.get_timeout(ms(1)).unwrap_err().is_exhausted());
     drop(held);
     let last_use = Instant::now();
@@ -181,13 +181,13 @@ fn in_what_cuts_a_connection() {
     fake.wait_calls(Call::Abort, 1);
     fake.release(Call::Open);
     drop(pool.get_timeout(LONG).unwrap());
-    assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
+    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
 
     // One that is lent when the grace of a close is over: a cancel that panics is followed by the abort all the same.
     let aborts = fake.calls(Call::Abort);
     let held = thread::scope(|s| s.spawn(|| pool.get_timeout(LONG).unwrap()).join().unwrap());
     let report = pool.close(ms(50));
-    assert_eq!((report.left.len(), report.cut.len()), (1, 1), "{report}");
+    assert_eq!((report.left.len(), report.aborted.len()), (1, 1), "{report}");
     fake.wait_calls(Call::Cancel, 1);
     fake.wait_calls(Call::Abort, aborts + 1);
     drop(held);

@@ -123,7 +123,7 @@ fn the_pool_s_own_are_joined() {
     assert_eq!((waiting.owner, waiting.state.as_deref()), (Owner::Pool, Some("active")));
     assert_eq!(waiting.waiting_on.as_deref(), Some("Lock advisory"));
     let own = waiting.connection.as_ref().unwrap();
-    assert_eq!((own.state, own.server_id), (ConnectionState::Out, pids[0].map(|pid| pid as u64)));
+    assert_eq!((own.state, own.server_id), (ConnectionState::InUse, pids[0].map(|pid| pid as u64)));
     let line = text.lines().find(|l| l.starts_with(&pids[0].unwrap().to_string())).unwrap();
     assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" out by "), "{line}");
     assert!(line.contains("tests/postgres_audit.rs:"), "{line}");
@@ -368,7 +368,7 @@ fn what_the_server_does_not_know_is_missing() {
     assert_eq!(audit.missing[0].server_id, Some(gone as u64));
     assert_eq!(of(&audit, Owner::Pool)[0].pid, two.backend_pid().unwrap());
     assert!(
-        audit.to_string().contains(&format!("the server knows nothing of #1 (server id {gone}) out for")),
+        audit.to_string().contains(&format!("the server knows nothing of #1 (server id {gone}) in use for")),
         "{audit}"
     );
 }

@@ -64,7 +64,7 @@ fn assert_within(what: Duration, from: Duration, to: Duration) {
 fn assert_at_rest(pool: &Pool, deadline: Instant) {
     let rest = || {
         let s = pool.stats();
-        s.checking + s.opening + s.closing + s.lost == 0
+        s.checking + s.opening + s.closing + s.abandoned == 0
     };
     assert!(wait_until(deadline, rest), "{}", pool.stats());
 }
@@ -353,7 +353,7 @@ fn a_close_leaves_nothing_on_the_bouncer() {
         let (begun, grace) = (Instant::now(), ms(300));
         let report = pool.close(grace);
         assert_within(begun.elapsed(), grace, grace + EPSILON);
-        assert_eq!((report.left.len(), report.cut.len()), (1, 1), "{report}");
+        assert_eq!((report.left.len(), report.aborted.len()), (1, 1), "{report}");
         let (at, error) = ended.recv_timeout(SOON).expect("the query still runs");
         assert_eq!(error.code().map(|code| code.code()), Some("57014"), "cancelled before it was cut: {error}");
         assert!(at < begun + grace + CANCEL + EPSILON, "{:?}", at - begun);

@@ -463,7 +463,7 @@ fn what_takes_longer_than_its_limit_is_cancelled() {
         let asleep = |observer: &mut Client| state(observer, pid).as_deref() == Some("active");
         assert!(wait_until(Instant::now() + SOON, || asleep(&mut observer)), "{way:?}");
         assert!(wait_until(Instant::now() + SOON, || state(&mut observer, pid).is_none()), "{way:?}");
-        assert!(wait_until(Instant::now() + SOON, || pool.stats().lost == 0), "{way:?}: {}", pool.stats());
+        assert!(wait_until(Instant::now() + SOON, || pool.stats().abandoned == 0), "{way:?}: {}", pool.stats());
     }
 }
 
@@ -545,7 +545,7 @@ fn what_cannot_be_cancelled_is_cut() {
         }
         assert!(begun.elapsed() < EPSILON);
         let gone =
-            wait_until(begun + ms(600) + 2 * EPSILON, || pool.state().connections == 0 && pool.stats().lost == 0);
+            wait_until(begun + ms(600) + 2 * EPSILON, || pool.state().connections == 0 && pool.stats().abandoned == 0);
         assert!(gone, "{}", pool.stats());
         proxy.resume();
         assert!(pool.close(SOON).is_complete());

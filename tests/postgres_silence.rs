@@ -46,7 +46,7 @@ fn assert_within(what: Duration, from: Duration, to: Duration) {
 fn assert_at_rest(pool: &Pool, deadline: Instant) {
     let rest = || {
         let s = pool.stats();
-        s.checking + s.opening + s.closing + s.lost == 0
+        s.checking + s.opening + s.closing + s.abandoned == 0
     };
     assert!(wait_until(deadline, rest), "{}", pool.stats());
 }
@@ -103,8 +103,8 @@ impl Sleeper {
     #[track_caller]
     fn ended(&self, report: &CloseReport, deadline: Instant) -> postgres::Error {
         assert_eq!(report.left.iter().map(|row| row.id).collect::<Vec<_>>(), [self.id], "{report}");
-        assert_eq!(report.cut, [self.id], "{report}");
-        assert!(report.to_string().contains("(cut)"), "{report}");
+        assert_eq!(report.aborted, [self.id], "{report}");
+        assert!(report.to_string().contains("(aborted)"), "{report}");
         let (at, error) = self.ended.recv_timeout(SOON).expect("the query still runs");
         assert!(at <= deadline, "{:?} late", at - deadline);
         error

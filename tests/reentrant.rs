@@ -57,9 +57,9 @@ fn hooked<M: Manage<Connection = FakeConn, Error = FakeError>>(
 #[track_caller]
 fn whole<M: Manage>(pool: &Pool<M>) {
     let held: Vec<_> = (0..3).map(|_| pool.get_timeout(LONG).unwrap()).collect();
-    assert_eq!((pool.stats().out, pool.stats().size()), (3, 3), "{}", pool.stats());
+    assert_eq!((pool.stats().in_use, pool.stats().size()), (3, 3), "{}", pool.stats());
     // A close that took its time after a recycle may have been given up for one who waited, and comes back.
-    assert!(wait_until(within(LONG), || pool.stats().lost == 0), "{}", pool.stats());
+    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
     drop(held);
 }
 
@@ -211,7 +211,7 @@ fn a_logger_that_blocks() {
         let begun = Instant::now();
         let report = pool.close(ms(200));
         assert!(begun.elapsed() < ms(200) + EPSILON, "{:?}", begun.elapsed());
-        assert_eq!((report.left.len(), report.lost, report.threads), (0, 0, 1), "{report}");
+        assert_eq!((report.left.len(), report.abandoned, report.threads), (0, 0, 1), "{report}");
         drop(gate);
         nothing_is_left("mum", &fake);
         let records = LOG.records("mum");
@@ -611,10 +611,10 @@ fn returned_from_the_destructor_of_a_thread_local() {
                 }
                 let conn = it.get_timeout(LONG).unwrap();
                 HELD.with_borrow_mut(|held| *held = Some(conn));
-                assert_eq!(it.stats().out, 1);
+                assert_eq!(it.stats().in_use, 1);
             };
             thread::spawn(held).join().unwrap();
-            assert_eq!((pool.stats().out, fake.calls(Call::Returned) - before), (0, 1));
+            assert_eq!((pool.stats().in_use, fake.calls(Call::Returned) - before), (0, 1));
         }
         whole(&pool);
         assert!(pool.close(LONG).is_complete());
@@ -637,7 +637,7 @@ fn used_and_closed_from_the_destructor_of_a_thread_local() {
                 AT_THE_END.with_borrow_mut(|last| *last = Some(AtTheEnd(it)));
             };
             thread::spawn(last_words).join().unwrap();
-            assert_eq!(pool.stats().out, 0);
+            assert_eq!(pool.stats().in_use, 0);
         }
         whole(&pool);
         // The last handle goes there as well.

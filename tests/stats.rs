@@ -50,12 +50,12 @@ fn counters() {
     assert_eq!((s.name.as_str(), s.max_size, s.closed), ("counters", 3, false));
     // What `build` did to get there is nobody's use.
     assert_eq!((s.checkouts, s.waits, s.opens, s.idle, s.size()), (0, 0, 1, 1, 1));
-    assert_eq!((s.wait_time.count(), s.hold_time.count(), s.open_time.count()), (0, 0, 1));
+    assert_eq!((s.wait_time.count(), s.usage_time.count(), s.open_time.count()), (0, 0, 1));
 
     // Checked out: the first after a check, the others after an open.
     let [a, b, c] = [0; 3].map(|_| pool.get().unwrap());
     let s = pool.stats();
-    assert_eq!((s.checkouts, s.waits, s.opens, s.out, s.idle), (3, 3, 3, 3, 0));
+    assert_eq!((s.checkouts, s.waits, s.opens, s.in_use, s.idle), (3, 3, 3, 3, 0));
 
     // One waits in vain, and one more is not let in.
     thread::scope(|s| {
@@ -65,7 +65,7 @@ fn counters() {
         assert!(waits.join().unwrap().unwrap_err().is_timeout());
     });
     let s = pool.stats();
-    assert_eq!((s.waits, s.timeouts, s.turned_away, s.waiting, s.checkouts), (4, 1, 1, 0, 3));
+    assert_eq!((s.waits, s.timeouts, s.rejected, s.waiting, s.checkouts), (4, 1, 1, 0, 3));
     assert_eq!(s.wait_time.count(), 4);
     assert_within(s.wait_time.max(), ms(100), ms(100) + EPSILON);
 
@@ -138,7 +138,7 @@ fn counters() {
     assert_eq!((s.closed, s.size(), s.closed_for(CloseReason::Closed)), (true, 0, 1), "{s}");
     assert_eq!(s.closes + s.detached, s.opens, "what was opened is accounted for: {s}");
     assert_eq!(s.closes, CloseReason::ALL.map(|r| s.closed_for(r)).iter().sum::<u64>());
-    assert_eq!((s.hold_time.count(), before.checkouts), (s.checkouts, s.checkouts));
+    assert_eq!((s.usage_time.count(), before.checkouts), (s.checkouts, s.checkouts));
     assert_eq!((fake.alive(), fake.opened()), (0, s.opens));
 }
 
@@ -182,19 +182,19 @@ fn gauges() {
     assert_eq!(pool.state().connections, 3, "r2d2 counts what is open");
     assert_eq!(pool.state().idle_connections, 1);
     let s = pool.stats();
-    assert_eq!((s.idle, s.out, s.checking, s.opening, s.closing, s.lost), (1, 1, 1, 1, 1, 0), "{s}");
+    assert_eq!((s.idle, s.in_use, s.checking, s.opening, s.closing, s.abandoned), (1, 1, 1, 1, 1, 0), "{s}");
     assert_eq!((s.size(), s.waiting), (5, 0));
     let rows: Vec<_> = pool.connections().iter().map(|row| (row.id, row.state)).collect();
     use ConnectionState::*;
-    assert_eq!(rows, [(1, Idle), (2, Out), (3, Checking), (4, Closing), (5, Opening)]);
+    assert_eq!(rows, [(1, Idle), (2, InUse), (3, Checking), (4, Closing), (5, Opening)]);
 
     // What takes longer than its limit is given up.
-    see(&pool, |s| (s.checking, s.closing, s.lost, s.written_off) == (0, 0, 2, 2));
-    assert_eq!(pool.stats().closed_for(CloseReason::WrittenOff), 1);
+    see(&pool, |s| (s.checking, s.closing, s.abandoned, s.abandonments) == (0, 0, 2, 2));
+    assert_eq!(pool.stats().closed_for(CloseReason::Abandoned), 1);
     fake.release(Call::Close);
     fake.release(Call::Reset);
     fake.release(Call::Open);
-    see(&pool, |s| (s.lost, s.idle, s.out, s.opening) == (0, 2, 1, 0));
+    see(&pool, |s| (s.abandoned, s.idle, s.in_use, s.opening) == (0, 2, 1, 0));
     drop(out);
     assert!(pool.close(SOON).is_complete());
 }
@@ -218,14 +218,14 @@ fn times() {
         waits.join().unwrap().unwrap();
     });
     let s = pool.stats();
-    assert_eq!((s.open_time.count(), s.wait_time.count(), s.hold_time.count()), (1, 1, 11));
+    assert_eq!((s.open_time.count(), s.wait_time.count(), s.usage_time.count()), (1, 1, 11));
     assert_within(s.open_time.max(), ms(50), ms(50) + EPSILON);
     assert_within(s.wait_time.max(), ms(100), ms(100) + EPSILON);
     assert_eq!(s.wait_time.sum(), s.wait_time.mean());
     // In steps of the coarse clock, which are at most 10 ms, unless a busy machine comes late to take one.
-    assert_within(s.hold_time.max(), ms(100) - EPSILON, ms(100) + EPSILON);
-    assert!(s.hold_time.quantile(0.5) <= ms(20) && s.hold_time.quantile(1.0) == s.hold_time.max(), "{s}");
-    assert_within(s.hold_time.sum(), s.hold_time.max(), s.hold_time.max() + EPSILON);
+    assert_within(s.usage_time.max(), ms(100) - EPSILON, ms(100) + EPSILON);
+    assert!(s.usage_time.quantile(0.5) <= ms(20) && s.usage_time.quantile(1.0) == s.usage_time.max(), "{s}");
+    assert_within(s.usage_time.sum(), s.usage_time.max(), s.usage_time.max() + EPSILON);
 }
 
 // ---------------------------------------------------------------------------------------------------- rows
@@ -266,10 +266,10 @@ fn rows() {
         (of(theirs), Some("'worker-7'"), their_line, 1),
         (of(tried.1), me.as_deref(), try_line, 2),
     ] {
-        assert_eq!((row.state, row.thread.as_deref(), row.uses), (ConnectionState::Out, thread, uses), "{row}");
+        assert_eq!((row.state, row.thread.as_deref(), row.uses), (ConnectionState::InUse, thread, uses), "{row}");
         assert_eq!(row.location.map(|at| (at.file(), at.line())), Some((file!(), line)), "{row}");
         // Since a tick of the coarse clock, which is behind.
-        assert_within(row.held_for().unwrap(), ms(100), began.elapsed() + EPSILON);
+        assert_within(row.in_use_for().unwrap(), ms(100), began.elapsed() + EPSILON);
         assert!(row.age >= ms(100) && row.idle_for().is_none(), "{row}");
     }
     let info = PooledConnection::info(&mine);
@@ -283,7 +283,7 @@ fn rows() {
     let rows = pool.connections();
     let row = rows.iter().find(|row| row.server_id == Some(theirs)).unwrap();
     assert_eq!((row.state, row.uses), (ConnectionState::Idle, 1), "{row}");
-    assert!(row.thread.is_none() && row.location.is_none() && row.held_for().is_none(), "{row}");
+    assert!(row.thread.is_none() && row.location.is_none() && row.in_use_for().is_none(), "{row}");
     assert_within(row.idle_for().unwrap(), ms(100), began.elapsed() + EPSILON);
     drop(mine);
     assert!(pool.close(SOON).is_complete());
@@ -325,12 +325,12 @@ fn texts() {
     assert_eq!(
         masked(pool.stats()),
         "pool 'orders': N of N connections, built T ago\n\
-         now N idle, N out; N waiting\n\
+         now N idle, N in use; N waiting\n\
          checkouts N; N had to wait, N timed out\n\
          opened N; N failed\n\
          closed N\n\
          waited never\n\
-         held never\n\
+         in use never\n\
          to open N time, mean T, pN T, pN T, max T\n\
          evictions never late"
             .replace("pN T, pN T", "p50 T, p99 T")
@@ -346,7 +346,7 @@ fn texts() {
         masked(&rows),
         "id server id state for age uses thread checked out at\n\
          N N idle T T N - -\n\
-         N N out T T N 'texts' FILE:L\n\
+         N N in use T T N 'texts' FILE:L\n\
          N - opening T T N - -"
     );
     let lines: Vec<_> = rows.iter().map(masked).collect();
@@ -354,7 +354,7 @@ fn texts() {
         lines,
         [
             "#N (server id N) idle for T, age T, used N time",
-            "#N (server id N) out for T, age T, used N time, by 'texts' at FILE:L",
+            "#N (server id N) in use for T, age T, used N time, by 'texts' at FILE:L",
             "#N opening for T, age T, used N times"
         ]
     );
@@ -368,7 +368,7 @@ fn texts() {
     assert_eq!(
         masked(&report),
         "pool 'orders' not wholly closed after T; threads that have not ended: N; left: \
-         #N (server id N) out for T, age T, used N time, by 'texts' at FILE:L, #N opening for T, age T, used N times"
+         #N (server id N) in use for T, age T, used N time, by 'texts' at FILE:L, #N opening for T, age T, used N times"
     );
     drop(b);
     fake.release(Call::Open);
@@ -377,12 +377,12 @@ fn texts() {
     assert_eq!(
         masked(pool.stats()),
         "pool 'orders': N of N connections, built T ago, closed\n\
-         now N idle, N out; N waiting\n\
+         now N idle, N in use; N waiting\n\
          checkouts N; N had to wait, N timed out\n\
          opened N; N failed\n\
          closed N: N pool closed\n\
          waited N times, mean T, p50 T, p99 T, max T\n\
-         held N times, mean T, p50 T, p99 T, max T\n\
+         in use N times, mean T, p50 T, p99 T, max T\n\
          to open N times, mean T, p50 T, p99 T, max T\n\
          evictions never late"
     );
@@ -491,7 +491,7 @@ fn leaks() {
     see(&pool, |s| s.leaks == 3);
     assert!(wait_until(within(SOON), || warned().len() == 3));
     assert!(warned()[1..].iter().all(|logged| logged.text.contains("by thread 'leaks' at ")), "{:?}", warned());
-    assert!(pool.stats().to_string().contains("3 held for too long"), "{}", pool.stats());
+    assert!(pool.stats().to_string().contains("3 in use for too long"), "{}", pool.stats());
     drop(again);
     assert!(pool.close(SOON).is_complete());
     log::set_max_level(LevelFilter::Off);
@@ -534,7 +534,7 @@ fn a_life_in_the_log() {
     proxy.silent(true);
     proxy.accept();
     assert!(pool.get_timeout(ms(300)).is_err());
-    see_record("life", Level::Warn, "gave up opening #N, which took longer than T");
+    see_record("life", Level::Warn, "abandoned opening #N, which took longer than T");
     proxy.silent(false);
     proxy.cut();
 
@@ -545,7 +545,7 @@ fn a_life_in_the_log() {
     let closing = format!("closing: `close` was called ({}:{line}:", file!());
     let told = |start: &str| CAPTURE.0.lock().iter().any(|l| l.level == Level::Info && l.text.contains(start));
     assert!(wait_until(within(SOON), || told(&closing)), "{:#?}", records("life"));
-    let left = "not wholly closed after T; left: #N (server id N) out for T, age T, used N time, by 'a_life_in_the_log' at FILE:L (cut)";
+    let left = "not wholly closed after T; left: #N (server id N) in use for T, age T, used N time, by 'a_life_in_the_log' at FILE:L (aborted)";
     see_record("life", Level::Warn, left);
     drop(lent);
     see_record("life", Level::Debug, "closed #N: pool closed, age T");

@@ -408,7 +408,7 @@ impl Wire {
         };
         if let (Some(before), Some(after)) = (before, server.stats()) {
             // All that may have been lost at that moment.
-            let lost = u64::from(before.lost) + after.written_off - before.written_off;
+            let lost = u64::from(before.abandoned) + after.abandonments - before.abandonments;
             if living > bound + lost {
                 let (before, after) = (brief(&before), brief(&after));
                 server.flaw(format!("{living} of {bound} are alive, {lost} lost at most: {before}; {after}"));
@@ -800,7 +800,7 @@ fn live(seed: u64) -> Vec<String> {
         builder = builder.event_handler(Box::new(Hooks(Arc::clone(&server))));
     }
     if dice.one_in(4) {
-        builder = builder.right_of_way(Duration::ZERO);
+        builder = builder.fair_after(Duration::ZERO);
     }
     let waits_for_one = dice.one_in(4);
     let end = [End::Close, End::Guard, End::LastHandle, End::Early][dice.roll(4) as usize];
@@ -877,9 +877,9 @@ fn live(seed: u64) -> Vec<String> {
 }
 
 fn brief(stats: &Stats) -> String {
-    let Stats { idle, out, checking, opening, closing, waiting, lost, .. } = stats;
+    let Stats { idle, in_use, checking, opening, closing, waiting, abandoned, .. } = stats;
     format!(
-        "{idle} idle, {out} out, {checking} checking, {opening} opening, {closing} closing, {waiting} waiting, {lost} lost"
+        "{idle} idle, {in_use} in use, {checking} checking, {opening} opening, {closing} closing, {waiting} waiting, {abandoned} abandoned"
     )
 }
 
@@ -913,10 +913,10 @@ fn is_as_good_as_new(pool: &Pool<Wild>, server: &Server) {
     });
     let held: Vec<_> = (0..max).filter_map(|_| get()).collect();
     let stats = pool.stats();
-    if stats.out != max || stats.size() != max {
+    if stats.in_use != max || stats.size() != max {
         server.flaw(format!("{} of {max} can be had: {}", held.len(), brief(&stats)));
     }
-    if !wait_until(Instant::now() + LONG, || pool.stats().lost == 0) {
+    if !wait_until(Instant::now() + LONG, || pool.stats().abandoned == 0) {
         server.flaw(format!("jobs do not come back: {}", brief(&pool.stats())));
     }
 }

@@ -4,14 +4,11 @@
 //! told, at exactly the moments they are due, and holds everything the ledger says against a naive account of its own.
 
 use super::*;
-use crate::crew::Kind;
+use crate::runtime::executor::Kind;
 use std::collections::{HashMap, VecDeque};
 
 type Conn = u64;
 type Seat = u64;
-
-const PASSES: u32 = 4;
-const FIRST_FOR: Duration = Duration::from_micros(20);
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -45,9 +42,7 @@ fn rules() -> Rules {
         max_waiting: None,
         keepalive: None,
         leak_threshold: None,
-        right_of_way: Duration::ZERO,
-        passes: PASSES,
-        first_for: FIRST_FOR,
+        fair_after: Duration::ZERO,
         resolution: Duration::ZERO,
     }
 }
@@ -208,7 +203,7 @@ const STUCK: Phase = Phase::Closing(Close::Stuck);
 
 impl Counts {
     fn total(&self) -> u32 {
-        self.idle + self.out + self.checking + self.opening + self.closing
+        self.idle + self.in_use + self.checking + self.opening + self.closing
     }
 }
 
@@ -466,7 +461,7 @@ impl World {
     /// most; and one more, if the last that was dialled came through. Beyond that one is dialled in a minute.
     fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
-        let others = self.counts().lost + dialled.count() as u32;
+        let others = self.counts().abandoned + dialled.count() as u32;
         let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
         let most = self.greatest.max(self.ledger.rules.max_size) + u32::from(self.ledger.failure.is_none());
         assert!(others < most || probe, "{others} may be lost, and one more is dialled");
@@ -668,7 +663,7 @@ impl World {
     fn assert_passable(&self) {
         if let Some(&(first, _, since)) = self.waiting.front() {
             let waited = self.ledger.now.since(since);
-            assert!(waited < self.ledger.rules.right_of_way, "{first} was passed after {waited:?}");
+            assert!(waited < self.ledger.rules.fair_after, "{first} was passed after {waited:?}");
         }
     }
 
@@ -809,7 +804,7 @@ impl World {
         counts.total() < l.rules.max_size
             && counts.opening < l.rules.parallel_opens
             && l.failure.is_none_or(|f| alone && f.retry <= now)
-            && (counts.lost + counts.opening < l.rules.max_size || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
+            && (counts.abandoned + counts.opening < l.rules.max_size || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
     /// At rest, when whatever is due has been done. One who waits has been called and is on its way, or has something
@@ -863,18 +858,21 @@ impl World {
         let counts = l.counts();
         let state = |s| l.rows().filter(|r| r.state() == s).count() as u32;
         assert_eq!(counts.idle, state(State::Idle));
-        assert_eq!(counts.out, state(State::Out));
+        assert_eq!(counts.in_use, state(State::InUse));
         assert_eq!(counts.checking, state(State::Checking));
         assert_eq!(counts.opening, state(State::Opening));
         assert_eq!(counts.closing, state(State::Closing));
-        assert_eq!(counts.out as usize, self.out.len());
+        assert_eq!(counts.in_use as usize, self.out.len());
         assert_eq!(counts.waiting as usize, self.waiting.len());
         let mut census = Census::default();
         l.rows.iter().for_each(|r| census.0[Census::of(r.phase)] += 1);
         assert_eq!(census.0, l.census.0, "counted where they are set, and where they are");
         assert_eq!(counts.idle as usize, l.idle.len());
         assert_eq!(counts.total() as usize + l.free.len(), l.rows.len());
-        assert!(self.server.len() <= (counts.total() + counts.lost) as usize, "the server sees more than is counted");
+        assert!(
+            self.server.len() <= (counts.total() + counts.abandoned) as usize,
+            "the server sees more than is counted"
+        );
         assert_eq!(l.patience.len(), l.rows().filter(|r| r.patience != Moment::NEVER).count());
         // The stack is sorted, and where somebody waits beside it, they are called, or something is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
@@ -900,7 +898,7 @@ impl World {
             assert!(l.alarm <= row.limit);
             assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
             let own_check = matches!(row.phase, Phase::Checking { by: Check::Own, .. });
-            assert_eq!(row.holder.is_some(), row.state() == State::Out || own_check);
+            assert_eq!(row.holder.is_some(), row.state() == State::InUse || own_check);
         }
         for &(dies, index) in &l.lifetimes {
             let row = &l.rows[index as usize];
@@ -1160,7 +1158,7 @@ fn resize_down_takes_the_longest_unused_first_and_the_busy_on_return() {
     w.ledger.resize(w.now, 5);
     w.settle();
     w.run(Duration::ZERO);
-    assert_eq!((w.counts().idle, w.counts().out), (0, 6));
+    assert_eq!((w.counts().idle, w.counts().in_use), (0, 6));
     let waits = w.get();
     w.put(seats[0]);
     assert!(!w.out.contains_key(&waits), "the excess goes as it returns, even though somebody waits");
@@ -1246,12 +1244,12 @@ fn max_waiting() {
     let d = w.get();
     assert_eq!(w.refused, [d]);
     assert!(w.leave(b) && w.leave(c));
-    assert_eq!(w.ledger.tally.turned_away, 1);
+    assert_eq!(w.ledger.tally.rejected, 1);
 }
 
 /// A pool of `size`, all lent to the first of the seats, and threads that take a while to wake.
 fn busy(size: u32) -> (World, Vec<Seat>) {
-    let mut w = World::new(Rules { max_size: size, right_of_way: ms(1), ..rules() });
+    let mut w = World::new(Rules { max_size: size, fair_after: ms(1), ..rules() });
     let seats = (0..size).map(|_| w.get()).collect();
     w.wake_time = us(30);
     (w, seats)
@@ -1713,13 +1711,13 @@ fn a_job_past_its_limit_loses_its_slot() {
     w.takes.open = secs(60);
     let a = w.get();
     w.run(secs(10));
-    assert_eq!((w.written_off, w.counts().lost), (1, 1));
+    assert_eq!((w.written_off, w.counts().abandoned), (1, 1));
     w.takes.open = ms(1);
     w.run(secs(2));
     assert!(w.out.contains_key(&a), "the next attempt came through");
-    assert_eq!((w.server.len(), w.counts().lost), (3, 2), "the lost ones are still there");
+    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the lost ones are still there");
     w.run(secs(60));
-    assert_eq!((w.server.len(), w.counts().lost), (1, 0), "and gone when it came back");
+    assert_eq!((w.server.len(), w.counts().abandoned), (1, 0), "and gone when it came back");
 }
 
 #[test]
@@ -1728,9 +1726,9 @@ fn a_silent_server_loses_no_more_than_max_size_and_a_probe_a_minute() {
     w.takes.open = Duration::MAX;
     let a = w.get();
     w.run(secs(30));
-    assert_eq!(w.counts().lost, 3);
+    assert_eq!(w.counts().abandoned, 3);
     w.run(secs(600));
-    assert!(w.counts().lost <= 3 + 11, "{}", w.counts().lost);
+    assert!(w.counts().abandoned <= 3 + 11, "{}", w.counts().abandoned);
     w.takes.open = ms(1);
     w.run(secs(61));
     assert!(w.out.contains_key(&a), "a probe came through");
@@ -1745,14 +1743,14 @@ fn beyond_the_bound_a_stuck_close_keeps_its_slot() {
         w.put_back(seat, Back::Discard(CloseReason::Discarded));
     }
     w.run(secs(5));
-    assert_eq!((w.counts().lost, w.counts().closing), (2, 0));
+    assert_eq!((w.counts().abandoned, w.counts().closing), (2, 0));
     let probe = w.get();
     w.run(secs(60));
     w.put_back(probe, Back::Discard(CloseReason::Discarded));
     w.run(secs(5));
-    assert_eq!((w.counts().lost, w.counts().closing, w.written_off), (2, 1, 3));
+    assert_eq!((w.counts().abandoned, w.counts().closing, w.written_off), (2, 1, 3));
     w.run(secs(2_000));
-    assert_eq!((w.counts().lost, w.counts().closing, w.server.len()), (0, 0, 0));
+    assert_eq!((w.counts().abandoned, w.counts().closing, w.server.len()), (0, 0, 0));
 }
 
 #[test]
@@ -1995,7 +1993,7 @@ fn what_was_recycled_and_hangs_gives_its_place_to_one_who_waits() {
     assert!(w.out.is_empty() && w.written_off == 0, "its close may end any moment");
     w.run(ms(1));
     assert!(seats.iter().all(|seat| w.out.contains_key(seat)), "a tenth of the limit of a close");
-    assert_eq!((w.written_off, w.counts().lost, w.counts().closing), (2, 2, 1), "no more than are waited for");
+    assert_eq!((w.written_off, w.counts().abandoned, w.counts().closing), (2, 2, 1), "no more than are waited for");
     // Nobody waits for the third.
     w.run(secs(4));
     assert_eq!(w.written_off, 2);
@@ -2035,13 +2033,13 @@ fn one_that_hangs_in_a_pool_of_one_does_not_close_it_for_a_minute() {
     w.put_back(a, Back::Reset);
     w.run(secs(5));
     assert!(w.out.contains_key(&b), "the server answers to connects");
-    assert_eq!((w.counts().lost, w.counts().total()), (1, 1));
+    assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
     // A second one keeps its slot: as many are lost as may be.
     let c = w.get();
     w.put_back(b, Back::Reset);
     w.run(secs(5));
     assert!(!w.out.contains_key(&c));
-    assert_eq!((w.counts().lost, w.counts().total()), (1, 1));
+    assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
 }
 
 #[test]
@@ -2092,7 +2090,7 @@ fn one_who_checked_for_itself_gets_nothing_that_became_suspect_meanwhile() {
 
 #[test]
 fn one_who_comes_back_from_its_own_check_has_waited_all_the_while() {
-    let mut w = World::new(Rules { validate: Validate::Always, right_of_way: us(700), max_size: 2, ..rules() });
+    let mut w = World::new(Rules { validate: Validate::Always, fair_after: us(700), max_size: 2, ..rules() });
     w.burst(1);
     w.takes.check = ms(1);
     w.takes.open = ms(5);
@@ -2256,10 +2254,10 @@ mod property {
             Just(Validate::AfterIdle(Duration::from_secs(1)))
         ];
         let some = |range| prop_oneof![1 => Just(None), 3 => Strategy::prop_map(range, |n| Some(ms(n)))];
-        let right_of_way = prop_oneof![Just(0), Just(1_000), 1u64..50_000];
+        let fair_after = prop_oneof![Just(0), Just(1_000), 1u64..50_000];
         let limits = (1u32..8, 0u32..8, some(0u64..10_000), some(1u64..20_000));
-        (limits, validate, 1u32..5, some(1u64..5_000), right_of_way).prop_map(
-            |((max_size, min_idle, max_idle, max_lifetime), validate, parallel_opens, keepalive, right_of_way)| Rules {
+        (limits, validate, 1u32..5, some(1u64..5_000), fair_after).prop_map(
+            |((max_size, min_idle, max_idle, max_lifetime), validate, parallel_opens, keepalive, fair_after)| Rules {
                 max_size,
                 min_idle: if max_idle == Some(Duration::ZERO) { 0 } else { min_idle.min(max_size) },
                 max_idle,
@@ -2268,7 +2266,7 @@ mod property {
                 parallel_opens,
                 keepalive,
                 leak_threshold: Some(secs(2)),
-                right_of_way: us(right_of_way),
+                fair_after: us(fair_after),
                 ..rules()
             },
         )
@@ -2300,7 +2298,7 @@ mod property {
             assert!(l.rows().all(|r| r.state() != State::Idle || r.dies > self.now), "too old");
             // P5: the server sees what is counted, and `lost` at most; those are bounded.
             let counts = self.counts();
-            assert!(self.server.len() <= (counts.total() + counts.lost) as usize);
+            assert!(self.server.len() <= (counts.total() + counts.abandoned) as usize);
             // Whoever waits has something to wait for: room that will come back, a job, or a time to dial.
             if counts.waiting > 0 {
                 let hope = counts.total() > 0 || l.alarm < Moment::NEVER;
@@ -2414,7 +2412,7 @@ mod property {
         w.settle();
         w.run(secs(60));
         assert_eq!(w.counts().total(), 0, "every slot comes back");
-        assert_eq!(w.counts().lost, 0);
+        assert_eq!(w.counts().abandoned, 0);
         assert!(w.server.is_empty());
         assert_eq!(w.ledger.lifetimes.len() + w.ledger.limits.len(), 0);
         assert!(w.posted.is_empty() && w.closers.is_empty() && w.backlog.is_empty(), "the crew has nothing left to do");

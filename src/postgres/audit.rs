@@ -8,8 +8,9 @@
 use super::host::{Holder, Host};
 use super::manager::application_name;
 use super::{Connector, Error, Pool, PostgresManager};
-use crate::stats::{Connections, Short, write_table};
-use crate::text::{CAUSE, Shown, brief};
+use crate::leaf::text::{CAUSE, Shown, brief};
+use crate::leaf::text::{Short, write_table};
+use crate::stats::Connections;
 use crate::{ConnectionInfo, ConnectionState, Manage, Opening};
 use ::postgres::error::SqlState;
 use ::postgres::types::{FromSql, Type};

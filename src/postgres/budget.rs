@@ -4,7 +4,7 @@ use super::Error;
 use super::audit::column;
 use crate::Settings;
 use crate::error::Cause;
-use crate::text::Shown;
+use crate::leaf::text::Shown;
 use ::postgres::Client;
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! [`Error`]: what went wrong, to be cloned, with the one table of what is permanent.
 
 use super::observer::{NegotiationError, Watch, is_answer_in_clear};
-use crate::text::{self, Brief};
+use crate::leaf::text::{self, Brief};
 use ::postgres::error::{DbError, SqlState};
 use std::error::Error as StdError;
 use std::fmt;

@@ -2,7 +2,7 @@
 
 use crate::Settings;
 use crate::error::Cause;
-use crate::stats::Short;
+use crate::leaf::text::Short;
 use std::time::Duration;
 
 /// What the server is told, when a connection is opened, to do should this client die or vanish: for the deaths that no
@@ -122,7 +122,7 @@ impl ServerGuards {
 mod tests {
     use super::*;
     use crate::Pool;
-    use crate::doc::DocManager;
+    use crate::doc_manager::DocManager;
 
     #[test]
     fn units_round_up_and_stop_at_the_longest() {

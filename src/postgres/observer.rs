@@ -53,7 +53,7 @@ use tokio::time::{Sleep, sleep, timeout};
 
 use super::scanner::Scanner;
 pub(crate) use super::scanner::Status;
-use crate::text::{self, Shown};
+use crate::leaf::text::{self, Shown};
 
 mod probe;
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //! Two facts of the protocol carry it. Answers come in the order of the requests, so a queue of requests tells which one
 //! a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means: nothing is under way.
 
-use crate::text::CUT;
+use crate::leaf::text::CUT;
 use std::collections::VecDeque;
 use std::fmt;
 

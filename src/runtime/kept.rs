@@ -4,7 +4,7 @@
 //! on its way back it moves into what the lock guards, and the lock has to outlive its own release. To count one more
 //! owner up and down again for that is two locked instructions, where the whole of a checkout and its return has four. So
 //! each thread stays an owner of the
-//! [`Core`](crate::shared::Core) to which it returned a connection last, and counts only when that changes.
+//! [`Core`](crate::runtime::shared::Core) to which it returned a connection last, and counts only when that changes.
 //!
 //! What a thread keeps so, until it returns a connection to another pool or ends, is the lock and the emptied ledger:
 //! no connection, no manager, no hook, nothing of the user's. Those go when the pool goes.

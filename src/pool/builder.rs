@@ -23,7 +23,8 @@ pub(crate) struct Hooks<M: Manage> {
 /// ```
 /// use millpond::Pool;
 /// use std::time::Duration;
-/// # use millpond::doc::DocManager;
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # use doc::DocManager;
 ///
 /// let pool = Pool::builder()
 ///     .name("orders")
@@ -73,9 +74,7 @@ impl<M: Manage> Builder<M> {
                 max_waiting: None,
                 keepalive: None,
                 leak_threshold: None,
-                right_of_way: Duration::from_micros(700),
-                passes: 4,
-                first_for: Duration::from_micros(20),
+                fair_after: Duration::from_micros(700),
             },
             hooks: Hooks { customizer: None, errors: None, events: None },
         }
@@ -230,17 +229,8 @@ impl<M: Manage> Builder<M> {
     /// strictly in order of arrival, and slower where connections are held for microseconds.
     /// (`cargo bench --bench curve` shows what other values cost, and what they buy.)
     #[must_use]
-    pub fn right_of_way(mut self, limit: Duration) -> Self {
-        self.settings.right_of_way = limit;
-        self
-    }
-
-    /// How often the first of those who wait may be passed, and for how long it is to have been first, until what comes
-    /// back is handed over to it. For the bench that shows what other values do; not a setting to be relied on.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn passes(mut self, passes: u32, first_for: Duration) -> Self {
-        (self.settings.passes, self.settings.first_for) = (passes, first_for);
+    pub fn fair_after(mut self, limit: Duration) -> Self {
+        self.settings.fair_after = limit;
         self
     }
 

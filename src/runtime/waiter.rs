@@ -4,7 +4,7 @@
 //! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or its seat is full.
 //! A call, which promises nothing, may come to a seat at any time.
 
-use crate::who::Home;
+use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 

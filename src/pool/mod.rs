@@ -1,21 +1,28 @@
 //! [`Pool`]: what its users hold.
 
-use crate::builder::{Builder, Hooks};
-use crate::clock::Moment;
-use crate::connection::{Conn, PooledConnection};
-use crate::error::{Cause, Error, ErrorKind, Timeout, TooManyWaiting};
+pub(crate) mod builder;
+pub(crate) mod connection;
+pub(crate) mod guard;
+
+use crate::error::{Error, ErrorKind, Timeout, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
-use crate::guard::PoolGuard;
-use crate::here;
-use crate::jobs::{Job, Slot, catch, refused, shielded};
+use crate::leaf::clock::Moment;
+use crate::leaf::in_hand;
+use crate::leaf::shield::{Panic, catch, shielded};
+use crate::leaf::text::Short;
+use crate::leaf::text::Shown;
+use crate::leaf::threads;
 use crate::ledger::{Counts, Grant, Holder, Join, Row, Take, Ticket, Token};
 use crate::manage::Manage;
+use crate::pool::builder::{Builder, Hooks};
+use crate::pool::connection::{Conn, PooledConnection};
+use crate::pool::guard::PoolGuard;
+use crate::runtime::jobs::{Job, Slot, refused};
+use crate::runtime::reaper;
+use crate::runtime::shared::{Book, Ended, Shared, WaitingSeat};
+use crate::runtime::waiter::News;
 use crate::settings::{Settings, check_floor};
-use crate::shared::{Book, Ended, Shared, WaitingSeat};
-use crate::stats::{CloseReason, ConnectionState, Connections, Short, State, Stats, Tally};
-use crate::text::Shown;
-use crate::waiter::News;
-use crate::{reaper, who};
+use crate::stats::{CloseReason, ConnectionState, Connections, State, Stats, Tally};
 use log::Level;
 use std::cmp::Reverse;
 use std::fmt;
@@ -115,7 +122,7 @@ impl<M: Manage> Pool<M> {
     ///
     /// The one used last is taken first. If none is idle, waits in order of arrival for one to be returned or opened,
     /// whichever comes first; so it does if the first of those who wait has the
-    /// [right of way](Builder::right_of_way).
+    /// [right of way](Builder::fair_after).
     ///
     /// # Errors
     ///
@@ -142,7 +149,7 @@ impl<M: Manage> Pool<M> {
     #[inline]
     pub fn get_timeout(&self, timeout: Duration) -> Result<PooledConnection<M>, Error> {
         let shared = &self.0.shared;
-        let holder = Holder { at: Location::caller(), thread: who::tag() };
+        let holder = Holder { at: Location::caller(), thread: threads::tag() };
         let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.now();
         if shared.seems_forked(now) {
@@ -169,7 +176,7 @@ impl<M: Manage> Pool<M> {
     #[track_caller]
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = &self.0.shared;
-        let holder = Holder { at: Location::caller(), thread: who::tag() };
+        let holder = Holder { at: Location::caller(), thread: threads::tag() };
         let now = shared.now();
         if shared.seems_forked(now) {
             return None;
@@ -195,7 +202,7 @@ impl<M: Manage> Pool<M> {
                 None
             }
             Take::Check(token, mut conn, _) => {
-                let here = here::with(shared.address(), token.id());
+                let here = in_hand::with(shared.address(), token.id());
                 let seen = catch(|| shared.manager.peek(conn.get_mut()));
                 drop(here);
                 let result = match seen {
@@ -222,7 +229,7 @@ impl<M: Manage> Pool<M> {
                 now = shared.clock.precise();
             }
             let (id, duration) = (token.id(), now.since(asked));
-            let _here = here::with(shared.address(), id);
+            let _here = in_hand::with(shared.address(), id);
             shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
         }
         PooledConnection::new(token, conn, now)
@@ -327,7 +334,7 @@ impl<M: Manage> Pool<M> {
     fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
         let begun = shared.clock.precise();
-        let here = here::with(shared.address(), token.id());
+        let here = in_hand::with(shared.address(), token.id());
         let result = catch(|| shared.manager.validate(conn.get_mut(), shared.settings.validation_timeout));
         drop(here);
         if let Ok(Ok(())) = result {
@@ -339,7 +346,7 @@ impl<M: Manage> Pool<M> {
     }
 
     /// A check or a look on this thread has failed: closes the connection, and says so.
-    fn refuse_here(&self, token: Token, conn: Box<Conn<M>>, result: Result<Result<(), M::Error>, Cause>) {
+    fn refuse_here(&self, token: Token, conn: Box<Conn<M>>, result: Result<Result<(), M::Error>, Panic>) {
         let shared = &self.0.shared;
         let reason = if result.is_ok() { CloseReason::Invalid } else { CloseReason::Panicked };
         let id = token.id();
@@ -355,24 +362,24 @@ impl<M: Manage> Pool<M> {
             let ledger = shared.lock();
             (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
         };
-        let mut out = shared.rows(|row| row.state() == ConnectionState::Out);
-        let me = who::tag();
+        let mut out = shared.rows(|row| row.state() == ConnectionState::InUse);
+        let me = threads::tag();
         let checked_out_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
-        out.truncate(Timeout::HOLDERS);
-        let mut holders = shared.describe(out);
-        holders.sort_by_key(|row| Reverse(row.since));
+        out.truncate(Timeout::MOST_SHOWN);
+        let mut longest_in_use = shared.describe(out);
+        longest_in_use.sort_by_key(|row| Reverse(row.since));
         Error::new(ErrorKind::Timeout(Timeout {
             pool: shared.name.to_string(),
             timeout,
             max_size,
-            out: counts.out,
+            in_use: counts.in_use,
             opening: counts.opening,
             checking: counts.checking,
             closing: counts.closing,
-            lost: counts.lost,
+            abandoned: counts.abandoned,
             waiting: counts.waiting,
-            holders,
+            longest_in_use,
             checked_out_here,
             cause: if failing { shared.cause() } else { None },
         }))
@@ -454,7 +461,7 @@ impl<M: Manage> Pool<M> {
     pub fn state(&self) -> State {
         let shared = &self.0.shared;
         let counts = if shared.is_forked() { Counts::default() } else { shared.counts() };
-        State { connections: counts.idle + counts.out + counts.checking, idle_connections: counts.idle }
+        State { connections: counts.idle + counts.in_use + counts.checking, idle_connections: counts.idle }
     }
 
     /// What the pool is doing and has done. For a gauge every few seconds: it takes the pool's lock for a moment.
@@ -474,25 +481,25 @@ impl<M: Manage> Pool<M> {
             closed,
             max_size,
             idle: counts.idle,
-            out: counts.out,
+            in_use: counts.in_use,
             checking: counts.checking,
             opening: counts.opening,
             closing: counts.closing,
             waiting: counts.waiting,
-            lost: counts.lost,
+            abandoned: counts.abandoned,
             checkouts: tally.checkouts,
             waits: tally.waits,
             timeouts: tally.timeouts,
-            turned_away: tally.turned_away,
+            rejected: tally.rejected,
             opens: tally.opens,
             failed_opens: tally.failed_opens,
             closes: tally.closes.iter().sum(),
             detached: tally.detached,
-            written_off: tally.written_off,
+            abandonments: tally.abandonments,
             leaks: tally.leaks,
             dropped_records,
             wait_time: tally.wait,
-            hold_time: tally.hold,
+            usage_time: tally.hold,
             open_time: tally.open,
             max_lateness: tally.max_lateness,
             closes_by: tally.closes,
@@ -579,10 +586,10 @@ pub struct CloseReport {
     pub waiters: u32,
     /// Connections that are not closed yet: still lent, or in a job that has not ended.
     pub left: Connections,
-    /// The numbers of those among them that were cut when the grace was over.
-    pub cut: Vec<u64>,
-    /// Jobs that had been written off before and have not come back.
-    pub lost: u32,
+    /// The numbers of those among them that were aborted when the grace was over.
+    pub aborted: Vec<u64>,
+    /// Jobs that had been abandoned before and have not ended.
+    pub abandoned: u32,
     /// Threads of the pool that have not ended: each is in a call of the manager's, a hook's or the logger's.
     pub threads: usize,
     /// Whether the workers that a guard owned have finished; `true` if it owned none.
@@ -595,14 +602,14 @@ impl CloseReport {
     /// What is reported in a forked child, in which nothing is done.
     fn of_another_process(pool: String, elapsed: Duration) -> Self {
         let left = Connections::default();
-        let (waiters, lost, threads) = (0, 0, 0);
+        let (waiters, abandoned, threads) = (0, 0, 0);
         CloseReport {
             pool,
             elapsed,
             waiters,
             left,
-            cut: Vec::new(),
-            lost,
+            aborted: Vec::new(),
+            abandoned,
             threads,
             workers_finished: false,
             forked: true,
@@ -612,7 +619,7 @@ impl CloseReport {
     /// Whether nothing is left: no connection, no thread, no worker. In a forked child, which cannot close its parent's
     /// pool: `false`.
     pub fn is_complete(&self) -> bool {
-        !self.forked && self.left.is_empty() && self.lost == 0 && self.threads == 0 && self.workers_finished
+        !self.forked && self.left.is_empty() && self.abandoned == 0 && self.threads == 0 && self.workers_finished
     }
 }
 
@@ -635,7 +642,7 @@ impl CloseReport {
                 let how = if report.is_complete() { "closed in" } else { "not wholly closed after" };
                 write!(f, "{how} {}", Short(report.elapsed))?;
                 if report.waiters > 0 {
-                    write!(f, "; waiters turned away: {}", report.waiters)?;
+                    write!(f, "; waiters told so: {}", report.waiters)?;
                 }
                 if report.is_complete() {
                     return write!(f, "; nothing is left");
@@ -643,15 +650,15 @@ impl CloseReport {
                 if !report.workers_finished {
                     write!(f, "; workers still run")?;
                 }
-                if report.lost > 0 {
-                    write!(f, "; jobs given up before and not back: {}", report.lost)?;
+                if report.abandoned > 0 {
+                    write!(f, "; jobs abandoned before and not back: {}", report.abandoned)?;
                 }
                 if report.threads > 0 {
                     write!(f, "; threads that have not ended: {}", report.threads)?;
                 }
                 for (i, row) in report.left.iter().enumerate() {
-                    let cut = if report.cut.contains(&row.id) { " (cut)" } else { "" };
-                    write!(f, "{}{row}{cut}", if i == 0 { "; left: " } else { ", " })?;
+                    let aborted = if report.aborted.contains(&row.id) { " (aborted)" } else { "" };
+                    write!(f, "{}{row}{aborted}", if i == 0 { "; left: " } else { ", " })?;
                 }
                 Ok(())
             }
@@ -667,7 +674,7 @@ fn end<M: Manage>(shared: &Arc<Shared<M>>, by: &'static str, at: Option<&'static
     }
     let now = shared.clock.precise();
     // Before the ledger is told: whoever hears that the pool is closed can read who did it.
-    let _ = shared.ended.set(Ended { by, at, thread: who::tag(), when: now });
+    let _ = shared.ended.set(Ended { by, at, thread: threads::tag(), when: now });
     let waiters = shared.with(|l| {
         let waiters = l.close(now);
         shared.note_crowd(l);
@@ -723,7 +730,7 @@ struct Entered<'a, M: Manage> {
 
 impl Within {
     fn enter<M: Manage>(shared: &Arc<Shared<M>>) -> Entered<'_, M> {
-        let (on_the_crew, in_hand) = here::of(shared.address());
+        let (on_the_crew, in_hand) = in_hand::of(shared.address());
         let is_within = on_the_crew || !in_hand.is_empty();
         if is_within {
             shared.within.lock().push(Within { on_the_crew, in_hand });
@@ -749,7 +756,7 @@ impl<M: Manage> Entered<'_, M> {
 impl<M: Manage> Drop for Entered<'_, M> {
     fn drop(&mut self) {
         if self.is_within {
-            let (on_the_crew, in_hand) = here::of(self.shared.address());
+            let (on_the_crew, in_hand) = in_hand::of(self.shared.address());
             let mut within = self.shared.within.lock();
             let at = within.iter().position(|one| (one.on_the_crew, &one.in_hand) == (on_the_crew, &in_hand));
             at.map(|at| within.swap_remove(at));
@@ -766,7 +773,7 @@ pub(crate) struct Vain {
     waited: Duration,
     /// Threads and cut connections when it was over.
     threads: usize,
-    cut: Vec<u64>,
+    aborted: Vec<u64>,
 }
 
 /// Ends the pool, waits until the deadline for what there is, and reports.
@@ -789,7 +796,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
         let others = ledger.rows().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::Out);
+        let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::InUse);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(())
     };
@@ -803,33 +810,33 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
             }
         }
     }
-    let lost = shared.counts().lost;
+    let abandoned = shared.counts().abandoned;
     // Before others are started that cut.
     let threads = shared.crew.threads().saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.rows(|_| true)));
     let over = deadline.is_some_and(|at| Instant::now() >= at);
-    let mut cut = vain.as_ref().map_or(Vec::new(), |vain| vain.cut.clone());
-    cut.retain(|id| left.iter().any(|row| row.id == *id));
+    let mut aborted = vain.as_ref().map_or(Vec::new(), |vain| vain.aborted.clone());
+    aborted.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
         for row in left.iter() {
-            let lent = row.state == ConnectionState::Out;
-            if shared.cut(row.id, lent) && !cut.contains(&row.id) {
-                cut.push(row.id);
+            let lent = row.state == ConnectionState::InUse;
+            if shared.cut(row.id, lent) && !aborted.contains(&row.id) {
+                aborted.push(row.id);
             }
         }
         let now = shared.clock.precise();
         shared.with(|l| l.abandon_opens(now));
         let (since, waited) = vain.map_or((since, grace), |vain| (vain.since, vain.waited.max(grace)));
-        *shared.vain.lock() = Some(Vain { since, waited, threads, cut: cut.clone() });
+        *shared.vain.lock() = Some(Vain { since, waited, threads, aborted: aborted.clone() });
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),
         elapsed: begun.elapsed(),
         waiters,
         left,
-        cut,
-        lost,
+        aborted,
+        abandoned,
         threads,
         workers_finished,
         forked: false,

@@ -4,7 +4,7 @@
 //! the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself. With
 //! what sleeps long out of that table, a child may fork at any time and build a pool of its own.
 
-use crate::who::Home;
+use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 

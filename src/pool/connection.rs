@@ -1,13 +1,13 @@
 //! [`PooledConnection`]: a borrowed connection, and the box it travels in.
 
-use crate::clock::Moment;
 use crate::event::CheckinEvent;
-use crate::here;
-use crate::jobs::{catch, shielded};
-use crate::keep;
+use crate::leaf::clock::Moment;
+use crate::leaf::in_hand;
+use crate::leaf::shield::{catch, shielded};
 use crate::ledger::{Back, Token};
 use crate::manage::{Manage, Returned};
-use crate::shared::Shared;
+use crate::runtime::kept;
+use crate::runtime::shared::Shared;
 use crate::stats::{CloseReason, ConnectionInfo, ConnectionState};
 use r2d2::Extensions;
 use std::fmt;
@@ -42,7 +42,7 @@ impl<M: Manage> Link<M> {
     /// What can be said of a connection without the pool's books, which in a forked child are the parent's.
     fn info(&self) -> ConnectionInfo {
         let age = self.shared.clock.precise().since(self.born);
-        let state = ConnectionState::Out;
+        let state = ConnectionState::InUse;
         ConnectionInfo { id: self.id, server_id: None, state, since: age, age, uses: 1, location: None, thread: None }
     }
 }
@@ -163,7 +163,7 @@ impl<M: Manage> PooledConnection<M> {
             // It is the parent's: to look at it is to read what is meant for that.
             return mem::forget((token, conn));
         }
-        let here = here::with(shared.address(), conn.link.id);
+        let here = in_hand::with(shared.address(), conn.link.id);
         let back = match back {
             Some(back) => back,
             None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
@@ -183,9 +183,9 @@ impl<M: Manage> PooledConnection<M> {
         drop(here);
         // A finding is as late as it is.
         let now = if back == Back::Keep { now } else { shared.now() };
-        let core = keep::hold(&shared.core);
+        let core = kept::hold(&shared.core);
         core.checkin(now, token, conn, back);
-        keep::stow(core);
+        kept::stow(core);
     }
 }
 

@@ -4,9 +4,9 @@
 //! It costs what was being done, and nothing else: the thread goes on, and the log is told. Where the pool's own tests run
 //! it ends the process, or they would pass over it.
 
-use crate::jobs::{panic_text, shielded};
+use crate::leaf::shield::{panic_text, shielded};
 use crate::manage::Manage;
-use crate::shared::Shared;
+use crate::runtime::shared::Shared;
 use log::Level;
 use std::any::Any;
 use std::io::{Write, stderr};

@@ -1,85 +1,19 @@
-//! Which thread and which process: numbers that cost a checkout next to nothing, and the thread's name for those who ask
-//! later.
-//!
-//! A forked child has its parent's memory and none of its other threads. What one of these had locked at that moment is
-//! locked for ever there, so whoever may be in a child looks at the process before it waits for a lock.
+//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the thread's name for those who
+//! ask later.
 
-use crate::text::{NAME, brief};
+use crate::leaf::text::{NAME, brief, is_harmful};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::process;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
 
 thread_local! {
     // Without a destructor, so that it can be read to the very end of its thread.
     static TAG: Cell<u64> = const { Cell::new(0) };
     static FAREWELL: Farewell = const { Farewell(Cell::new(0)) };
-    /// When this thread looked at its process last, and what it saw.
-    static PROCESS: Cell<(u64, u32)> = const { Cell::new((0, 0)) };
 }
-
-// ---------------------------------------------------------------------------------------------------- the process
-
-/// How long a thread relies on what it saw. To look is a system call, which takes longer than a checkout.
-const LOOK_AGAIN: u64 = 1_000_000;
-
-/// The process in which something was made.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Home(u32);
-
-impl Home {
-    pub(crate) fn here() -> Home {
-        Home(process::id())
-    }
-
-    pub(crate) fn pid(self) -> u32 {
-        self.0
-    }
-
-    /// Whether this is another process: a child forked from it.
-    pub(crate) fn is_elsewhere(self) -> bool {
-        process::id() != self.0
-    }
-
-    /// The same, for next to nothing: of a thread that has looked within the last millisecond (and one step of the coarse
-    /// clock) it relies on that. `at` is the time in nanoseconds since the [`origin`].
-    #[inline]
-    pub(crate) fn seems_elsewhere(self, at: u64) -> bool {
-        let (looked, seen) = PROCESS.get();
-        // (What is before the last look was read off a clock that lies behind the one then: nothing is relied on.)
-        (at.wrapping_sub(looked) >= LOOK_AGAIN || seen != self.0) && self.look(at)
-    }
-
-    #[cold]
-    fn look(self, at: u64) -> bool {
-        let pid = process::id();
-        PROCESS.set((at, pid));
-        pid != self.0
-    }
-
-    /// Locks. `None`: this is a child, in which nobody will unlock it.
-    pub(crate) fn lock<T>(self, mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-        match mutex.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
-            Err(TryLockError::WouldBlock) if self.is_elsewhere() => None,
-            Err(TryLockError::WouldBlock) => Some(mutex.lock().unwrap_or_else(PoisonError::into_inner)),
-        }
-    }
-}
-
-/// The nanoseconds since some moment that is the same for the whole process, at this one.
-pub(crate) fn origin() -> u64 {
-    static ORIGIN: OnceLock<Instant> = OnceLock::new();
-    // Far from zero, at which nobody has looked yet.
-    let since = ORIGIN.get_or_init(Instant::now).elapsed() + Duration::from_secs(1);
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
-// ---------------------------------------------------------------------------------------------------- the thread
 
 /// The number of this thread, not used again within the process.
 #[inline]
@@ -177,6 +111,17 @@ impl Drop for Farewell {
     }
 }
 
+/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
+/// that does something to a terminal.
+pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
+    let mut end = pool.len().min(15 - suffix.len());
+    while !pool.is_char_boundary(end) {
+        end -= 1;
+    }
+    // A NUL would make `spawn` panic, and there is no room to escape the others.
+    format!("{}{suffix}", &pool[..end]).replace(is_harmful, "?")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,5 +155,14 @@ mod tests {
         let names = names();
         assert!(names.ended.len() <= ENDED);
         assert!(names.known.len() < ENDED + 100, "and those alive");
+    }
+
+    #[test]
+    fn names_fit_and_keep_their_suffix() {
+        assert_eq!(thread_name("orders", "-crew"), "orders-crew");
+        assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
+        assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
+        assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
+        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
     }
 }

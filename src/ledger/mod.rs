@@ -30,12 +30,12 @@
 //! To hand every connection that comes back to the first in the queue is fair, and slow where connections are held
 //! for less time than it takes to wake a thread: each then lies unused until its new holder runs. To let whoever runs
 //! take it is fast, and starves those who sleep. The rule here lies between. A connection that comes back is **handed
-//! over** if the first in the queue has the right of way: it was passed [`passes`](Rules::passes) times and has been first
-//! for [`first_for`](Rules::first_for), or it has waited for [`right_of_way`](Rules::right_of_way). Otherwise the
+//! over** if the first in the queue has the right of way: it was passed four times and has been first
+//! for 20 us, or it has waited for [`fair_after`](Rules::fair_after). Otherwise the
 //! connection goes to the idle stack and the next waiter is **called**: it keeps its place, is woken, and comes to
 //! [`claim`](Ledger::claim) what is there. Not more of them are called than there are connections for, so whoever is
 //! woken in vain is so because others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
-//! `right_of_way`. Zero is strict: everything is handed over, nobody passes.
+//! `fair_after`. Zero is strict: everything is handed over, nobody passes.
 //!
 //! One who is called and gives up, or gets another connection before it came, leaves the call to the next.
 //!
@@ -47,7 +47,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Duration;
 
-use crate::clock::Moment;
+use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState as State, Tally};
 
 /// When a connection is checked before it is handed out.
@@ -80,15 +80,15 @@ pub(crate) struct Rules {
     pub(crate) keepalive: Option<Duration>,
     pub(crate) leak_threshold: Option<Duration>,
     /// Once the first in the queue has waited for so long nobody passes it. Zero: nobody ever does.
-    pub(crate) right_of_way: Duration,
-    /// Before that, it has the right of way once it was passed so often...
-    pub(crate) passes: u32,
-    /// ... and has been first for so long.
-    pub(crate) first_for: Duration,
+    pub(crate) fair_after: Duration,
     /// How far behind the true time a `now` may be. Folded into every test for age, so that nothing is served late.
     pub(crate) resolution: Duration,
 }
 
+/// The first in the queue is handed what comes back once it was passed so often...
+const PASSES: u32 = 4;
+/// ... and has been first for so long.
+const FIRST_FOR: Duration = Duration::from_micros(20);
 /// How long before the end of its life a floor connection is replaced: a twentieth of it, at most this.
 const MAX_REPLACEMENT_LEAD: Duration = Duration::from_secs(5);
 
@@ -188,7 +188,7 @@ impl Row {
     pub(crate) fn state(&self) -> State {
         match self.phase {
             Phase::Idle { .. } => State::Idle,
-            Phase::Out { .. } => State::Out,
+            Phase::Out { .. } => State::InUse,
             Phase::Checking { .. } => State::Checking,
             Phase::Opening { .. } => State::Opening,
             Phase::Closing { .. } | Phase::Free => State::Closing,
@@ -435,12 +435,12 @@ struct Failure {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) idle: u32,
-    pub(crate) out: u32,
+    pub(crate) in_use: u32,
     pub(crate) checking: u32,
     pub(crate) opening: u32,
     pub(crate) closing: u32,
     pub(crate) waiting: u32,
-    pub(crate) lost: u32,
+    pub(crate) abandoned: u32,
 }
 
 /// The rules of the pool; see the module. `C` is a connection, `W` the seat of a waiting thread: it looks into neither.
@@ -477,7 +477,7 @@ pub(crate) struct Ledger<C, W> {
     /// A slot has changed its phase, other than between idle and out, since the last plan.
     dirty: bool,
     /// Jobs written off that have not come back.
-    lost: u32,
+    abandoned: u32,
     /// Checks that failed since the last connection was known to be well.
     misses: u32,
     failure: Option<Failure>,
@@ -522,7 +522,7 @@ impl<C, W: Clone> Ledger<C, W> {
             usual_open: None,
             asked: false,
             dirty: false,
-            lost: 0,
+            abandoned: 0,
             misses: 0,
             failure: None,
             last_dial: Moment::BIRTH,
@@ -553,12 +553,12 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn counts(&self) -> Counts {
         Counts {
             idle: self.census.idle(),
-            out: self.census.0[Census::OUT],
+            in_use: self.census.0[Census::OUT],
             checking: self.census.0[Census::OWN_CHECK] + self.census.checks(),
             opening: self.census.opens(),
             closing: self.census.closes(),
             waiting: self.waiting(),
-            lost: self.lost,
+            abandoned: self.abandoned,
         }
     }
 
@@ -959,7 +959,7 @@ impl<C, W: Clone> Ledger<C, W> {
                     }
                     l.note_asked(now);
                 }
-                l.tally.turned_away += 1;
+                l.tally.rejected += 1;
                 l.ask();
                 return (Join::Crowded(waiting), Some(seat));
             }
@@ -1140,7 +1140,7 @@ impl<C, W: Clone> Ledger<C, W> {
     #[inline]
     fn debug_assert_out(&self, token: &Token) {
         let row = &self.rows[token.index as usize];
-        debug_assert!(row.id == token.id && row.state() == State::Out, "a token out of place: {row:?}");
+        debug_assert!(row.id == token.id && row.state() == State::InUse, "a token out of place: {row:?}");
     }
 
     // ---------------------------------------------------------------------------------------------- the crew's reports
@@ -1318,13 +1318,13 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn free(&mut self, now: Moment, token: Token) {
         self.step(now, |l, _| {
             if !l.is_current(&token) {
-                l.lost -= 1;
+                l.abandoned -= 1;
                 l.outbox.changed |= l.watchers > 0;
                 return;
             }
             // An open or a check ends without a word if it panicked where nothing could catch it, or was never run.
             debug_assert!(
-                !matches!(l.rows[token.index as usize].state(), State::Idle | State::Out),
+                !matches!(l.rows[token.index as usize].state(), State::Idle | State::InUse),
                 "freed while in use"
             );
             l.release(token.index);
@@ -1515,14 +1515,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the first in the queue gets what comes back now.
     #[inline]
     fn has_right_of_way(&self, front: Front, now: Moment) -> bool {
-        let was_passed = front.passed >= self.rules.passes && now.since(front.first_since) >= self.rules.first_for;
-        was_passed || now.since(front.since) >= self.rules.right_of_way
+        let was_passed = front.passed >= PASSES && now.since(front.first_since) >= FIRST_FOR;
+        was_passed || now.since(front.since) >= self.rules.fair_after
     }
 
     /// Whether one who came later may take what is idle.
     #[inline]
     fn is_passable(&self, now: Moment) -> bool {
-        self.front.is_none_or(|front| now.since(front.since) < self.rules.right_of_way)
+        self.front.is_none_or(|front| now.since(front.since) < self.rules.fair_after)
     }
 
     /// Gives a connection to the first in the queue, or keeps it. `fresh`: it was proven well just now. What is kept and
@@ -1542,7 +1542,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     fn supply_those_who_wait(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
         // What the crew brings, it brings for them. What would not stay for as long as they may be passed, they get.
-        let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.right_of_way);
+        let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.fair_after);
         let well = fresh || !self.needs_check(&self.rows[index as usize], now);
         if well && (fresh || !lasts || self.has_right_of_way(front, now)) {
             if let Some(waiter) = self.unqueue(now, front.ticket) {
@@ -1597,12 +1597,12 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             at = at.max(failure.retry);
         }
-        if self.lost + opening >= self.rules.max_size {
+        if self.abandoned + opening >= self.rules.max_size {
             if opening > 0 {
                 return Moment::NEVER;
             }
             // At the bound the next may be dialled if the last came through, for then it was no connect that hung.
-            if self.failure.is_some() || self.lost > self.rules.max_size {
+            if self.failure.is_some() || self.abandoned > self.rules.max_size {
                 at = at.max(self.last_dial.plus(PROBE_PERIOD));
             }
         }
@@ -1617,14 +1617,14 @@ impl<C, W: Clone> Ledger<C, W> {
             return false;
         }
         // The one that is lost must leave a dial, or its place is of no use. (There is no failure: it could be dialled.)
-        if self.lost + self.census.opens() + 1 >= self.rules.max_size
+        if self.abandoned + self.census.opens() + 1 >= self.rules.max_size
             && (self.census.opens() > 0 || self.failure.is_some())
         {
             return false;
         }
         if let Some(stuck) = self.rows.iter().position(|row| row.phase == Phase::Closing(Close::Stuck)) {
             // It could not be given up before.
-            self.lost += 1;
+            self.abandoned += 1;
             self.release(stuck as u32);
             return true;
         }
@@ -1805,7 +1805,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the slot of a connection that may be alive can be given up: not if as many jobs are lost already, or may yet
     /// be, as the pool has slots.
     fn may_lose(&self) -> bool {
-        self.lost + self.census.opens() < self.rules.max_size
+        self.abandoned + self.census.opens() < self.rules.max_size
     }
 
     /// Gives up on a job past its limit. An open frees its slot (dialling stops by itself); so does another job, if the pool
@@ -1813,7 +1813,7 @@ impl<C, W: Clone> Ledger<C, W> {
     fn write_off(&mut self, index: u32, now: Moment, jitter: f64) {
         let row = &self.rows[index as usize];
         let (id, was, phase, born) = (row.id, row.state(), row.phase, row.born);
-        self.tally.written_off += 1;
+        self.tally.abandonments += 1;
         let limit = match phase {
             Phase::Opening { .. } => {
                 self.tally.failed_opens += 1;
@@ -1821,7 +1821,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 self.rules.open_timeout
             }
             Phase::Checking { by, .. } => {
-                self.tally.closed(CloseReason::WrittenOff);
+                self.tally.closed(CloseReason::Abandoned);
                 if by != Check::Reset {
                     self.suspect();
                     self.misses = self.misses.saturating_add(1);
@@ -1835,7 +1835,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let cancel = matches!(phase, Phase::Checking { by: Check::Reset, .. } | Phase::Closing(_));
         self.outbox.orders.push(Order::WriteOff { id, was, limit, cancel });
         if was == State::Opening || self.may_lose() {
-            self.lost += 1;
+            self.abandoned += 1;
             self.release(index);
         } else {
             self.turn(index, Phase::Closing(Close::Stuck), now);

@@ -12,10 +12,10 @@
 //! A thread that cannot be started loses nothing: an `Open` comes back to the caller, what else there is waits for
 //! another thread of the crew, and if there is none a `Close` comes back too and the others wait to be tried again.
 
-use crate::text::is_harmful;
+use crate::leaf::shield::drop_payload;
+use crate::leaf::threads::thread_name;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use parking_lot::Mutex;
-use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -357,24 +357,6 @@ impl<J: Task> Roster<J> {
     }
 }
 
-/// Drops what a panic came with. That may panic as well, and so on: what the second one comes with is leaked.
-pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
-    if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-        std::mem::forget(second);
-    }
-}
-
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
-/// that does something to a terminal.
-pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
-    let mut end = pool.len().min(15 - suffix.len());
-    while !pool.is_char_boundary(end) {
-        end -= 1;
-    }
-    // A NUL would make `spawn` panic, and there is no room to escape the others.
-    format!("{}{suffix}", &pool[..end]).replace(is_harmful, "?")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -432,15 +414,6 @@ mod tests {
         let (done, seen) = unbounded();
         yard.post(Kind::Close, slot, move || done.send(()).unwrap());
         seen
-    }
-
-    #[test]
-    fn names_fit_and_keep_their_suffix() {
-        assert_eq!(thread_name("orders", "-crew"), "orders-crew");
-        assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
-        assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
-        assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
-        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
     }
 
     #[test]

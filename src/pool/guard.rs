@@ -1,6 +1,6 @@
 //! [`PoolGuard`]: closes the pool when dropped, after the workers it owns.
 
-use crate::jobs::catch;
+use crate::leaf::shield::catch;
 use crate::pool::{CloseReport, Closer, Closing};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -15,7 +15,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
-/// # use millpond::doc::DocManager;
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # use doc::DocManager;
 /// # use millpond::Pool;
 /// let pool = Pool::new(DocManager)?;
 /// let _guard = pool.guard(); // `_guard`, not `_`, which would drop it here
@@ -30,7 +31,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// `Vec<JoinHandle>`, a `rayon::ThreadPool` or a `threadpool::ThreadPool` ends no thread.) It then derefs to them.
 ///
 /// ```
-/// # use millpond::doc::DocManager;
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # use doc::DocManager;
 /// # use millpond::Pool;
 /// # use std::thread;
 /// # let pool = Pool::new(DocManager)?;

@@ -6,6 +6,7 @@
 //! is not cut again, so it does no harm to go through here twice.
 
 use std::fmt::{self, Write};
+use std::time::Duration;
 
 /// How much is shown of what the other side said, in bytes: several times what PostgreSQL's own longest errors come to.
 pub(crate) const CAUSE: usize = 1024;
@@ -122,6 +123,68 @@ pub(crate) fn is_harmful(c: char) -> bool {
     }
 }
 
+/// A duration in three digits and one unit, as one would say it.
+pub(crate) struct Short(pub(crate) Duration);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = self.0.as_secs_f64();
+        let text = match s {
+            0.0 => "0".to_string(),
+            _ if s < 1e-6 => format!("{} ns", self.0.as_nanos()),
+            _ if s < 1e-3 => format!("{} us", digits(s * 1e6)),
+            _ if s < 1.0 => format!("{} ms", digits(s * 1e3)),
+            _ if s < 120.0 => format!("{} s", digits(s)),
+            _ if s < 7200.0 => format!("{} min", digits(s / 60.0)),
+            _ if s < 172_800.0 => format!("{} h", digits(s / 3600.0)),
+            _ => format!("{} d", digits(s / 86_400.0)),
+        };
+        f.pad(&text)
+    }
+}
+
+fn digits(x: f64) -> String {
+    match x {
+        _ if x < 9.995 => format!("{x:.2}"),
+        _ if x < 99.95 => format!("{x:.1}"),
+        _ => format!("{x:.0}"),
+    }
+}
+
+/// `1 time`, `2 times`.
+pub(crate) struct Times(pub(crate) u64);
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0, if self.0 == 1 { "time" } else { "times" })
+    }
+}
+
+/// How much of a cell is shown, in bytes: a thread and a line of source in a long path fit.
+const CELL: usize = 256;
+
+/// Writes rows, of which the first is the head, as a table.
+pub(crate) fn write_table<const N: usize>(
+    f: &mut fmt::Formatter<'_>,
+    rows: impl Iterator<Item = [String; N]>,
+) -> fmt::Result {
+    let rows: Vec<_> = rows.map(|row| row.map(|cell| brief(cell, CELL))).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    for row in &rows {
+        let mut line = String::new();
+        for (width, cell) in widths.iter().zip(row) {
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        writeln!(f, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,5 +242,22 @@ mod tests {
         let mut parts = Brief::new(30);
         (0..1000).for_each(|n| parts.push(n));
         assert_eq!(parts.finish(), "01234567891011121314 ... (cut)");
+    }
+
+    #[test]
+    fn short() {
+        let cases = [
+            (0, "0"),
+            (999, "999 ns"),
+            (1_500, "1.50 us"),
+            (23_456_000, "23.5 ms"),
+            (1_000_000_000, "1.00 s"),
+            (600_000_000_000, "10.0 min"),
+            (7_200_000_000_000, "2.00 h"),
+            (259_200_000_000_000, "3.00 d"),
+        ];
+        for (ns, text) in cases {
+            assert_eq!(Short(Duration::from_nanos(ns)).to_string(), text);
+        }
     }
 }

@@ -3,20 +3,21 @@
 //! Each [`Job`] that has a [`Slot`] gives it back to the ledger, in so many words or, if a panic comes in between, by
 //! dropping it.
 
-use crate::clock::Moment;
-use crate::connection::{Conn, Link};
-use crate::crew::{Crew, Kind, Task, Work, drop_payload};
-use crate::defect;
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
-use crate::here;
+use crate::leaf::clock::Moment;
+use crate::leaf::in_hand;
+use crate::leaf::shield::{Panic, catch, shielded};
+use crate::leaf::text::Short;
+use crate::leaf::text::{CAUSE, brief};
 use crate::ledger::{Holder, Token};
 use crate::manage::{Manage, Opening};
-use crate::shared::{Shared, by};
-use crate::stats::{CloseReason, Short};
-use crate::text::{CAUSE, brief};
+use crate::pool::connection::{Conn, Link};
+use crate::runtime::defect;
+use crate::runtime::executor::{Crew, Kind, Task, Work};
+use crate::runtime::shared::{Shared, by};
+use crate::stats::CloseReason;
 use log::Level;
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -75,7 +76,7 @@ impl<M: Manage> Work for Shared<M> {
     }
 
     fn run(self: &Arc<Self>, job: Job<M>) {
-        let _here = here::on_the_crew(self.address());
+        let _here = in_hand::on_the_crew(self.address());
         // A user's code was caught where it was called.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job.run(self))) {
             defect::tell(self, "a job", panic);
@@ -89,7 +90,7 @@ impl<M: Manage> Work for Shared<M> {
 
 impl<M: Manage> Job<M> {
     pub(crate) fn run(self, shared: &Arc<Shared<M>>) {
-        let _here = self.slot().map(|id| here::with(shared.address(), id));
+        let _here = self.slot().map(|id| in_hand::with(shared.address(), id));
         match self {
             Job::Open(slot) => open(shared, slot),
             Job::Check(slot, conn) => check(shared, slot, conn, None),
@@ -143,7 +144,7 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
 fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, opening: &Opening, begun: Moment) {
     if shared.starting.load(Ordering::Acquire) {
         let verdict = catch(|| shared.manager.started(conn.get_mut(), &shared.settings));
-        if let Err(cause) = verdict.unwrap_or_else(Err) {
+        if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
             slot.report_failure(true);
             return close(shared, slot, *conn, CloseReason::Discarded);
@@ -169,7 +170,7 @@ fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
                 format!("opened #{id}{server} in {}", Short(took))
             });
         }
-        Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
+        Err((slot, conn)) => close(shared, slot, *conn, CloseReason::Abandoned),
     }
 }
 
@@ -182,8 +183,8 @@ fn failed<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, error: M::Error) {
 }
 
 /// An open failed without an error of the manager's.
-fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, cause: Cause) {
-    report(shared, &slot, cause);
+fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, panic: Panic) {
+    report(shared, &slot, panic.into());
     gone(shared, slot);
 }
 
@@ -222,7 +223,7 @@ fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
         (Ok(Ok(())), _) => {
             return match slot.settle(|l, now, token| l.checked(now, begun, token, conn)) {
                 Ok(()) => {}
-                Err((slot, conn)) => close(shared, slot, *conn, CloseReason::WrittenOff),
+                Err((slot, conn)) => close(shared, slot, *conn, CloseReason::Abandoned),
             };
         }
     };
@@ -236,7 +237,7 @@ pub(crate) fn refused<M: Manage>(
     shared: &Arc<Shared<M>>,
     id: u64,
     reason: CloseReason,
-    result: Result<Result<(), M::Error>, Cause>,
+    result: Result<Result<(), M::Error>, Panic>,
 ) {
     let log = |cause: Cause| shared.notice(Level::Warn, || format!("#{id} {reason}: {cause}"));
     match result {
@@ -245,7 +246,7 @@ pub(crate) fn refused<M: Manage>(
             log(explain(shared, &error));
             handle(shared, error);
         }
-        Err(panic) => log(panic),
+        Err(panic) => log(panic.into()),
     }
 }
 
@@ -274,30 +275,8 @@ fn gone<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
 
 // -------------------------------------------------------------------------------------------------- user's code
 
-/// Runs code that is not the pool's; what it panics with, if it does, becomes a cause.
-pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Cause> {
-    // What the code may leave half done is the connection, which is closed, or the manager's own.
-    catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
-        let text = format!("panicked: {}", panic_text(&*payload));
-        drop_payload(payload);
-        Cause::message(text)
-    })
-}
-
-/// `catch`, where a panic has no further consequence.
-pub(crate) fn shielded(code: impl FnOnce()) {
-    let _ = catch(code);
-}
-
-pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> &str {
-    match payload.downcast_ref::<&str>() {
-        Some(text) => text,
-        None => payload.downcast_ref::<String>().map_or("(no message)", String::as_str),
-    }
-}
-
 fn explain<M: Manage>(shared: &Shared<M>, error: &M::Error) -> Cause {
-    catch(|| shared.manager.explain(error)).unwrap_or_else(|panic| panic)
+    catch(|| shared.manager.explain(error)).unwrap_or_else(Cause::from)
 }
 
 fn handle<M: Manage>(shared: &Shared<M>, error: M::Error) {
@@ -340,7 +319,7 @@ impl<M: Manage> Slot<M> {
     /// Hands slot and connection to the ledger; gets them back if it comes too late.
     fn settle<R: Default>(
         mut self,
-        hand_over: impl FnOnce(&mut crate::shared::Book<M>, Moment, Token) -> Result<R, (Token, Box<Conn<M>>)>,
+        hand_over: impl FnOnce(&mut crate::runtime::shared::Book<M>, Moment, Token) -> Result<R, (Token, Box<Conn<M>>)>,
     ) -> Result<R, Late<M>> {
         let Some(token) = self.token.take() else { return Ok(R::default()) };
         let shared = Arc::clone(&self.shared);

@@ -3,28 +3,30 @@
 //! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the outbox is settled by whoever
 //! held the lock: seats are filled before it is released, and after it threads are woken and jobs posted.
 
-use crate::bell::Bell;
-use crate::builder::Hooks;
-use crate::clock::{Clock, Moment};
-use crate::connection::Conn;
-use crate::crew::Crew;
-use crate::defect;
 use crate::error::{Cause, Closed, Error, ErrorKind};
-use crate::jobs::{Job, Notice, Slot, shielded};
+use crate::leaf::clock::{Clock, Moment};
+use crate::leaf::process::{Home, origin};
+use crate::leaf::shield::{Shielded, shielded};
+use crate::leaf::text::Short;
+use crate::leaf::text::Shown;
+use crate::leaf::threads;
 use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
 use crate::manage::{Manage, Opening};
+use crate::pool::builder::Hooks;
+use crate::pool::connection::Conn;
 use crate::pool::{Vain, Within};
+use crate::runtime::defect;
+use crate::runtime::event_count::Bell;
+use crate::runtime::executor::Crew;
+use crate::runtime::jobs::{Job, Notice, Slot};
+use crate::runtime::reaper;
+use crate::runtime::waiter::Seat;
 use crate::settings::Settings;
-use crate::stats::{ConnectionInfo, ConnectionState, Short};
-use crate::text::Shown;
-use crate::waiter::Seat;
-use crate::who::Home;
-use crate::{reaper, who};
+use crate::stats::{ConnectionInfo, ConnectionState};
 use log::Level;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
-use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -65,11 +67,11 @@ pub(crate) struct Shared<M: Manage> {
     pub(crate) starting: AtomicBool,
     /// The process that built the pool.
     pub(crate) home: Home,
-    /// When the pool was built, see [`origin`](who::origin).
+    /// When the pool was built, see [`origin`](threads::origin).
     born: u64,
 }
 
-/// The lock and what it guards. It may outlive the pool: see [`keep`](crate::keep).
+/// The lock and what it guards. It may outlive the pool: see [`keep`](crate::runtime::kept).
 pub(crate) struct Core<M: Manage> {
     home: Home,
     ledger: Mutex<Book<M>>,
@@ -133,31 +135,6 @@ fn only_call<M: Manage>(ledger: &mut Book<M>) -> Option<Arc<WaitingSeat<M>>> {
     if alone { ledger.outbox.calls.pop() } else { None }
 }
 
-/// The manager and the hooks are the user's, and may panic when they are dropped: on whatever thread has the pool last.
-pub(crate) struct Shielded<T>(Option<T>);
-
-impl<T> Shielded<T> {
-    pub(crate) fn new(what: T) -> Self {
-        Shielded(Some(what))
-    }
-}
-
-impl<T> Deref for Shielded<T> {
-    type Target = T;
-
-    #[inline]
-    fn deref(&self) -> &T {
-        self.0.as_ref().expect("there until it is dropped")
-    }
-}
-
-impl<T> Drop for Shielded<T> {
-    fn drop(&mut self) {
-        let what = self.0.take();
-        shielded(|| drop(what));
-    }
-}
-
 impl<M: Manage> Drop for Shared<M> {
     fn drop(&mut self) {
         // Each by itself: of two that panic the second would end the process.
@@ -179,7 +156,7 @@ pub(crate) struct Ended {
 
 /// ` by thread 'worker' at src/main.rs:12:5`, or nothing.
 pub(crate) fn by(holder: Option<Holder>) -> String {
-    holder.map(|h| format!(" by thread {} at {}", who::name(h.thread), h.at)).unwrap_or_default()
+    holder.map(|h| format!(" by thread {} at {}", threads::name(h.thread), h.at)).unwrap_or_default()
 }
 
 impl<M: Manage> Shared<M> {
@@ -205,7 +182,7 @@ impl<M: Manage> Shared<M> {
             vain: Mutex::new(None),
             starting: AtomicBool::new(false),
             home,
-            born: who::origin(),
+            born: origin(),
             clock,
             settings,
             hooks,
@@ -365,7 +342,7 @@ impl<M: Manage> Shared<M> {
                     self.with(|l| l.look_again());
                 }
                 self.cut(id, cancel);
-                self.notice(Level::Warn, || format!("gave up {what} #{id}, which took longer than {}", Short(limit)));
+                self.notice(Level::Warn, || format!("abandoned {what} #{id}, which took longer than {}", Short(limit)));
             }
             Order::Leak { id, holder, held } => self.notice(Level::Warn, || {
                 format!("#{id} has been checked out for {}{}: a leak?", Short(held), by(holder))
@@ -437,14 +414,14 @@ impl<M: Manage> Shared<M> {
                 pool: self.name.to_string(),
                 by: ended.by,
                 at: ended.at,
-                thread: who::name(ended.thread),
+                thread: threads::name(ended.thread),
                 ago: self.clock.precise().since(ended.when),
             },
             None => Closed {
                 pool: self.name.to_string(),
                 by: "its last handle was dropped",
                 at: None,
-                thread: who::name(who::tag()),
+                thread: threads::name(threads::tag()),
                 ago: std::time::Duration::ZERO,
             },
         };
@@ -487,7 +464,7 @@ impl<M: Manage> Shared<M> {
             age: now.since(row.born),
             uses: row.uses,
             location: row.holder.map(|h| h.at),
-            thread: row.holder.map(|h| who::name(h.thread)),
+            thread: row.holder.map(|h| threads::name(h.thread)),
         };
         rows.into_iter().map(describe).collect()
     }

@@ -3,10 +3,10 @@
 //! It sleeps until the ledger's alarm, has the ledger do what is due, and posts what comes of it to the crew. It runs
 //! no manager's code, no hook, no log record and no drop of a connection, so nothing of that can stop the clock.
 
-use crate::crew::thread_name;
-use crate::defect;
+use crate::leaf::threads::thread_name;
 use crate::manage::Manage;
-use crate::shared::Shared;
+use crate::runtime::defect;
+use crate::runtime::shared::Shared;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -94,7 +94,7 @@ fn keep_time<M: Manage>(shared: &Arc<Shared<M>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doc::DocManager;
+    use crate::doc_manager::DocManager;
     use crate::{Pool, Validate};
     use parking_lot::Mutex;
     use std::process::{Command, Output};
@@ -113,7 +113,8 @@ mod tests {
     /// A process of its own, for what ends one, and for the pool of which the reaper panics to be the only one.
     fn pool_whose_reaper_panics(aborts: bool) -> Output {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "reaper::tests::its_reaper_panics", "--ignored"]).env("RUST_BACKTRACE", "0");
+        let module = module_path!().split_once("::").unwrap().1;
+        command.args(["--exact", &format!("{module}::its_reaper_panics"), "--ignored"]).env("RUST_BACKTRACE", "0");
         match aborts {
             true => command.env("MILLPOND_ABORT_ON_DEFECT", "1"),
             false => command.env_remove("MILLPOND_ABORT_ON_DEFECT"),
@@ -161,6 +162,7 @@ mod tests {
     fn a_panic_does_not_stop_the_clock() {
         let output = pool_whose_reaper_panics(false);
         assert!(output.status.success(), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
     }
 
     #[test]

@@ -1,0 +1,9 @@
+//! What knows nothing of pools: each of these could be a crate of its own.
+
+pub(crate) mod clock;
+pub(crate) mod histogram;
+pub(crate) mod in_hand;
+pub(crate) mod process;
+pub(crate) mod shield;
+pub(crate) mod text;
+pub(crate) mod threads;

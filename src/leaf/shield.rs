@@ -1,0 +1,70 @@
+//! The panic shield: how the pool calls code that is not its own.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// What code that is not the pool's has panicked with, in words.
+#[derive(Debug)]
+pub(crate) struct Panic(String);
+
+impl fmt::Display for Panic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "panicked: {}", self.0)
+    }
+}
+
+/// Runs code that is not the pool's.
+pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Panic> {
+    // What the code may leave half done is the connection, which is closed, or the manager's own.
+    catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
+        let text = panic_text(&*payload).to_owned();
+        drop_payload(payload);
+        Panic(text)
+    })
+}
+
+/// [`catch`], where a panic has no further consequence.
+pub(crate) fn shielded(code: impl FnOnce()) {
+    let _ = catch(code);
+}
+
+pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    match payload.downcast_ref::<&str>() {
+        Some(text) => text,
+        None => payload.downcast_ref::<String>().map_or("(no message)", String::as_str),
+    }
+}
+
+/// Drops what a panic came with. That may panic as well, and so on: what the second one comes with is leaked.
+pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
+    if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(second);
+    }
+}
+
+/// The manager and the hooks are the user's, and may panic when they are dropped: on whatever thread has the pool last.
+pub(crate) struct Shielded<T>(Option<T>);
+
+impl<T> Shielded<T> {
+    pub(crate) fn new(what: T) -> Self {
+        Shielded(Some(what))
+    }
+}
+
+impl<T> Deref for Shielded<T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl<T> Drop for Shielded<T> {
+    fn drop(&mut self) {
+        let what = self.0.take();
+        shielded(|| drop(what));
+    }
+}
