@@ -104,7 +104,7 @@ mod stats;
 pub use crate::error::{Cause, Error, ErrorKind};
 pub use crate::leaf::histogram::Distribution;
 pub use crate::ledger::Validate;
-pub use crate::manage::{Manage, Opening, Returned};
+pub use crate::manage::{Manage, Opening, Returned, Start};
 pub use crate::pool::builder::Builder;
 pub use crate::pool::connection::PooledConnection;
 pub use crate::pool::guard::{PoolGuard, Workers};

@@ -2,6 +2,7 @@
 
 use crate::error::Cause;
 use crate::settings::Settings;
+use log::Level;
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
@@ -129,7 +130,7 @@ pub trait Manage: Send + Sync + 'static {
     /// # Errors
     ///
     /// If the pool should not start: `build` fails with this cause.
-    fn started(&self, _connection: &mut Self::Connection, _settings: &Settings) -> Result<(), Cause> {
+    fn started(&self, _connection: &mut Self::Connection, _start: &Start<'_>) -> Result<(), Cause> {
         Ok(())
     }
 
@@ -141,6 +142,39 @@ pub trait Manage: Send + Sync + 'static {
     /// Says in words what went wrong, and whether trying again can help.
     fn explain(&self, error: &Self::Error) -> Cause {
         Cause::text(error)
+    }
+}
+
+/// The start of a pool, as [`Manage::started`] sees it.
+pub struct Start<'a> {
+    settings: &'a Settings,
+    record: &'a dyn Fn(Level, String),
+}
+
+impl<'a> Start<'a> {
+    pub(crate) fn new(settings: &'a Settings, record: &'a dyn Fn(Level, String)) -> Self {
+        Start { settings, record }
+    }
+
+    /// The settings of the pool.
+    pub fn settings(&self) -> &Settings {
+        self.settings
+    }
+
+    /// Logs something at info, as the pool logs: from a thread that the logger may block.
+    pub fn info(&self, text: impl fmt::Display) {
+        (self.record)(Level::Info, text.to_string());
+    }
+
+    /// The same at warn.
+    pub fn warn(&self, text: impl fmt::Display) {
+        (self.record)(Level::Warn, text.to_string());
+    }
+}
+
+impl fmt::Debug for Start<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Start").field("settings", self.settings).finish_non_exhaustive()
     }
 }
 

@@ -515,6 +515,12 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.rows(|_| true)))
     }
 
+    /// Has a record logged about this pool, from a thread that the logger may block.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn record(&self, level: Level, text: impl FnOnce() -> String) {
+        self.0.shared.notice(level, text);
+    }
+
     /// The settings the pool was built with.
     pub fn settings(&self) -> &Settings {
         &self.0.shared.settings

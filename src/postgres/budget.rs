@@ -2,7 +2,7 @@
 
 use super::Error;
 use super::audit::column;
-use crate::Settings;
+use crate::Start;
 use crate::error::Cause;
 use crate::leaf::text::Shown;
 use ::postgres::Client;
@@ -140,38 +140,36 @@ pub(super) fn compare(
     pid: Option<i32>,
     processes: u32,
     budget: Budget,
-    settings: &Settings,
+    start: &Start<'_>,
 ) -> Result<(), Cause> {
     if processes == 0 {
         return Err(Cause::message("processes is 0, and must be at least 1").permanent());
     }
-    let (name, max_size) = (Shown(&settings.name), settings.max_size);
+    let max_size = start.settings().max_size;
     let (allowance, real_pid) = match ask(client) {
         Ok(answer) => answer,
         Err(e) if budget == Budget::Refuse => return Err(Cause::of(e)),
         Err(e) => {
-            log::warn!(target: "millpond", "pool '{name}': cannot tell how many connections the server allows: {e}");
+            start.warn(format_args!("cannot tell how many connections the server allows: {e}"));
             return Ok(());
         }
     };
     let sum = sum(processes, max_size);
     if pid.is_some_and(|pid| pid != real_pid) {
-        log::info!(
-            target: "millpond",
-            "pool '{name}': {sum} connections to a pooler, which has limits of its own; the server behind it allows \
-             {allowance}"
-        );
+        start.info(format_args!(
+            "{sum} connections to a pooler, which has limits of its own; the server behind it allows {allowance}"
+        ));
         return Ok(());
     }
     if allowance.suffices_for(processes, max_size) {
-        log::info!(target: "millpond", "pool '{name}': {sum}, and the server allows {allowance}");
+        start.info(format_args!("{sum}, and the server allows {allowance}"));
         return Ok(());
     }
     let text = format!("{sum}, but the server allows {allowance}");
     if budget == Budget::Refuse {
         return Err(Cause::of(Error::own(text, true)).permanent());
     }
-    log::warn!(target: "millpond", "pool '{name}': {text}");
+    start.warn(text);
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use super::observer::{Connector, Observer, Status, Watch};
 use super::statements;
 use crate::leaf::text::Short;
 use crate::leaf::text::{CAUSE, brief};
-use crate::{Cause, Manage, Opening, Returned, Settings};
+use crate::{Cause, Manage, Opening, Returned, Start};
 use ::postgres::config::{Host, TargetSessionAttrs};
 use ::postgres::error::DbError;
 use ::postgres::{Client, Config};
@@ -426,11 +426,11 @@ impl<T: Connector> Manage for PostgresManager<T> {
         connection.close(limit);
     }
 
-    fn started(&self, connection: &mut Connection, settings: &Settings) -> Result<(), Cause> {
-        self.guards.check(settings)?;
+    fn started(&self, connection: &mut Connection, start: &Start<'_>) -> Result<(), Cause> {
+        self.guards.check(start.settings())?;
         let pid = connection.backend_pid();
         match self.processes {
-            Some(processes) => budget::compare(connection, pid, processes, self.budget, settings),
+            Some(processes) => budget::compare(connection, pid, processes, self.budget, start),
             None => Ok(()),
         }
     }

@@ -11,7 +11,7 @@ use crate::leaf::shield::{Panic, catch, shielded};
 use crate::leaf::text::Short;
 use crate::leaf::text::{CAUSE, brief};
 use crate::ledger::{Holder, Token};
-use crate::manage::{Manage, Opening};
+use crate::manage::{Manage, Opening, Start};
 use crate::pool::connection::{Conn, Link};
 use crate::runtime::defect;
 use crate::runtime::executor::{Crew, Kind, Task, Work};
@@ -143,7 +143,9 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
 /// The second half of an open: the connection is there, and shown around.
 fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, opening: &Opening, begun: Moment) {
     if shared.starting.load(Ordering::Acquire) {
-        let verdict = catch(|| shared.manager.started(conn.get_mut(), &shared.settings));
+        let record = |level, text| shared.notice(level, || text);
+        let start = Start::new(&shared.settings, &record);
+        let verdict = catch(|| shared.manager.started(conn.get_mut(), &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
             slot.report_failure(true);

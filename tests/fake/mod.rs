@@ -23,8 +23,7 @@ use std::time::{Duration, Instant};
 
 use millpond::event::{AcquireEvent, CheckinEvent, CheckoutEvent, HandleEvent, ReleaseEvent, TimeoutEvent};
 use millpond::{
-    Cause, CustomizeConnection, HandleError, Manage, ManageConnection, Opening, Pool, PooledConnection, Returned,
-    Settings,
+    Cause, CustomizeConnection, HandleError, Manage, ManageConnection, Opening, Pool, PooledConnection, Returned, Start,
 };
 use parking_lot::{Condvar, Mutex};
 
@@ -493,7 +492,7 @@ impl Manage for DirectFake {
         let _ = self.0.act(Call::Close, c.id);
     }
 
-    fn started(&self, c: &mut FakeConn, _: &Settings) -> Result<(), Cause> {
+    fn started(&self, c: &mut FakeConn, _: &Start<'_>) -> Result<(), Cause> {
         self.0.act(Call::Started, c.id).map_err(|e| Cause::text(&e))
     }
 
