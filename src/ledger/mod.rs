@@ -7,33 +7,33 @@
 //! | rule | where |
 //! |---|---|
 //! | who gets a connection next | [`supply`](Ledger::supply): the first in the queue, or the idle stack |
-//! | who may pass those who wait | [`has_right_of_way`](Ledger::has_right_of_way), [`is_passable`](Ledger::is_passable) |
+//! | who may pass those who wait | [`is_handed_off`](Ledger::is_handed_off), [`may_barge`](Ledger::may_barge) |
 //! | what is checked and opened, and when | [`plan`](Ledger::plan), at the end of every step: for those who wait, then for the floor |
 //! | whether another open is wanted | [`wants_open`](Ledger::wants_open), asked by `plan`, and again before it dials |
 //! | whether the server may be dialled | [`dial_at`](Ledger::dial_at): the bound, the back-off, the jobs written off |
-//! | who is no longer counted on | [`lapse`](Ledger::lapse): an open, check or close that takes longer than usual |
+//! | who is no longer counted on | [`stop_counting_on`](Ledger::stop_counting_on): an open, check or close that takes longer than usual |
 //! | what is closed for idleness | [`idle_deadline`](Ledger::idle_deadline): what lies above the floor in the stack |
-//! | what is too old | [`Row::dies`], looked at on checkout, on return and by [`reap`](Ledger::reap) |
+//! | what is too old | [`Slot::dies`], looked at on checkout, on return and by [`reap`](Ledger::reap) |
 //! | what must be checked first | [`needs_check`](Ledger::needs_check) |
 //!
 //! Every public method that changes something is one [`step`](Ledger::step): it ends with the plan, so that none can
-//! forget somebody who waits. Every slot is in one [`Phase`], which carries what is true in that phase only; the slots
-//! are counted by phase where the phase is set ([`set`](Ledger::set)), and nowhere else, so that no slot is ever counted
+//! forget somebody who waits. Every slot is in one [`State`], which carries what is true in that state only; the slots
+//! are counted by state where the state is set ([`set`](Ledger::set)), and nowhere else, so that no slot is ever counted
 //! twice or not at all.
 //!
 //! What is to be done comes out in two ways: as the return value, where it concerns the caller alone, and in the
-//! [`Outbox`], for everybody else (grants to waiters, orders to the crew, a bell for the reaper). The caller empties the
-//! outbox before it lets go of the lock, so a waiter is at any time either queued or granted, never in between.
+//! [`Effects`], for everybody else (served to waiters, orders to the crew, a bell for the reaper). The caller empties the
+//! effects before it lets go of the lock, so a waiter is at any time either queued or granted, never in between.
 //!
 //! # Those who wait, and those who run
 //!
 //! To hand every connection that comes back to the first in the queue is fair, and slow where connections are held
-//! for less time than it takes to wake a thread: each then lies unused until its new holder runs. To let whoever runs
+//! for less time than it takes to wake a thread: each then lies unused until its new caller runs. To let whoever runs
 //! take it is fast, and starves those who sleep. The rule here lies between. A connection that comes back is **handed
-//! over** if the first in the queue has the right of way: it was passed four times and has been first
+//! over** if the first in the queue has the right of way: it was barged four times and has been first
 //! for 20 us, or it has waited for [`fair_after`](Rules::fair_after). Otherwise the
 //! connection goes to the idle stack and the next waiter is **called**: it keeps its place, is woken, and comes to
-//! [`claim`](Ledger::claim) what is there. Not more of them are called than there are connections for, so whoever is
+//! [`take_notified`](Ledger::take_notified) what is there. Not more of them are called than there are connections for, so whoever is
 //! woken in vain is so because others were faster. Meanwhile a running thread may take the connection, unless the first has waited for
 //! `fair_after`. Zero is strict: everything is handed over, nobody passes.
 //!
@@ -48,7 +48,7 @@ use std::panic::Location;
 use std::time::Duration;
 
 use crate::leaf::clock::Moment;
-use crate::stats::{CloseReason, ConnectionState as State, Tally};
+use crate::stats::{CloseReason, ConnectionState, Tally};
 
 /// When a connection is checked before it is handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,8 +85,8 @@ pub(crate) struct Rules {
     pub(crate) resolution: Duration,
 }
 
-/// The first in the queue is handed what comes back once it was passed so often...
-const PASSES: u32 = 4;
+/// The first in the queue is handed what comes back once it was barged so often...
+const BARGES: u32 = 4;
 /// ... and has been first for so long.
 const FIRST_FOR: Duration = Duration::from_micros(20);
 /// How long before the end of its life a floor connection is replaced: a twentieth of it, at most this.
@@ -123,7 +123,7 @@ const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
 /// Who holds a connection: where in the user's code it was checked out, and on which thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Holder {
+pub(crate) struct Caller {
     pub(crate) at: &'static Location<'static>,
     pub(crate) thread: u64,
 }
@@ -153,11 +153,11 @@ pub(crate) struct Ticket {
 
 /// What the ledger knows of one slot.
 #[derive(Clone, Debug)]
-pub(crate) struct Row {
+pub(crate) struct Slot {
     /// 0: the slot is free.
     pub(crate) id: u64,
-    phase: Phase,
-    /// Where it is counted for that: its index in the census.
+    state: State,
+    /// Where it is counted for that: its index in the counted.
     counted: u8,
     /// When it took its state; for an idle connection since when it is unused.
     pub(crate) since: Moment,
@@ -176,36 +176,36 @@ pub(crate) struct Row {
     /// How often `recycle` had been called when `connect` began.
     generation: u64,
     pub(crate) uses: u64,
-    pub(crate) holder: Option<Holder>,
+    pub(crate) caller: Option<Caller>,
     /// When the job that has this slot is written off.
     limit: Moment,
     /// Until when the job that has this slot is counted on.
     patience: Moment,
 }
 
-impl Row {
+impl Slot {
     /// The state as users know it.
-    pub(crate) fn state(&self) -> State {
-        match self.phase {
-            Phase::Idle { .. } => State::Idle,
-            Phase::Out { .. } => State::InUse,
-            Phase::Checking { .. } => State::Checking,
-            Phase::Opening { .. } => State::Opening,
-            Phase::Closing { .. } | Phase::Free => State::Closing,
+    pub(crate) fn as_seen(&self) -> ConnectionState {
+        match self.state {
+            State::Idle { .. } => ConnectionState::Idle,
+            State::InUse { .. } => ConnectionState::InUse,
+            State::Checking { .. } => ConnectionState::Checking,
+            State::Opening { .. } => ConnectionState::Opening,
+            State::Closing { .. } | State::Free => ConnectionState::Closing,
         }
     }
 }
 
 /// What a slot is in, with what is true in it only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum State {
     Free,
-    /// `fading`: it ends within the replacement lead, so the floor no longer counts on it.
+    /// `expiring_soon`: it ends within the replacement lead, so the floor no longer counts on it.
     Idle {
-        fading: bool,
+        expiring_soon: bool,
     },
     /// `warned`: a leak was reported for this checkout.
-    Out {
+    InUse {
         warned: bool,
     },
     /// `slow`: it takes so long that those who wait no longer count on it. So for an open.
@@ -219,7 +219,7 @@ enum Phase {
     Closing(Close),
 }
 
-/// What is done to a connection in [`Phase::Checking`].
+/// What is done to a connection in [`State::Checking`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Check {
     /// A worker validates it, for itself.
@@ -241,15 +241,15 @@ enum Close {
     Stuck,
 }
 
-/// How many slots are in each phase. Changed by [`Ledger::set`] and nothing else.
+/// How many slots are in each state. Changed by [`Ledger::set`] and nothing else.
 #[derive(Clone, Debug, Default)]
-struct Census([u32; 11]);
+struct StateCounts([u32; 11]);
 
-impl Census {
+impl StateCounts {
     const FREE: usize = 0;
     const IDLE: usize = 1;
-    const FADING: usize = 2;
-    const OUT: usize = 3;
+    const EXPIRING_SOON: usize = 2;
+    const IN_USE: usize = 3;
     const OWN_CHECK: usize = 4;
     const CHECK: usize = 5;
     const SLOW_CHECK: usize = 6;
@@ -259,19 +259,19 @@ impl Census {
     const CLOSING: usize = 10;
 
     #[inline]
-    fn of(phase: Phase) -> usize {
-        match phase {
-            Phase::Free => Self::FREE,
-            Phase::Idle { fading: false } => Self::IDLE,
-            Phase::Idle { fading: true } => Self::FADING,
-            Phase::Out { .. } => Self::OUT,
-            Phase::Checking { by: Check::Own, .. } => Self::OWN_CHECK,
-            Phase::Checking { slow: false, .. } => Self::CHECK,
-            Phase::Checking { slow: true, .. } => Self::SLOW_CHECK,
-            Phase::Opening { slow: false } => Self::OPENING,
-            Phase::Opening { slow: true } => Self::SLOW_OPENING,
-            Phase::Closing(Close::Ordered { .. }) => Self::CLOSE_ORDERED,
-            Phase::Closing(Close::Runs | Close::Stuck) => Self::CLOSING,
+    fn of(state: State) -> usize {
+        match state {
+            State::Free => Self::FREE,
+            State::Idle { expiring_soon: false } => Self::IDLE,
+            State::Idle { expiring_soon: true } => Self::EXPIRING_SOON,
+            State::InUse { .. } => Self::IN_USE,
+            State::Checking { by: Check::Own, .. } => Self::OWN_CHECK,
+            State::Checking { slow: false, .. } => Self::CHECK,
+            State::Checking { slow: true, .. } => Self::SLOW_CHECK,
+            State::Opening { slow: false } => Self::OPENING,
+            State::Opening { slow: true } => Self::SLOW_OPENING,
+            State::Closing(Close::Ordered { .. }) => Self::CLOSE_ORDERED,
+            State::Closing(Close::Runs | Close::Stuck) => Self::CLOSING,
         }
     }
 
@@ -289,7 +289,7 @@ impl Census {
     }
 
     fn idle(&self) -> u32 {
-        self.0[Self::IDLE] + self.0[Self::FADING]
+        self.0[Self::IDLE] + self.0[Self::EXPIRING_SOON]
     }
 
     /// All that `max_size` bounds.
@@ -305,9 +305,9 @@ impl Census {
 
 /// What becomes of a waiter.
 #[derive(Debug)]
-pub(crate) enum Grant<C> {
+pub(crate) enum Outcome<C> {
     /// A connection, lent to it.
-    Lent(Token, C),
+    Connection(Token, C),
     /// The pool was closed.
     Closed,
     /// The server refuses for a reason that will not go away by waiting, and no connection is alive.
@@ -320,13 +320,13 @@ pub(crate) enum Order<C> {
     Open(Token),
     Check(Token, C),
     /// With who had it last.
-    Reset(Token, C, Option<Holder>),
+    Reset(Token, C, Option<Caller>),
     Close(Token, C, CloseReason),
     /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread. `was`: what
     /// it was doing, for words only.
-    WriteOff {
+    Abandon {
         id: u64,
-        was: State,
+        was: ConnectionState,
         limit: Duration,
         /// Whether the server may be at work for it, and is to be asked to stop.
         cancel: bool,
@@ -338,34 +338,35 @@ pub(crate) enum Order<C> {
     /// A connection was out for longer than `leak_threshold`.
     Leak {
         id: u64,
-        holder: Option<Holder>,
+        caller: Option<Caller>,
         held: Duration,
     },
 }
 
 /// What is to be done for others than the caller. To be emptied before the lock is released.
 #[derive(Debug)]
-pub(crate) struct Outbox<C, W> {
-    pub(crate) grants: Vec<(W, Grant<C>)>,
-    /// Those who are called to [`claim`](Ledger::claim) a connection.
-    pub(crate) calls: Vec<W>,
+pub(crate) struct Effects<C, W> {
+    pub(crate) served: Vec<(W, Outcome<C>)>,
+    /// Those who are called to [`take_notified`](Ledger::take_notified) a connection.
+    pub(crate) notified: Vec<W>,
     pub(crate) orders: Vec<Order<C>>,
     /// The reaper sleeps too long: wake it.
-    pub(crate) bell: bool,
+    pub(crate) wake_reaper: bool,
     /// Something changed that `build` or `close` may wait for.
     pub(crate) changed: bool,
 }
 
-impl<C, W> Outbox<C, W> {
+impl<C, W> Effects<C, W> {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // One test instead of five: asked after every checkout and checkin, and hardly ever not.
-        (self.calls.len() | self.grants.len() | self.orders.len() | usize::from(self.bell | self.changed)) == 0
+        (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
+            == 0
     }
 
     #[inline]
-    pub(crate) fn is_empty_but_for_calls(&self) -> bool {
-        (self.grants.len() | self.orders.len() | usize::from(self.bell | self.changed)) == 0
+    pub(crate) fn is_empty_but_for_notified(&self) -> bool {
+        (self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed)) == 0
     }
 }
 
@@ -386,12 +387,12 @@ pub(crate) enum Join<C> {
     Closed,
     Refused,
     /// As many wait as may.
-    Crowded(u32),
+    TooMany(u32),
 }
 
 /// How a connection comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Back {
+pub(crate) enum Condition {
     Keep,
     /// To be cleaned by the crew before anyone gets it.
     Reset,
@@ -405,7 +406,7 @@ pub(crate) enum Back {
 
 struct Waiter<W> {
     seat: W,
-    holder: Holder,
+    caller: Caller,
     since: Moment,
 }
 
@@ -418,7 +419,7 @@ struct Front {
     /// When it became the first.
     first_since: Moment,
     /// How often others got a connection since then.
-    passed: u32,
+    barged: u32,
 }
 
 /// A run of failed opens.
@@ -448,24 +449,24 @@ pub(crate) struct Ledger<C, W> {
     rules: Rules,
     /// The latest time it was told. Readings of a clock may arrive out of order; time here does not go back.
     now: Moment,
-    rows: Vec<Row>,
+    slots: Vec<Slot>,
     free: Vec<u32>,
     /// Unused connections, the longest unused at the bottom. Sorted by `since`.
     idle: Vec<(u32, C)>,
-    /// The slots by phase.
-    census: Census,
+    /// The slots by state.
+    counted: StateCounts,
     /// Those who wait and are not called.
     queue: BTreeMap<Ticket, Waiter<W>>,
     /// Those who wait and are called.
-    called: BTreeMap<Ticket, Waiter<W>>,
+    notified: BTreeMap<Ticket, Waiter<W>>,
     /// The first of both, if anybody waits.
     front: Option<Front>,
     /// The end of life of every connection that has one, touched at its birth and death only.
     lifetimes: BTreeSet<(Moment, u32)>,
     /// When the stack last changed other than at its top: what is due for that reason only is due since then.
-    restacked: Moment,
-    /// Up to which end of life connections have been marked as `fading`.
-    faded: Moment,
+    stack_changed_at: Moment,
+    /// Up to which end of life connections have been marked as `expiring_soon`.
+    marked_until: Moment,
     /// The limit of every job that runs.
     limits: BTreeSet<(Moment, u32)>,
     /// Until when each job is counted on that still is.
@@ -474,12 +475,12 @@ pub(crate) struct Ledger<C, W> {
     usual_open: Option<Duration>,
     /// Somebody who does not wait has asked for a connection to be made ready.
     asked: bool,
-    /// A slot has changed its phase, other than between idle and out, since the last plan.
+    /// A slot has changed its state, other than between idle and out, since the last plan.
     dirty: bool,
     /// Jobs written off that have not come back.
     abandoned: u32,
     /// Checks that failed since the last connection was known to be well.
-    misses: u32,
+    check_failures: u32,
     failure: Option<Failure>,
     last_dial: Moment,
     next_id: u64,
@@ -487,7 +488,7 @@ pub(crate) struct Ledger<C, W> {
     generation: u64,
     /// How many connections were found dead. What was proven before the last of them is suspect. (Counted, not dated: what
     /// came before what is known by the order of the steps, and by no clock.)
-    findings: u64,
+    found_dead: u64,
     /// When one who does not wait last asked for a connection. What was used or checked since serves the next, however
     /// late it comes. `NEVER`: nobody has asked.
     asked_at: Moment,
@@ -498,7 +499,7 @@ pub(crate) struct Ledger<C, W> {
     closed: bool,
     /// Threads in `build` and `close` that want to know of changes.
     pub(crate) watchers: u32,
-    pub(crate) outbox: Outbox<C, W>,
+    pub(crate) effects: Effects<C, W>,
     pub(crate) tally: Tally,
 }
 
@@ -507,35 +508,41 @@ impl<C, W: Clone> Ledger<C, W> {
         Ledger {
             rules,
             now: Moment::BIRTH,
-            rows: Vec::new(),
+            slots: Vec::new(),
             free: Vec::new(),
             idle: Vec::new(),
-            census: Census::default(),
+            counted: StateCounts::default(),
             queue: BTreeMap::new(),
-            called: BTreeMap::new(),
+            notified: BTreeMap::new(),
             front: None,
             lifetimes: BTreeSet::new(),
-            restacked: Moment::BIRTH,
-            faded: Moment::BIRTH,
+            stack_changed_at: Moment::BIRTH,
+            marked_until: Moment::BIRTH,
             limits: BTreeSet::new(),
             patience: BTreeSet::new(),
             usual_open: None,
             asked: false,
             dirty: false,
             abandoned: 0,
-            misses: 0,
+            check_failures: 0,
             failure: None,
             last_dial: Moment::BIRTH,
             next_id: 1,
             next_ticket: 0,
             generation: 0,
-            findings: 0,
+            found_dead: 0,
             asked_at: Moment::NEVER,
             keepalive: None,
             alarm: Moment::NEVER,
             closed: false,
             watchers: 0,
-            outbox: Outbox { grants: Vec::new(), calls: Vec::new(), orders: Vec::new(), bell: false, changed: false },
+            effects: Effects {
+                served: Vec::new(),
+                notified: Vec::new(),
+                orders: Vec::new(),
+                wake_reaper: false,
+                changed: false,
+            },
             tally: Tally::default(),
         }
     }
@@ -552,11 +559,11 @@ impl<C, W: Clone> Ledger<C, W> {
 
     pub(crate) fn counts(&self) -> Counts {
         Counts {
-            idle: self.census.idle(),
-            in_use: self.census.0[Census::OUT],
-            checking: self.census.0[Census::OWN_CHECK] + self.census.checks(),
-            opening: self.census.opens(),
-            closing: self.census.closes(),
+            idle: self.counted.idle(),
+            in_use: self.counted.0[StateCounts::IN_USE],
+            checking: self.counted.0[StateCounts::OWN_CHECK] + self.counted.checks(),
+            opening: self.counted.opens(),
+            closing: self.counted.closes(),
             waiting: self.waiting(),
             abandoned: self.abandoned,
         }
@@ -564,12 +571,12 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// How many wait, called or not.
     pub(crate) fn waiting(&self) -> u32 {
-        (self.queue.len() + self.called.len()) as u32
+        (self.queue.len() + self.notified.len()) as u32
     }
 
     /// The slots in use.
-    pub(crate) fn rows(&self) -> impl Iterator<Item = &Row> {
-        self.rows.iter().filter(|r| r.id != 0)
+    pub(crate) fn slots(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(|r| r.id != 0)
     }
 
     /// Whether opens fail at present.
@@ -624,10 +631,10 @@ impl<C, W: Clone> Ledger<C, W> {
     /// the reaper looks again when they will allow more.
     fn plan(&mut self, now: Moment) {
         self.dirty = false;
-        self.lapse(now);
+        self.stop_counting_on(now);
         if !self.closed {
             if self.front.is_some() && self.is_refused(now) {
-                self.turn_out(now, || Grant::Refused);
+                self.dismiss_queue(now, || Outcome::Refused);
             }
             let demand = self.plan_checks(now);
             self.plan_opens(now, demand);
@@ -635,7 +642,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 self.arm_for_patience();
             }
         }
-        if self.census.0[Census::CLOSE_ORDERED] > 0 {
+        if self.counted.0[StateCounts::CLOSE_ORDERED] > 0 {
             self.arm_for_patience();
         }
     }
@@ -645,12 +652,16 @@ impl<C, W: Clone> Ledger<C, W> {
     fn plan_checks(&mut self, now: Moment) -> u32 {
         loop {
             let ready = self.ready(now);
-            self.call(ready);
+            self.notify(ready);
             self.asked &= ready == 0;
             let demand = self.demand_beside(ready);
             // After a check that failed more are checked than are wanted, doubling with every further failure.
-            let ahead = if self.misses == 0 { 0 } else { 1u32.checked_shl(self.misses - 1).unwrap_or(u32::MAX) };
-            let enough = self.census.0[Census::CHECK] >= demand.saturating_add(ahead);
+            let ahead = if self.check_failures == 0 {
+                0
+            } else {
+                1u32.checked_shl(self.check_failures - 1).unwrap_or(u32::MAX)
+            };
+            let enough = self.counted.0[StateCounts::CHECK] >= demand.saturating_add(ahead);
             if demand == 0 || enough || !self.start_next_check(ready, now) {
                 return demand;
             }
@@ -673,8 +684,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// take longer than usual; and for the floor, which counts on what is idle and lasts and on all that comes without
     /// anybody waiting for it. The one rule for refill and for replacement. `beside`: this one, slow or not, is not counted.
     fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
-        let mut quick = self.census.0[Census::OPENING];
-        let mut slow = self.census.0[Census::SLOW_OPENING];
+        let mut quick = self.counted.0[StateCounts::OPENING];
+        let mut slow = self.counted.0[StateCounts::SLOW_OPENING];
         match beside {
             Some(true) => slow -= 1,
             Some(false) => quick -= 1,
@@ -682,15 +693,15 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         // One more is dialled than is waited for, not one after another: a server that answers to none is not helped, and
         // those that hang take slots.
-        let counted_on = quick + slow.saturating_sub(1) + self.census.0[Census::CHECK];
+        let counted_on = quick + slow.saturating_sub(1) + self.counted.0[StateCounts::CHECK];
         // After a check that failed an open is among what is under way: six dead connections cost one connect, not six
-        // timeouts in a row.
-        let missed = self.misses > 0 && quick + slow == 0;
+        // timeouts in a slot.
+        let missed = self.check_failures > 0 && quick + slow == 0;
         let users = demand > 0 && (missed || counted_on < demand);
         // (`build` waits for the floor.)
         let slow = slow.saturating_sub(u32::from(self.watchers > 0));
-        let coming = quick + slow + self.census.checks();
-        users || self.census.0[Census::IDLE] + coming.saturating_sub(demand) < self.rules.min_idle
+        let coming = quick + slow + self.counted.checks();
+        users || self.counted.0[StateCounts::IDLE] + coming.saturating_sub(demand) < self.rules.min_idle
     }
 
     /// How many wait, or have asked, for whom nothing is ready.
@@ -699,22 +710,22 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn demand_beside(&self, ready: usize) -> u32 {
-        self.waiting() - self.called.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
+        self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
     /// How many of the idle, from the top, could be handed out as they are. Looks at no more than are waited for.
     fn ready(&self, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
-        let rows = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.rows[index as usize]);
-        rows.take_while(|row| !self.is_expired(row, now) && !self.needs_check(row, now)).count()
+        let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);
+        slots.take_while(|slot| !self.is_expired(slot, now) && !self.needs_check(slot, now)).count()
     }
 
     /// Calls those who come next, if more connections are ready than are called for.
-    fn call(&mut self, ready: usize) {
-        while self.called.len() < ready {
+    fn notify(&mut self, ready: usize) {
+        while self.notified.len() < ready {
             let Some((ticket, waiter)) = self.queue.pop_first() else { return };
-            self.outbox.calls.push(waiter.seat.clone());
-            self.called.insert(ticket, waiter);
+            self.effects.notified.push(waiter.seat.clone());
+            self.notified.insert(ticket, waiter);
         }
     }
 
@@ -722,35 +733,35 @@ impl<C, W: Clone> Ledger<C, W> {
     fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
         while let Some(at) = self.idle.len().checked_sub(ready + 1) {
             let (index, conn) = self.idle.remove(at);
-            let row = &self.rows[index as usize];
-            if self.is_expired(row, now) {
-                let due = row.dies;
-                self.evict(index, conn, CloseReason::Lifetime, now, due);
+            let slot = &self.slots[index as usize];
+            if self.is_expired(slot, now) {
+                let due = slot.dies;
+                self.close_due(index, conn, CloseReason::Lifetime, now, due);
                 continue;
             }
-            let token = Token { index, id: row.id };
+            let token = Token { index, id: slot.id };
             self.start_check(index, now, Check::Crew);
-            self.outbox.orders.push(Order::Check(token, conn));
+            self.effects.orders.push(Order::Check(token, conn));
             return true;
         }
         false
     }
 
     /// Whatever takes longer than usual is no longer counted on.
-    fn lapse(&mut self, now: Moment) {
+    fn stop_counting_on(&mut self, now: Moment) {
         while let Some(&(until, index)) = self.patience.first() {
             if until > now {
                 return;
             }
             self.patience.pop_first();
-            let row = &mut self.rows[index as usize];
-            row.patience = Moment::NEVER;
-            let (id, phase) = (row.id, row.phase);
-            match phase {
-                Phase::Opening { .. } => self.set(index, Phase::Opening { slow: true }),
-                Phase::Checking { by, .. } => self.set(index, Phase::Checking { by, slow: true }),
-                Phase::Closing(_) => self.outbox.orders.push(Order::Slow { id }),
-                Phase::Free | Phase::Idle { .. } | Phase::Out { .. } => unreachable!("only jobs are counted on"),
+            let slot = &mut self.slots[index as usize];
+            slot.patience = Moment::NEVER;
+            let (id, state) = (slot.id, slot.state);
+            match state {
+                State::Opening { .. } => self.set(index, State::Opening { slow: true }),
+                State::Checking { by, .. } => self.set(index, State::Checking { by, slow: true }),
+                State::Closing(_) => self.effects.orders.push(Order::Slow { id }),
+                State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs are counted on"),
             }
         }
     }
@@ -765,13 +776,13 @@ impl<C, W: Clone> Ledger<C, W> {
     fn count_on(&mut self, index: u32, until: Moment) {
         self.end_patience(index);
         if until != Moment::NEVER {
-            self.rows[index as usize].patience = until;
+            self.slots[index as usize].patience = until;
             self.patience.insert((until, index));
         }
     }
 
     fn end_patience(&mut self, index: u32) {
-        let until = std::mem::replace(&mut self.rows[index as usize].patience, Moment::NEVER);
+        let until = std::mem::replace(&mut self.slots[index as usize].patience, Moment::NEVER);
         if until != Moment::NEVER {
             self.patience.remove(&(until, index));
         }
@@ -790,13 +801,13 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Takes an idle connection if one may be handed out at this moment. One that needs a check comes as
     /// [`Take::Check`] to a caller that can check `here`, and not at all to another.
     #[inline]
-    pub(crate) fn take(&mut self, now: Moment, holder: Holder, here: bool) -> Take<C> {
-        self.step(now, |l, now| l.take_idle(now, holder, here))
+    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+        self.step(now, |l, now| l.take_idle(now, caller, here))
     }
 
     #[inline]
-    fn take_idle(&mut self, now: Moment, holder: Holder, here: bool) -> Take<C> {
-        if self.closed || !self.is_passable(now) {
+    fn take_idle(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+        if self.closed || !self.may_barge(now) {
             return Take::Nothing;
         }
         let Some((index, check)) = self.top(now) else { return Take::Nothing };
@@ -805,40 +816,40 @@ impl<C, W: Clone> Ledger<C, W> {
             return Take::Nothing;
         }
         let conn = self.pop_idle();
-        let token = Token { index, id: self.rows[index as usize].id };
+        let token = Token { index, id: self.slots[index as usize].id };
         if check {
             self.start_check(index, now, Check::Own);
-            self.rows[index as usize].holder = Some(holder);
+            self.slots[index as usize].caller = Some(caller);
             Take::Check(token, conn, self.ticket(now))
         } else {
             if let Some(front) = &mut self.front {
-                front.passed += 1;
+                front.barged += 1;
             }
-            self.lend(index, now, holder);
+            self.check_out(index, now, caller);
             Take::Ready(token, conn)
         }
     }
 
     /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. What is only stale comes as
-    /// [`Take::Check`], to be looked at without asking the server, and then [`seen`](Ledger::seen).
-    pub(crate) fn take_at_once(&mut self, now: Moment, holder: Holder) -> Take<C> {
+    /// [`Take::Check`], to be looked at without asking the server, and then [`seen`](Ledger::looked_at).
+    pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
         self.step(now, |l, now| {
-            if let Take::Ready(token, conn) = l.take_idle(now, holder, false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
                 l.asked_at = now;
                 return Take::Ready(token, conn);
             }
             if !l.closed && l.front.is_none() {
                 if let Some((index, _)) = l.top(now) {
-                    let is_suspect = l.is_suspect(&l.rows[index as usize]);
+                    let is_suspect = l.is_suspect(&l.slots[index as usize]);
                     if matches!(l.rules.validate, Validate::AfterIdle(_)) && !is_suspect {
                         let conn = l.pop_idle();
                         l.start_check(index, now, Check::Own);
-                        let row = &mut l.rows[index as usize];
-                        row.holder = Some(holder);
-                        return Take::Check(Token { index, id: row.id }, conn, l.ticket(now));
+                        let slot = &mut l.slots[index as usize];
+                        slot.caller = Some(caller);
+                        return Take::Check(Token { index, id: slot.id }, conn, l.ticket(now));
                     }
                 }
-                if let Some((token, conn)) = l.take_checked(now, holder) {
+                if let Some((token, conn)) = l.take_checked(now, caller) {
                     return Take::Ready(token, conn);
                 }
             }
@@ -848,37 +859,37 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// Takes what needs a check, if one that was made since somebody asked in vain serves for it.
-    fn take_checked(&mut self, now: Moment, holder: Holder) -> Option<(Token, C)> {
+    fn take_checked(&mut self, now: Moment, caller: Caller) -> Option<(Token, C)> {
         let (index, _) = self.top(now)?;
         if !self.serves_who_asked(index) {
             return None;
         }
         let conn = self.pop_idle();
         self.asked_at = now;
-        self.lend(index, now, holder);
-        Some((Token { index, id: self.rows[index as usize].id }, conn))
+        self.check_out(index, now, caller);
+        Some((Token { index, id: self.slots[index as usize].id }, conn))
     }
 
     /// The caller has looked at what it took [at once](Ledger::take_at_once), which seems `well`, or of which nothing is to
     /// be seen. `None`: it may not have it; then the crew checks it, for the next.
-    pub(crate) fn seen(
+    pub(crate) fn looked_at(
         &mut self,
         now: Moment,
         token: Token,
         conn: C,
-        holder: Holder,
+        caller: Caller,
         well: bool,
     ) -> Option<(Token, C)> {
         self.step(now, |l, now| {
             let index = token.index;
             if let Some(reason) = l.unfit(index, now) {
-                l.doom(index, conn, reason, now);
+                l.close_connection(index, conn, reason, now);
                 return None;
             }
-            let well = well && !l.is_suspect(&l.rows[index as usize]);
-            if l.is_passable(now) && (well || l.serves_who_asked(index)) {
+            let well = well && !l.is_suspect(&l.slots[index as usize]);
+            if l.may_barge(now) && (well || l.serves_who_asked(index)) {
                 l.asked_at = now;
-                l.lend(index, now, holder);
+                l.check_out(index, now, caller);
                 return Some((token, conn));
             }
             l.note_asked(now);
@@ -890,24 +901,26 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// One who does not wait has found nothing. What is under way by now, and counted on, was ordered for one like it.
     fn note_asked(&mut self, now: Moment) {
-        let under_way = self.rows().filter(|row| match row.phase {
-            Phase::Checking { by, slow } => by != Check::Own && !slow,
-            Phase::Opening { slow } => !slow,
+        let under_way = self.slots().filter(|slot| match slot.state {
+            State::Checking { by, slow } => by != Check::Own && !slow,
+            State::Opening { slow } => !slow,
             _ => false,
         });
-        self.asked_at = under_way.map(|row| row.since).min().unwrap_or(now);
+        self.asked_at = under_way.map(|slot| slot.since).min().unwrap_or(now);
     }
 
     /// Whether a connection that needs a check may do without for one who cannot wait for it: it was found well since the
     /// last of them asked, and nothing has been found dead since.
     fn serves_who_asked(&self, index: u32) -> bool {
-        let row = &self.rows[index as usize];
-        !self.is_suspect(row)
+        let slot = &self.slots[index as usize];
+        !self.is_suspect(slot)
             && match self.rules.validate {
                 Validate::Never => true,
                 // A check for every use: it was not used since.
-                Validate::Always => row.proven >= self.asked_at && (row.uses == 0 || row.proven >= row.unused_since),
-                Validate::AfterIdle(_) => row.unused_since.max(row.proven) >= self.asked_at,
+                Validate::Always => {
+                    slot.proven >= self.asked_at && (slot.uses == 0 || slot.proven >= slot.unused_since)
+                }
+                Validate::AfterIdle(_) => slot.unused_since.max(slot.proven) >= self.asked_at,
             }
     }
 
@@ -916,11 +929,11 @@ impl<C, W: Clone> Ledger<C, W> {
     #[inline]
     fn top(&mut self, now: Moment) -> Option<(u32, bool)> {
         while let Some(&(index, _)) = self.idle.last() {
-            let row = &self.rows[index as usize];
-            if !self.is_expired(row, now) {
-                return Some((index, self.needs_check(row, now)));
+            let slot = &self.slots[index as usize];
+            if !self.is_expired(slot, now) {
+                return Some((index, self.needs_check(slot, now)));
             }
-            self.evict_top(index, now);
+            self.expire_top(index, now);
         }
         None
     }
@@ -930,7 +943,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn join(
         &mut self,
         now: Moment,
-        holder: Holder,
+        caller: Caller,
         ticket: Option<Ticket>,
         hurried: bool,
         seat: W,
@@ -939,11 +952,11 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.closed {
                 return (Join::Closed, Some(seat));
             }
-            if let Take::Ready(token, conn) = l.take_idle(now, holder, false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
                 return (Join::Ready(token, conn), Some(seat));
             }
             if hurried && l.front.is_none() {
-                if let Some((token, conn)) = l.take_checked(now, holder) {
+                if let Some((token, conn)) = l.take_checked(now, caller) {
                     return (Join::Ready(token, conn), Some(seat));
                 }
             }
@@ -954,24 +967,24 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.rules.max_waiting.is_some_and(|max| waiting >= max) {
                 if waiting == 0 {
                     // Where nobody waits, nobody waits for a check.
-                    if let Some((token, conn)) = l.take_checked(now, holder) {
+                    if let Some((token, conn)) = l.take_checked(now, caller) {
                         return (Join::Ready(token, conn), Some(seat));
                     }
                     l.note_asked(now);
                 }
                 l.tally.rejected += 1;
                 l.ask();
-                return (Join::Crowded(waiting), Some(seat));
+                return (Join::TooMany(waiting), Some(seat));
             }
             if waiting == 0 {
-                l.kick(now);
+                l.shorten_back_off(now);
             }
             // (One that comes again and again wants one, not one more each time.)
             l.asked &= !hurried;
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
-            l.queue.insert(ticket, Waiter { seat, holder, since: ticket.since });
+            l.queue.insert(ticket, Waiter { seat, caller, since: ticket.since });
             if l.front.is_none_or(|front| ticket < front.ticket) {
-                l.front = Some(Front { ticket, since: ticket.since, first_since: now, passed: 0 });
+                l.front = Some(Front { ticket, since: ticket.since, first_since: now, barged: 0 });
             }
             l.tally.waits += 1;
             (Join::Queued(ticket), None)
@@ -986,25 +999,25 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// One who was called has come. `None`: somebody was faster, or it was not called, or no longer waits; if it still
     /// does, it has its place.
-    pub(crate) fn claim(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
+    pub(crate) fn take_notified(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
         self.step(now, |l, now| {
-            let waiter = l.called.remove(&ticket)?;
-            let holder = waiter.holder;
+            let waiter = l.notified.remove(&ticket)?;
+            let caller = waiter.caller;
             l.queue.insert(ticket, waiter);
             let is_first = l.front.is_some_and(|front| front.ticket == ticket);
-            // With two there the first is not passed by one who takes one.
-            if !is_first && !l.is_passable(now) && l.idle.len() <= 1 {
+            // With two there the first is not barged by one who takes one.
+            if !is_first && !l.may_barge(now) && l.idle.len() <= 1 {
                 return None;
             }
             let Some((index, false)) = l.top(now) else { return None };
             let conn = l.pop_idle();
             let waiter = l.unqueue(now, ticket).expect("it has its place");
             if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
-                front.passed += 1;
+                front.barged += 1;
             }
             l.tally.wait.record(now.nanos_since(waiter.since));
-            l.lend(index, now, holder);
-            Some((Token { index, id: l.rows[index as usize].id }, conn))
+            l.check_out(index, now, caller);
+            Some((Token { index, id: l.slots[index as usize].id }, conn))
         })
     }
 
@@ -1020,12 +1033,12 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Takes one out of the queue. If it was called, the plan calls another.
     fn unqueue(&mut self, now: Moment, ticket: Ticket) -> Option<Waiter<W>> {
-        let waiter = self.queue.remove(&ticket).or_else(|| self.called.remove(&ticket))?;
+        let waiter = self.queue.remove(&ticket).or_else(|| self.notified.remove(&ticket))?;
         if self.front.is_some_and(|front| front.ticket == ticket) {
-            let first = [self.queue.first_key_value(), self.called.first_key_value()];
+            let first = [self.queue.first_key_value(), self.notified.first_key_value()];
             let first = first.into_iter().flatten().min_by_key(|&(ticket, _)| ticket);
             self.front =
-                first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, passed: 0 });
+                first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, barged: 0 });
         }
         Some(waiter)
     }
@@ -1037,7 +1050,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if !l.closed {
                 l.note_asked(now);
                 if even_now {
-                    l.kick(now);
+                    l.shorten_back_off(now);
                     l.ask();
                 }
             }
@@ -1048,7 +1061,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn prepare(&mut self, now: Moment) {
         self.step(now, |l, now| {
             if !l.closed {
-                l.kick(now);
+                l.shorten_back_off(now);
                 l.ask();
             }
         });
@@ -1061,22 +1074,22 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The caller's own check has succeeded. `None`: it may not have the connection after all: that is on its way out, or
     /// another was found dead while it was checked, so that the check proves nothing.
-    pub(crate) fn cleared(
+    pub(crate) fn own_check_passed(
         &mut self,
         now: Moment,
         begun: Moment,
         token: Token,
         conn: C,
-        holder: Holder,
+        caller: Caller,
     ) -> Option<(Token, C)> {
         self.step(now, |l, now| {
             let index = token.index;
             let fresh = l.proved(index, begun);
             match l.unfit(index, now) {
-                Some(reason) => l.doom(index, conn, reason, now),
+                Some(reason) => l.close_connection(index, conn, reason, now),
                 None if !fresh => l.supply(index, conn, now, false),
                 None => {
-                    l.lend(index, now, holder);
+                    l.check_out(index, now, caller);
                     return Some((token, conn));
                 }
             }
@@ -1088,39 +1101,39 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Takes a connection back.
     #[inline]
-    pub(crate) fn checkin(&mut self, now: Moment, token: Token, conn: C, back: Back) {
+    pub(crate) fn returned(&mut self, now: Moment, token: Token, conn: C, back: Condition) {
         self.step(now, |l, now| {
             let index = token.index;
             l.debug_assert_out(&token);
-            l.tally.hold.record(now.nanos_since(l.rows[index as usize].since));
+            l.tally.hold.record(now.nanos_since(l.slots[index as usize].since));
             let mut reason = l.unfit(index, now);
             match back {
-                Back::Keep => {}
-                Back::Reset if reason.is_none() => {
-                    let row = &mut l.rows[index as usize];
-                    row.unused_since = now;
-                    let holder = row.holder;
+                Condition::Keep => {}
+                Condition::Reset if reason.is_none() => {
+                    let slot = &mut l.slots[index as usize];
+                    slot.unused_since = now;
+                    let caller = slot.caller;
                     l.start_check(index, now, Check::Reset);
-                    return l.outbox.orders.push(Order::Reset(token, conn, holder));
+                    return l.effects.orders.push(Order::Reset(token, conn, caller));
                 }
-                Back::Reset => {}
-                Back::Discard(why) => reason = Some(why),
-                Back::Broken => {
+                Condition::Reset => {}
+                Condition::Discard(why) => reason = Some(why),
+                Condition::Broken => {
                     l.suspect();
                     reason = Some(CloseReason::Broken);
                 }
-                Back::Outdated => {
+                Condition::Outdated => {
                     // Once for all that are as old: those opened since are not the ones that were meant.
-                    if l.rows[index as usize].generation == l.generation {
+                    if l.slots[index as usize].generation == l.generation {
                         l.outdate(now);
                     }
                     reason = Some(CloseReason::Outdated);
                 }
             }
             match reason {
-                Some(reason) => l.doom(index, conn, reason, now),
+                Some(reason) => l.close_connection(index, conn, reason, now),
                 None => {
-                    l.rows[index as usize].unused_since = now;
+                    l.slots[index as usize].unused_since = now;
                     l.supply(index, conn, now, false);
                 }
             }
@@ -1131,7 +1144,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn detach(&mut self, now: Moment, token: Token) {
         self.step(now, |l, now| {
             l.debug_assert_out(&token);
-            l.tally.hold.record(now.nanos_since(l.rows[token.index as usize].since));
+            l.tally.hold.record(now.nanos_since(l.slots[token.index as usize].since));
             l.tally.detached += 1;
             l.release(token.index);
         });
@@ -1139,8 +1152,11 @@ impl<C, W: Clone> Ledger<C, W> {
 
     #[inline]
     fn debug_assert_out(&self, token: &Token) {
-        let row = &self.rows[token.index as usize];
-        debug_assert!(row.id == token.id && row.state() == State::InUse, "a token out of place: {row:?}");
+        let slot = &self.slots[token.index as usize];
+        debug_assert!(
+            slot.id == token.id && slot.as_seen() == ConnectionState::InUse,
+            "a token out of place: {slot:?}"
+        );
     }
 
     // ---------------------------------------------------------------------------------------------- the crew's reports
@@ -1149,17 +1165,17 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
         self.step(now, |l, now| {
             let index = token.index;
-            debug_assert_eq!(l.rows[index as usize].id, token.id, "a job begins with the slot it was given");
-            match l.rows[index as usize].phase {
-                Phase::Opening { slow } => {
+            debug_assert_eq!(l.slots[index as usize].id, token.id, "a job begins with the slot it was given");
+            match l.slots[index as usize].state {
+                State::Opening { slow } => {
                     if l.closed || !l.wants_open(l.demand(now), Some(slow)) {
                         l.release(index);
                         return None;
                     }
                     l.dial(index, now, jitter);
                 }
-                Phase::Checking { by, slow } => {
-                    l.rows[index as usize].begun_after = l.findings;
+                State::Checking { by, slow } => {
+                    l.slots[index as usize].begun_after = l.found_dead;
                     l.start_limit(index, now.plus(l.limit_of(by)));
                     if !slow {
                         l.count_on(index, now.plus(CHECK_PATIENCE));
@@ -1182,10 +1198,10 @@ impl<C, W: Clone> Ledger<C, W> {
             }
         };
         let generation = self.generation;
-        let row = &mut self.rows[index as usize];
-        (row.born, row.proven, row.since, row.dies, row.generation) = (now, now, now, dies, generation);
-        row.begun_after = self.findings;
-        self.set(index, Phase::Opening { slow: false });
+        let slot = &mut self.slots[index as usize];
+        (slot.born, slot.proven, slot.since, slot.dies, slot.generation) = (now, now, now, dies, generation);
+        slot.begun_after = self.found_dead;
+        self.set(index, State::Opening { slow: false });
         self.start_limit(index, now.plus(self.rules.open_timeout));
         self.count_on(index, now.plus(self.open_patience()));
     }
@@ -1200,15 +1216,15 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn close_begins(&mut self, index: u32, now: Moment) {
-        match self.rows[index as usize].phase {
-            Phase::Closing(Close::Ordered { due }) => {
+        match self.slots[index as usize].state {
+            State::Closing(Close::Ordered { due }) => {
                 if due != Moment::NEVER {
                     self.tally.evicted_late(now.since(due));
                 }
-                self.turn(index, Phase::Closing(Close::Runs), now);
+                self.change(index, State::Closing(Close::Runs), now);
                 self.count_on(index, now.plus(CLOSE_PATIENCE));
             }
-            Phase::Closing(Close::Runs) => {}
+            State::Closing(Close::Runs) => {}
             _ => return,
         }
         self.start_limit(index, now.plus(self.rules.close_timeout));
@@ -1222,22 +1238,22 @@ impl<C, W: Clone> Ledger<C, W> {
             if !l.is_current(&token) {
                 return Err((token, conn));
             }
-            let Row { dies, born, .. } = l.rows[index as usize];
+            let Slot { dies, born, .. } = l.slots[index as usize];
             let took = now.since(born);
-            l.rows[index as usize].unused_since = now;
+            l.slots[index as usize].unused_since = now;
             l.tally.open.record(now.nanos_since(born));
-            if l.is_expired(&l.rows[index as usize], now) {
+            if l.is_expired(&l.slots[index as usize], now) {
                 l.tally.failed_opens += 1;
                 l.failed(now, born, false, 0.5);
                 // Not counted among the closed, for it is not among the opened.
-                l.send_off(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
+                l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
                 return Ok(false);
             }
             // No single one says much of what is usual.
             l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
             l.failure = None;
             // (Even if it is suspect by now: the server is there.)
-            l.misses = 0;
+            l.check_failures = 0;
             l.tally.opens += 1;
             if dies != Moment::NEVER {
                 l.lifetimes.insert((dies, index));
@@ -1255,11 +1271,11 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
-            if !l.is_current(token) || l.rows[index as usize].state() != State::Opening {
+            if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
                 return;
             }
-            let born = l.rows[index as usize].born;
-            l.turn(index, Phase::Closing(Close::Runs), now);
+            let born = l.slots[index as usize].born;
+            l.change(index, State::Closing(Close::Runs), now);
             l.start_limit(index, now.plus(l.rules.close_timeout));
             l.tally.failed_opens += 1;
             l.failed(now, born, permanent, jitter);
@@ -1269,7 +1285,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// A check or reset by the crew has succeeded. `Err`: too late, it was written off; to be closed and freed.
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         self.step(now, |l, now| {
-            if !l.is_current(&token) || l.rows[token.index as usize].state() != State::Checking {
+            if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
                 return Err((token, conn));
             }
             l.proven(token.index, begun, now, conn);
@@ -1281,7 +1297,7 @@ impl<C, W: Clone> Ledger<C, W> {
     fn proven(&mut self, index: u32, at: Moment, now: Moment, conn: C) {
         let fresh = self.proved(index, at);
         match self.unfit(index, now) {
-            Some(reason) => self.doom(index, conn, reason, now),
+            Some(reason) => self.close_connection(index, conn, reason, now),
             None => {
                 // It is there for whoever asked, unless it goes to one who waits.
                 self.asked &= !fresh || self.front.is_some();
@@ -1295,21 +1311,21 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
         self.step(now, |l, now| {
             let index = token.index;
-            let Phase::Checking { by, .. } = l.rows[index as usize].phase else { return };
+            let State::Checking { by, .. } = l.slots[index as usize].state else { return };
             if !l.is_current(token) {
                 return;
             }
             if by == Check::Own {
                 // It is closed by a job that is yet to begin.
-                l.turn(index, Phase::Closing(Close::Ordered { due: Moment::NEVER }), now);
+                l.change(index, State::Closing(Close::Ordered { due: Moment::NEVER }), now);
             } else {
-                l.turn(index, Phase::Closing(Close::Runs), now);
+                l.change(index, State::Closing(Close::Runs), now);
                 l.start_limit(index, now.plus(l.rules.close_timeout));
             }
             l.tally.closed(reason);
             if reason == CloseReason::Invalid {
                 l.suspect();
-                l.misses = l.misses.saturating_add(1);
+                l.check_failures = l.check_failures.saturating_add(1);
             }
         });
     }
@@ -1319,12 +1335,12 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, _| {
             if !l.is_current(&token) {
                 l.abandoned -= 1;
-                l.outbox.changed |= l.watchers > 0;
+                l.effects.changed |= l.watchers > 0;
                 return;
             }
             // An open or a check ends without a word if it panicked where nothing could catch it, or was never run.
             debug_assert!(
-                !matches!(l.rows[token.index as usize].state(), State::Idle | State::InUse),
+                !matches!(l.slots[token.index as usize].as_seen(), ConnectionState::Idle | ConnectionState::InUse),
                 "freed while in use"
             );
             l.release(token.index);
@@ -1338,16 +1354,16 @@ impl<C, W: Clone> Ledger<C, W> {
         let now = self.tick(now);
         self.alarm = Moment::NEVER;
         // Floor connections near their end: marked first, so that what replaces them is ordered before they go.
-        self.mark_fading(now);
+        self.mark_expiring_soon(now);
         self.plan(now);
         while let Some(&(dies, index)) = self.lifetimes.first() {
             if dies > now {
                 break;
             }
             self.lifetimes.pop_first();
-            if self.rows[index as usize].state() == State::Idle {
+            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
                 let conn = self.remove_idle(index);
-                self.evict(index, conn, CloseReason::Lifetime, now, dies);
+                self.close_due(index, conn, CloseReason::Lifetime, now, dies);
             }
         }
         self.evict_idle(now);
@@ -1355,14 +1371,14 @@ impl<C, W: Clone> Ledger<C, W> {
             if limit > now {
                 break;
             }
-            self.write_off(index, now, jitter);
+            self.abandon(index, now, jitter);
         }
         self.keep_alive(now);
         self.report_leaks(now);
         self.plan(now);
         self.alarm = self.alarm.min(self.next_deadline());
         // Whoever calls this sleeps until the alarm just set.
-        self.outbox.bell = false;
+        self.effects.wake_reaper = false;
     }
 
     /// When something will be due, beside what the plan has armed for.
@@ -1372,7 +1388,9 @@ impl<C, W: Clone> Ledger<C, W> {
             next = next.min(dies);
         }
         if self.rules.min_idle > 0 {
-            if let Some(&(dies, _)) = self.lifetimes.range((self.faded, 0)..).find(|&&(dies, _)| dies > self.faded) {
+            if let Some(&(dies, _)) =
+                self.lifetimes.range((self.marked_until, 0)..).find(|&&(dies, _)| dies > self.marked_until)
+            {
                 next = next.min(dies.minus(self.lead()));
             }
         }
@@ -1392,7 +1410,7 @@ impl<C, W: Clone> Ledger<C, W> {
     fn arm(&mut self, at: Moment) {
         if at < self.alarm {
             self.alarm = at;
-            self.outbox.bell = true;
+            self.effects.wake_reaper = true;
         }
     }
 
@@ -1403,9 +1421,9 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             l.rules.max_size = max_size;
             // (Those that are being opened may never arrive.)
-            let excess = l.census.alive().saturating_sub(max_size).min(l.idle.len() as u32);
+            let excess = l.counted.alive().saturating_sub(max_size).min(l.idle.len() as u32);
             for (index, conn) in l.drain_idle(0, excess as usize) {
-                l.doom(index, conn, CloseReason::Resized, now);
+                l.close_connection(index, conn, CloseReason::Resized, now);
             }
         });
     }
@@ -1414,7 +1432,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
         self.step(now, |l, now| {
             l.rules.min_idle = min_idle;
-            l.restacked = now;
+            l.stack_changed_at = now;
             l.evict_idle(now);
             l.arm(now);
         });
@@ -1428,7 +1446,7 @@ impl<C, W: Clone> Ledger<C, W> {
     fn outdate(&mut self, now: Moment) {
         self.generation += 1;
         for (index, conn) in self.drain_idle(0, self.idle.len()) {
-            self.doom(index, conn, CloseReason::Recycled, now);
+            self.close_connection(index, conn, CloseReason::Recycled, now);
         }
         // A server that was mended deserves a look before the back-off ends.
         if let Some(failure) = &mut self.failure {
@@ -1446,12 +1464,12 @@ impl<C, W: Clone> Ledger<C, W> {
             l.closed = true;
             l.asked = false;
             let waiting = l.waiting();
-            l.turn_out(now, || Grant::Closed);
+            l.dismiss_queue(now, || Outcome::Closed);
             for (index, conn) in l.drain_idle(0, l.idle.len()) {
-                l.doom(index, conn, CloseReason::Closed, now);
+                l.close_connection(index, conn, CloseReason::Closed, now);
             }
             l.arm(now);
-            l.outbox.changed = true;
+            l.effects.changed = true;
             Some(waiting)
         })
     }
@@ -1460,7 +1478,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// was not done by now, and no other open takes their place.
     pub(crate) fn abandon_opens(&mut self, now: Moment) {
         self.tick(now);
-        let opens = self.limits.iter().filter(|&&(_, index)| self.rows[index as usize].state() == State::Opening);
+        let opens =
+            self.limits.iter().filter(|&&(_, index)| self.slots[index as usize].as_seen() == ConnectionState::Opening);
         for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
             self.end_limit(index);
         }
@@ -1478,33 +1497,35 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether a connection may not be handed out for its age. The resolution of the clock counts against it.
     #[inline]
-    fn is_expired(&self, row: &Row, now: Moment) -> bool {
-        row.dies <= now.plus(self.rules.resolution) && row.dies != Moment::NEVER
+    fn is_expired(&self, slot: &Slot, now: Moment) -> bool {
+        slot.dies <= now.plus(self.rules.resolution) && slot.dies != Moment::NEVER
     }
 
     /// Whether a connection must be checked before it is handed out.
     #[inline]
-    fn needs_check(&self, row: &Row, now: Moment) -> bool {
+    fn needs_check(&self, slot: &Slot, now: Moment) -> bool {
         match self.rules.validate {
             Validate::Never => false,
             Validate::Always => true,
             // A check that was made for somebody who did not wait for it, or to keep it alive, serves the next as well.
-            Validate::AfterIdle(limit) => self.is_suspect(row) || row.unused_since.max(row.proven).plus(limit) <= now,
+            Validate::AfterIdle(limit) => {
+                self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus(limit) <= now
+            }
         }
     }
 
     /// Why a connection that changes hands may not be kept, if so.
     #[inline]
     fn unfit(&self, index: u32, now: Moment) -> Option<CloseReason> {
-        let row = &self.rows[index as usize];
+        let slot = &self.slots[index as usize];
         if self.closed {
             Some(CloseReason::Closed)
-        } else if self.is_expired(row, now) {
+        } else if self.is_expired(slot, now) {
             Some(CloseReason::Lifetime)
-        } else if row.generation != self.generation {
+        } else if slot.generation != self.generation {
             Some(CloseReason::Recycled)
-        } else if self.free.len() + (self.rules.max_size as usize) < self.rows.len()
-            && self.census.alive() + u32::from(row.state() == State::Opening) > self.rules.max_size
+        } else if self.free.len() + (self.rules.max_size as usize) < self.slots.len()
+            && self.counted.alive() + u32::from(slot.as_seen() == ConnectionState::Opening) > self.rules.max_size
         {
             Some(CloseReason::Resized)
         } else {
@@ -1514,14 +1535,14 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether the first in the queue gets what comes back now.
     #[inline]
-    fn has_right_of_way(&self, front: Front, now: Moment) -> bool {
-        let was_passed = front.passed >= PASSES && now.since(front.first_since) >= FIRST_FOR;
+    fn is_handed_off(&self, front: Front, now: Moment) -> bool {
+        let was_passed = front.barged >= BARGES && now.since(front.first_since) >= FIRST_FOR;
         was_passed || now.since(front.since) >= self.rules.fair_after
     }
 
     /// Whether one who came later may take what is idle.
     #[inline]
-    fn is_passable(&self, now: Moment) -> bool {
+    fn may_barge(&self, now: Moment) -> bool {
         self.front.is_none_or(|front| now.since(front.since) < self.rules.fair_after)
     }
 
@@ -1530,37 +1551,37 @@ impl<C, W: Clone> Ledger<C, W> {
     #[inline]
     fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
         if let Some(front) = self.front {
-            return self.supply_those_who_wait(front, index, conn, now, fresh);
+            return self.supply_queue(front, index, conn, now, fresh);
         }
         let floor = self.rules.min_idle as usize;
-        let since = self.rows[index as usize].unused_since;
+        let since = self.slots[index as usize].unused_since;
         if self.idle.len() >= floor && self.rules.max_idle.is_some_and(|max| since.plus(max) <= now) {
-            return self.doom(index, conn, CloseReason::Idle, now);
+            return self.close_connection(index, conn, CloseReason::Idle, now);
         }
         self.push_idle(index, conn, now);
     }
 
-    fn supply_those_who_wait(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
-        // What the crew brings, it brings for them. What would not stay for as long as they may be passed, they get.
+    fn supply_queue(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
+        // What the crew brings, it brings for them. What would not stay for as long as they may be barged, they get.
         let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.fair_after);
-        let well = fresh || !self.needs_check(&self.rows[index as usize], now);
-        if well && (fresh || !lasts || self.has_right_of_way(front, now)) {
+        let well = fresh || !self.needs_check(&self.slots[index as usize], now);
+        if well && (fresh || !lasts || self.is_handed_off(front, now)) {
             if let Some(waiter) = self.unqueue(now, front.ticket) {
-                let token = Token { index, id: self.rows[index as usize].id };
+                let token = Token { index, id: self.slots[index as usize].id };
                 self.tally.wait.record(now.nanos_since(waiter.since));
-                self.lend(index, now, waiter.holder);
-                return self.outbox.grants.push((waiter.seat, Grant::Lent(token, conn)));
+                self.check_out(index, now, waiter.caller);
+                return self.effects.served.push((waiter.seat, Outcome::Connection(token, conn)));
             }
         }
         self.push_idle(index, conn, now);
     }
 
     #[inline]
-    fn lend(&mut self, index: u32, now: Moment, holder: Holder) {
-        self.turn(index, Phase::Out { warned: false }, now);
-        let row = &mut self.rows[index as usize];
-        row.holder = Some(holder);
-        row.uses += 1;
+    fn check_out(&mut self, index: u32, now: Moment, caller: Caller) {
+        self.change(index, State::InUse { warned: false }, now);
+        let slot = &mut self.slots[index as usize];
+        slot.caller = Some(caller);
+        slot.uses += 1;
         self.tally.checkouts += 1;
         if let Some(threshold) = self.rules.leak_threshold {
             self.arm(now.plus(threshold));
@@ -1578,21 +1599,21 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The earliest moment at which another connection may be dialled as things stand; `NEVER` if only an event can
     /// make room.
     fn dial_at(&self, now: Moment) -> Moment {
-        if self.census.total() >= self.rules.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
+        if self.counted.total() >= self.rules.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
     }
 
     /// The same, if there were room.
     fn dial_with_room_at(&self, now: Moment) -> Moment {
-        let opening = self.census.opens();
+        let opening = self.counted.opens();
         // One that takes longer than usual does not count: those that hang keep nobody from another.
-        let hangs = u32::from(self.census.0[Census::SLOW_OPENING] > 0);
+        let hangs = u32::from(self.counted.0[StateCounts::SLOW_OPENING] > 0);
         if self.closed || opening >= self.rules.parallel_opens.saturating_add(hangs) {
             return Moment::NEVER;
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
             // While opens fail, one at a time is enough to learn that they no longer do; and one beside one that hangs.
-            if self.census.0[Census::OPENING] > 0 || opening > 1 {
+            if self.counted.0[StateCounts::OPENING] > 0 || opening > 1 {
                 return Moment::NEVER;
             }
             at = at.max(failure.retry);
@@ -1612,28 +1633,28 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Gives up on the close of a connection that was replaced, and hangs, or of one that was stuck, if its place is all that
     /// is missing.
     fn make_room(&mut self, now: Moment) -> bool {
-        let full = self.census.total() >= self.rules.max_size && self.census.0[Census::CLOSING] > 0;
-        if !full || !self.may_lose() || self.dial_with_room_at(now) > now {
+        let full = self.counted.total() >= self.rules.max_size && self.counted.0[StateCounts::CLOSING] > 0;
+        if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
             return false;
         }
         // The one that is lost must leave a dial, or its place is of no use. (There is no failure: it could be dialled.)
-        if self.abandoned + self.census.opens() + 1 >= self.rules.max_size
-            && (self.census.opens() > 0 || self.failure.is_some())
+        if self.abandoned + self.counted.opens() + 1 >= self.rules.max_size
+            && (self.counted.opens() > 0 || self.failure.is_some())
         {
             return false;
         }
-        if let Some(stuck) = self.rows.iter().position(|row| row.phase == Phase::Closing(Close::Stuck)) {
+        if let Some(stuck) = self.slots.iter().position(|slot| slot.state == State::Closing(Close::Stuck)) {
             // It could not be given up before.
             self.abandoned += 1;
             self.release(stuck as u32);
             return true;
         }
-        let hangs = |row: &&Row| row.phase == Phase::Closing(Close::Runs) && row.generation < self.generation;
-        let rows = self.limits.iter().map(|&(_, index)| (index, &self.rows[index as usize]));
-        let oldest = rows.filter(|(_, row)| hangs(row)).min_by_key(|&(_, row)| row.since);
-        match oldest.map(|(index, row)| (index, row.since.plus(self.rules.close_timeout / REPLACED_PATIENCE))) {
+        let hangs = |slot: &&Slot| slot.state == State::Closing(Close::Runs) && slot.generation < self.generation;
+        let slots = self.limits.iter().map(|&(_, index)| (index, &self.slots[index as usize]));
+        let oldest = slots.filter(|(_, slot)| hangs(slot)).min_by_key(|&(_, slot)| slot.since);
+        match oldest.map(|(index, slot)| (index, slot.since.plus(self.rules.close_timeout / REPLACED_PATIENCE))) {
             Some((index, until)) if until <= now => {
-                self.write_off(index, now, 0.5);
+                self.abandon(index, now, 0.5);
                 true
             }
             Some((_, until)) => {
@@ -1647,7 +1668,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether to wait is hopeless at this moment.
     fn is_refused(&self, now: Moment) -> bool {
         let refused = self.failure.is_some_and(|f| f.permanent && now < f.retry);
-        refused && self.census.alive() == 0
+        refused && self.counted.alive() == 0
     }
 
     /// Notes a failed open, and when to try again.
@@ -1667,11 +1688,11 @@ impl<C, W: Clone> Ledger<C, W> {
         let retry = now.plus(whole.mul_f64(1.0 - 0.2 * jitter.clamp(0.0, 1.0)).max(first));
         self.failure = Some(Failure { count, last: now, permanent, retry });
         self.asked = false;
-        self.outbox.changed |= self.watchers > 0;
+        self.effects.changed |= self.watchers > 0;
     }
 
     /// The first to wait does not sit out a back-off that began when nobody did, unless the refusal was permanent.
-    fn kick(&mut self, now: Moment) {
+    fn shorten_back_off(&mut self, now: Moment) {
         if let Some(failure) = &mut self.failure {
             if !failure.permanent {
                 failure.retry = failure.retry.min(now.max(failure.last.plus(BACKOFF_FIRST)));
@@ -1681,33 +1702,33 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// A connection was found dead: whatever was proven before is suspect.
     fn suspect(&mut self) {
-        self.findings += 1;
+        self.found_dead += 1;
     }
 
     /// Whether another was found dead since the last proof that this one is well began.
     #[inline]
-    fn is_suspect(&self, row: &Row) -> bool {
-        row.proven_after < self.findings && self.rules.validate != Validate::Never
+    fn is_suspect(&self, slot: &Slot) -> bool {
+        slot.proven_after < self.found_dead && self.rules.validate != Validate::Never
     }
 
     /// A connection was known to be well at `at`, by what began then. `false`: another was found dead since, so this says
     /// nothing.
     fn proved(&mut self, index: u32, at: Moment) -> bool {
-        let row = &mut self.rows[index as usize];
-        row.proven = at;
-        row.proven_after = row.begun_after;
-        let fresh = !self.is_suspect(&self.rows[index as usize]);
+        let slot = &mut self.slots[index as usize];
+        slot.proven = at;
+        slot.proven_after = slot.begun_after;
+        let fresh = !self.is_suspect(&self.slots[index as usize]);
         if fresh {
-            self.misses = 0;
+            self.check_failures = 0;
         }
         fresh
     }
 
     /// Empties the queue.
-    fn turn_out(&mut self, now: Moment, grant: impl Fn() -> Grant<C>) {
+    fn dismiss_queue(&mut self, now: Moment, outcome: impl Fn() -> Outcome<C>) {
         while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
             self.tally.wait.record(now.nanos_since(waiter.since));
-            self.outbox.grants.push((waiter.seat, grant()));
+            self.effects.served.push((waiter.seat, outcome()));
         }
     }
 
@@ -1716,7 +1737,7 @@ impl<C, W: Clone> Ledger<C, W> {
     #[inline]
     fn idle_deadline(&self) -> Moment {
         match (self.rules.max_idle, self.idle.get(self.rules.min_idle as usize)) {
-            (Some(max), Some(&(index, _))) => self.rows[index as usize].since.plus(max),
+            (Some(max), Some(&(index, _))) => self.slots[index as usize].since.plus(max),
             _ => Moment::NEVER,
         }
     }
@@ -1728,10 +1749,10 @@ impl<C, W: Clone> Ledger<C, W> {
             return;
         }
         let floor = self.rules.min_idle as usize;
-        let end = self.idle.partition_point(|&(index, _)| self.rows[index as usize].since.plus(max) <= now);
+        let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
         for (index, conn) in self.drain_idle(floor, end) {
-            let due = self.rows[index as usize].since.plus(max).max(self.restacked);
-            self.evict(index, conn, CloseReason::Idle, now, due);
+            let due = self.slots[index as usize].since.plus(max).max(self.stack_changed_at);
+            self.close_due(index, conn, CloseReason::Idle, now, due);
         }
     }
 
@@ -1740,19 +1761,19 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// Marks the idle that end within the replacement lead.
-    fn mark_fading(&mut self, now: Moment) {
+    fn mark_expiring_soon(&mut self, now: Moment) {
         if self.rules.min_idle == 0 {
             return;
         }
         let until = now.plus(self.lead());
         let due: Vec<u32> =
-            self.lifetimes.range((self.faded, 0)..=(until, u32::MAX)).map(|&(_, index)| index).collect();
+            self.lifetimes.range((self.marked_until, 0)..=(until, u32::MAX)).map(|&(_, index)| index).collect();
         for index in due {
-            if self.rows[index as usize].state() == State::Idle {
-                self.set(index, Phase::Idle { fading: true });
+            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
+                self.set(index, State::Idle { expiring_soon: true });
             }
         }
-        self.faded = self.faded.max(until);
+        self.marked_until = self.marked_until.max(until);
     }
 
     /// The idle connection whose keepalive is due first, and when. One at a time: `NEVER` while one goes on.
@@ -1762,8 +1783,8 @@ impl<C, W: Clone> Ledger<C, W> {
             Some(period) if self.keepalive.is_none() && !self.closed => {
                 // The first of equals lies lowest.
                 let due = |&(index, _): &(u32, C)| {
-                    let row = &self.rows[index as usize];
-                    (row.since.max(row.proven).plus(period), index)
+                    let slot = &self.slots[index as usize];
+                    (slot.since.max(slot.proven).plus(period), index)
                 };
                 self.idle.iter().map(due).min_by_key(|&(at, _)| at).unwrap_or(never)
             }
@@ -1776,115 +1797,116 @@ impl<C, W: Clone> Ledger<C, W> {
         if due <= now && due != Moment::NEVER {
             let conn = self.remove_idle(index);
             self.start_check(index, now, Check::Crew);
-            let id = self.rows[index as usize].id;
+            let id = self.slots[index as usize].id;
             self.keepalive = Some(id);
-            self.outbox.orders.push(Order::Check(Token { index, id }, conn));
+            self.effects.orders.push(Order::Check(Token { index, id }, conn));
         }
     }
 
     /// When the next checkout will have lasted too long.
     fn leak_due(&self) -> Moment {
         let Some(threshold) = self.rules.leak_threshold else { return Moment::NEVER };
-        let out = self.rows.iter().filter(|r| r.phase == Phase::Out { warned: false });
+        let out = self.slots.iter().filter(|r| r.state == State::InUse { warned: false });
         out.map(|r| r.since.plus(threshold)).min().unwrap_or(Moment::NEVER)
     }
 
     fn report_leaks(&mut self, now: Moment) {
         let Some(threshold) = self.rules.leak_threshold else { return };
-        for index in 0..self.rows.len() as u32 {
-            let row = &self.rows[index as usize];
-            if row.phase == (Phase::Out { warned: false }) && row.since.plus(threshold) <= now {
-                let leak = Order::Leak { id: row.id, holder: row.holder, held: now.since(row.since) };
-                self.outbox.orders.push(leak);
+        for index in 0..self.slots.len() as u32 {
+            let slot = &self.slots[index as usize];
+            if slot.state == (State::InUse { warned: false }) && slot.since.plus(threshold) <= now {
+                let leak = Order::Leak { id: slot.id, caller: slot.caller, held: now.since(slot.since) };
+                self.effects.orders.push(leak);
                 self.tally.leaks += 1;
-                self.set(index, Phase::Out { warned: true });
+                self.set(index, State::InUse { warned: true });
             }
         }
     }
 
     /// Whether the slot of a connection that may be alive can be given up: not if as many jobs are lost already, or may yet
     /// be, as the pool has slots.
-    fn may_lose(&self) -> bool {
-        self.abandoned + self.census.opens() < self.rules.max_size
+    fn may_abandon(&self) -> bool {
+        self.abandoned + self.counted.opens() < self.rules.max_size
     }
 
     /// Gives up on a job past its limit. An open frees its slot (dialling stops by itself); so does another job, if the pool
-    /// [may lose](Ledger::may_lose) one more.
-    fn write_off(&mut self, index: u32, now: Moment, jitter: f64) {
-        let row = &self.rows[index as usize];
-        let (id, was, phase, born) = (row.id, row.state(), row.phase, row.born);
+    /// [may lose](Ledger::may_abandon) one more.
+    fn abandon(&mut self, index: u32, now: Moment, jitter: f64) {
+        let slot = &self.slots[index as usize];
+        let (id, was, state, born) = (slot.id, slot.as_seen(), slot.state, slot.born);
         self.tally.abandonments += 1;
-        let limit = match phase {
-            Phase::Opening { .. } => {
+        let limit = match state {
+            State::Opening { .. } => {
                 self.tally.failed_opens += 1;
                 self.failed(now, born, false, jitter);
                 self.rules.open_timeout
             }
-            Phase::Checking { by, .. } => {
+            State::Checking { by, .. } => {
                 self.tally.closed(CloseReason::Abandoned);
                 if by != Check::Reset {
                     self.suspect();
-                    self.misses = self.misses.saturating_add(1);
+                    self.check_failures = self.check_failures.saturating_add(1);
                 }
                 self.limit_of(by)
             }
             // (It may be given up before its limit, for its place.)
-            Phase::Closing(_) => now.since(row.since).min(self.rules.close_timeout),
-            Phase::Free | Phase::Idle { .. } | Phase::Out { .. } => unreachable!("only jobs have limits"),
+            State::Closing(_) => now.since(slot.since).min(self.rules.close_timeout),
+            State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs have limits"),
         };
-        let cancel = matches!(phase, Phase::Checking { by: Check::Reset, .. } | Phase::Closing(_));
-        self.outbox.orders.push(Order::WriteOff { id, was, limit, cancel });
-        if was == State::Opening || self.may_lose() {
+        let cancel = matches!(state, State::Checking { by: Check::Reset, .. } | State::Closing(_));
+        self.effects.orders.push(Order::Abandon { id, was, limit, cancel });
+        if was == ConnectionState::Opening || self.may_abandon() {
             self.abandoned += 1;
             self.release(index);
         } else {
-            self.turn(index, Phase::Closing(Close::Stuck), now);
+            self.change(index, State::Closing(Close::Stuck), now);
         }
     }
 
     // ---------------------------------------------------------------------------------------------- slots and stacks
 
     fn is_current(&self, token: &Token) -> bool {
-        self.rows[token.index as usize].id == token.id
+        self.slots[token.index as usize].id == token.id
     }
 
-    /// Sets the phase of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the phase
+    /// Sets the state of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the state
     /// they set, need not look up where it is counted.)
     #[inline(always)]
-    fn set(&mut self, index: u32, phase: Phase) {
-        let row = &mut self.rows[index as usize];
-        let before = std::mem::replace(&mut row.counted, Census::of(phase) as u8);
-        row.phase = phase;
-        self.census.0[before as usize] -= 1;
-        self.census.0[Census::of(phase)] += 1;
+    fn set(&mut self, index: u32, state: State) {
+        let slot = &mut self.slots[index as usize];
+        let before = std::mem::replace(&mut slot.counted, StateCounts::of(state) as u8);
+        slot.state = state;
+        self.counted.0[before as usize] -= 1;
+        self.counted.0[StateCounts::of(state)] += 1;
     }
 
     /// A slot takes another state, since then. What belonged to the one before ends with it.
     #[inline(always)]
-    fn turn(&mut self, index: u32, phase: Phase, since: Moment) {
-        self.set(index, phase);
-        let row = &mut self.rows[index as usize];
-        row.since = since;
-        row.holder = None;
-        if !matches!(phase, Phase::Idle { .. } | Phase::Out { .. }) || row.limit.min(row.patience) != Moment::NEVER {
-            self.turn_job(index, phase);
+    fn change(&mut self, index: u32, state: State, since: Moment) {
+        self.set(index, state);
+        let slot = &mut self.slots[index as usize];
+        slot.since = since;
+        slot.caller = None;
+        if !matches!(state, State::Idle { .. } | State::InUse { .. }) || slot.limit.min(slot.patience) != Moment::NEVER
+        {
+            self.change_job(index, state);
         }
     }
 
-    /// The part of a turn that concerns jobs.
+    /// The part of a change that concerns jobs.
     #[inline(never)]
-    fn turn_job(&mut self, index: u32, phase: Phase) {
+    fn change_job(&mut self, index: u32, state: State) {
         self.dirty = true;
         self.end_limit(index);
         self.end_patience(index);
-        let row = &self.rows[index as usize];
-        if self.keepalive == Some(row.id) && !matches!(phase, Phase::Checking { .. }) {
+        let slot = &self.slots[index as usize];
+        if self.keepalive == Some(slot.id) && !matches!(state, State::Checking { .. }) {
             self.keepalive = None;
             // The next one may be due already: the reaper is to look.
             self.arm(self.now);
         }
-        let dies = self.rows[index as usize].dies;
-        if matches!(phase, Phase::Closing(_) | Phase::Free) && dies != Moment::NEVER {
+        let dies = self.slots[index as usize].dies;
+        if matches!(state, State::Closing(_) | State::Free) && dies != Moment::NEVER {
             self.lifetimes.remove(&(dies, index));
         }
     }
@@ -1892,10 +1914,10 @@ impl<C, W: Clone> Ledger<C, W> {
     fn order_open(&mut self, now: Moment) {
         let id = self.next_id;
         self.next_id += 1;
-        let row = Row {
+        let slot = Slot {
             id,
-            phase: Phase::Free,
-            counted: Census::FREE as u8,
+            state: State::Free,
+            counted: StateCounts::FREE as u8,
             since: now,
             unused_since: now,
             born: now,
@@ -1905,38 +1927,38 @@ impl<C, W: Clone> Ledger<C, W> {
             begun_after: 0,
             generation: self.generation,
             uses: 0,
-            holder: None,
+            caller: None,
             limit: Moment::NEVER,
             patience: Moment::NEVER,
         };
         let index = match self.free.pop() {
             Some(index) => {
-                self.rows[index as usize] = row;
+                self.slots[index as usize] = slot;
                 index
             }
             None => {
-                self.rows.push(row);
-                self.census.0[Census::FREE] += 1;
-                (self.rows.len() - 1) as u32
+                self.slots.push(slot);
+                self.counted.0[StateCounts::FREE] += 1;
+                (self.slots.len() - 1) as u32
             }
         };
-        self.turn(index, Phase::Opening { slow: false }, now);
+        self.change(index, State::Opening { slow: false }, now);
         self.count_on(index, now.plus(self.open_patience()));
-        self.outbox.orders.push(Order::Open(Token { index, id }));
+        self.effects.orders.push(Order::Open(Token { index, id }));
     }
 
     /// Frees a slot.
     fn release(&mut self, index: u32) {
-        self.turn(index, Phase::Free, self.now);
-        self.rows[index as usize].id = 0;
+        self.change(index, State::Free, self.now);
+        self.slots[index as usize].id = 0;
         self.free.push(index);
-        self.outbox.changed |= self.watchers > 0;
+        self.effects.changed |= self.watchers > 0;
         self.note_if_over();
     }
 
     fn start_limit(&mut self, index: u32, at: Moment) {
         self.end_limit(index);
-        self.rows[index as usize].limit = at;
+        self.slots[index as usize].limit = at;
         if at != Moment::NEVER {
             self.limits.insert((at, index));
             self.arm(at);
@@ -1944,41 +1966,41 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn end_limit(&mut self, index: u32) {
-        let limit = std::mem::replace(&mut self.rows[index as usize].limit, Moment::NEVER);
+        let limit = std::mem::replace(&mut self.slots[index as usize].limit, Moment::NEVER);
         if limit != Moment::NEVER {
             self.limits.remove(&(limit, index));
         }
     }
 
     /// Sends a connection off to be closed.
-    fn doom(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
-        self.evict(index, conn, reason, now, Moment::NEVER);
+    fn close_connection(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment) {
+        self.close_due(index, conn, reason, now, Moment::NEVER);
     }
 
     /// Sends off a connection whose time was over at `due`.
-    fn evict(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
+    fn close_due(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
         self.tally.closed(reason);
-        self.send_off(index, conn, reason, now, due);
+        self.order_close(index, conn, reason, now, due);
     }
 
     /// Has the crew close it.
-    fn send_off(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
-        self.turn(index, Phase::Closing(Close::Ordered { due }), now);
-        let token = Token { index, id: self.rows[index as usize].id };
-        self.outbox.orders.push(Order::Close(token, conn, reason));
+    fn order_close(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
+        self.change(index, State::Closing(Close::Ordered { due }), now);
+        let token = Token { index, id: self.slots[index as usize].id };
+        self.effects.orders.push(Order::Close(token, conn, reason));
     }
 
     /// Closes the connection at the top of the stack, which a checkout found expired before the reaper did.
     #[cold]
-    fn evict_top(&mut self, index: u32, now: Moment) {
-        let due = self.rows[index as usize].dies;
+    fn expire_top(&mut self, index: u32, now: Moment) {
+        let due = self.slots[index as usize].dies;
         let conn = self.pop_idle();
-        self.evict(index, conn, CloseReason::Lifetime, now, due);
+        self.close_due(index, conn, CloseReason::Lifetime, now, due);
     }
 
     fn start_check(&mut self, index: u32, now: Moment, by: Check) {
-        self.turn(index, Phase::Checking { by, slow: false }, now);
-        self.rows[index as usize].begun_after = self.findings;
+        self.change(index, State::Checking { by, slow: false }, now);
+        self.slots[index as usize].begun_after = self.found_dead;
         if by != Check::Own {
             self.count_on(index, now.plus(CHECK_PATIENCE));
         }
@@ -1986,16 +2008,16 @@ impl<C, W: Clone> Ledger<C, W> {
 
     #[inline]
     fn push_idle(&mut self, index: u32, conn: C, now: Moment) {
-        let fading = self.rules.min_idle > 0 && {
-            let dies = self.rows[index as usize].dies;
+        let expiring_soon = self.rules.min_idle > 0 && {
+            let dies = self.slots[index as usize].dies;
             dies != Moment::NEVER && dies <= now.plus(self.lead())
         };
-        let since = self.rows[index as usize].unused_since;
-        self.turn(index, Phase::Idle { fading }, since);
+        let since = self.slots[index as usize].unused_since;
+        self.change(index, State::Idle { expiring_soon }, since);
         match self.idle.last() {
-            Some(&(top, _)) if self.rows[top as usize].since > since => {
-                self.restacked = now;
-                let at = self.idle.partition_point(|&(i, _)| self.rows[i as usize].since <= since);
+            Some(&(top, _)) if self.slots[top as usize].since > since => {
+                self.stack_changed_at = now;
+                let at = self.idle.partition_point(|&(i, _)| self.slots[i as usize].since <= since);
                 self.idle.insert(at, (index, conn));
             }
             _ => self.idle.push((index, conn)),
@@ -2004,14 +2026,14 @@ impl<C, W: Clone> Ledger<C, W> {
         self.arm(due);
         if let Some(period) = self.rules.keepalive {
             if self.keepalive.is_none() {
-                let row = &self.rows[index as usize];
-                self.arm(row.since.max(row.proven).plus(period));
+                let slot = &self.slots[index as usize];
+                self.arm(slot.since.max(slot.proven).plus(period));
             }
         }
-        self.outbox.changed |= self.watchers > 0;
+        self.effects.changed |= self.watchers > 0;
     }
 
-    /// Takes the top of the stack, which there must be. Its phase is the caller's to change.
+    /// Takes the top of the stack, which there must be. Its state is the caller's to change.
     #[inline]
     fn pop_idle(&mut self) -> C {
         self.idle.pop().expect("looked at before").1
@@ -2019,9 +2041,9 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Takes one out of the middle of the stack.
     fn remove_idle(&mut self, index: u32) -> C {
-        let since = self.rows[index as usize].since;
-        let from = self.idle.partition_point(|&(i, _)| self.rows[i as usize].since < since);
-        let at = from + self.idle[from..].iter().position(|&(i, _)| i == index).expect("an idle row is in the stack");
+        let since = self.slots[index as usize].since;
+        let from = self.idle.partition_point(|&(i, _)| self.slots[i as usize].since < since);
+        let at = from + self.idle[from..].iter().position(|&(i, _)| i == index).expect("an idle slot is in the stack");
         self.idle.remove(at).1
     }
 

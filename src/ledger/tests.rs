@@ -23,8 +23,8 @@ fn secs(n: u64) -> Duration {
 }
 
 #[track_caller]
-fn here() -> Holder {
-    Holder { at: Location::caller(), thread: 1 }
+fn here() -> Caller {
+    Caller { at: Location::caller(), thread: 1 }
 }
 
 fn rules() -> Rules {
@@ -130,7 +130,7 @@ struct World {
     serial: u64,
     /// What the server sees: every connection dialled and not yet closed, with its birth and its last use.
     server: BTreeMap<Conn, (Moment, Moment)>,
-    /// Lent connections, and to whom.
+    /// Connection connections, and to whom.
     out: HashMap<Seat, (Token, Conn)>,
     /// Who waits, in order of arrival, and since when.
     waiting: VecDeque<(Seat, Ticket, Moment)>,
@@ -180,7 +180,7 @@ struct World {
     /// Those of the closes among them that count as running side by side, and the closes that wait for one to end.
     closers: BTreeSet<u64>,
     backlog: VecDeque<(Token, Conn)>,
-    /// The slots in use after the last call, and how many of the orders in the outbox were there then.
+    /// The slots in use after the last call, and how many of the orders in the effects were there then.
     total: u32,
     seen: usize,
     /// The longest that an open took which succeeded.
@@ -199,7 +199,7 @@ const AGAIN: Duration = Duration::from_millis(50);
 /// How many closes run side by side that do not take longer than usual.
 const CLOSERS: usize = 4;
 
-const STUCK: Phase = Phase::Closing(Close::Stuck);
+const STUCK: State = State::Closing(Close::Stuck);
 
 impl Counts {
     fn total(&self) -> u32 {
@@ -275,9 +275,9 @@ impl World {
     fn watch_the_bound(&mut self) {
         let l = &self.ledger;
         let (before, after, max) = (i64::from(self.total), i64::from(l.counts().total()), i64::from(l.rules.max_size));
-        let orders = &l.outbox.orders[self.seen..];
+        let orders = &l.effects.orders[self.seen..];
         let gave_up = |order: &Order<Conn>| match order {
-            Order::WriteOff { id, .. } => !l.rows().any(|row| row.id == *id),
+            Order::Abandon { id, .. } => !l.slots().any(|slot| slot.id == *id),
             _ => false,
         };
         let opens = orders.iter().filter(|order| matches!(order, Order::Open(_))).count() as i64;
@@ -296,31 +296,31 @@ impl World {
         }
         assert!(after <= max.max(before), "{after} of {max}: {:?}", l.counts());
         self.total = after as u32;
-        self.seen = l.outbox.orders.len();
+        self.seen = l.effects.orders.len();
     }
 
-    /// Carries out what the ledger has in its outbox.
+    /// Carries out what the ledger has in its effects.
     fn settle(&mut self) {
         self.watch_the_bound();
-        while !self.ledger.outbox.is_empty() {
-            self.ledger.outbox.bell = false;
-            self.ledger.outbox.changed = false;
-            for (seat, grant) in std::mem::take(&mut self.ledger.outbox.grants) {
+        while !self.ledger.effects.is_empty() {
+            self.ledger.effects.wake_reaper = false;
+            self.ledger.effects.changed = false;
+            for (seat, outcome) in std::mem::take(&mut self.ledger.effects.served) {
                 // First come, first served, whatever is granted.
-                let (first, ..) = self.waiting.pop_front().expect("a grant without a waiter");
-                assert_eq!(first, seat, "passed over");
-                match grant {
-                    Grant::Lent(token, conn) => self.lent(seat, token, conn),
-                    Grant::Closed => self.turned_out.push(seat),
-                    Grant::Refused => self.refused.push(seat),
+                let (first, ..) = self.waiting.pop_front().expect("a outcome without a waiter");
+                assert_eq!(first, seat, "barged over");
+                match outcome {
+                    Outcome::Connection(token, conn) => self.lent(seat, token, conn),
+                    Outcome::Closed => self.turned_out.push(seat),
+                    Outcome::Refused => self.refused.push(seat),
                 }
             }
-            for seat in std::mem::take(&mut self.ledger.outbox.calls) {
+            for seat in std::mem::take(&mut self.ledger.effects.notified) {
                 self.serial += 1;
                 self.awake.insert((self.now.plus(self.wake_time), self.serial), seat);
             }
             self.seen = 0;
-            for order in std::mem::take(&mut self.ledger.outbox.orders) {
+            for order in std::mem::take(&mut self.ledger.effects.orders) {
                 self.carry_out(order);
             }
         }
@@ -331,8 +331,8 @@ impl World {
     fn lent(&mut self, seat: Seat, token: Token, conn: Conn) {
         let (_, used) = self.server.get_mut(&conn).expect("lent, but not on the server");
         *used = self.now;
-        let row = &self.ledger.rows[token.index as usize];
-        assert!(row.dies > self.now, "handed out past its lifetime");
+        let slot = &self.ledger.slots[token.index as usize];
+        assert!(slot.dies > self.now, "handed out past its lifetime");
         assert!(self.dialled[&conn] > self.replaced, "replaced, and lent");
         // P9: what proves this one well began after any other was found dead.
         assert!(
@@ -354,7 +354,7 @@ impl World {
                 self.closes.push((self.now, conn, reason));
                 (Task::Close, token, conn)
             }
-            Order::WriteOff { id, .. } => {
+            Order::Abandon { id, .. } => {
                 self.written_off += 1;
                 return self.over(id);
             }
@@ -469,7 +469,7 @@ impl World {
 
     /// Whether the job has its slot.
     fn is_counted_on(&self, job: &Job) -> bool {
-        self.ledger.is_current(&job.token) && self.ledger.rows[job.token.index as usize].phase != STUCK
+        self.ledger.is_current(&job.token) && self.ledger.slots[job.token.index as usize].state != STUCK
     }
 
     /// What a job has come to.
@@ -510,7 +510,7 @@ impl World {
                 self.server.remove(&conn);
                 let reason = if event == Event::Reset { CloseReason::ResetFailed } else { CloseReason::Invalid };
                 let was_written_off =
-                    !self.ledger.is_current(&job.token) || self.ledger.rows[job.token.index as usize].phase == STUCK;
+                    !self.ledger.is_current(&job.token) || self.ledger.slots[job.token.index as usize].state == STUCK;
                 if reason == CloseReason::Invalid && !was_written_off {
                     self.suspect = self.event(); // or it was written off, which was the news
                 }
@@ -564,7 +564,8 @@ impl World {
             self.post(Task::Close, token, conn);
         } else {
             self.proven.insert(conn, event);
-            if let Some((token, conn)) = self.ledger.cleared(now, begun.minus(self.skew), token, conn, here()) {
+            if let Some((token, conn)) = self.ledger.own_check_passed(now, begun.minus(self.skew), token, conn, here())
+            {
                 self.lent(seat, token, conn);
                 return self.settle();
             }
@@ -581,7 +582,7 @@ impl World {
                 let at = self.waiting.partition_point(|w| w.1 < ticket);
                 self.waiting.insert(at, (seat, ticket, ticket.since));
             }
-            Join::Refused | Join::Crowded(_) => self.refused.push(seat),
+            Join::Refused | Join::TooMany(_) => self.refused.push(seat),
             Join::Closed => self.turned_out.push(seat),
         }
     }
@@ -637,7 +638,7 @@ impl World {
     /// One who was called comes, if it has not been served or given up since.
     fn come(&mut self, seat: Seat) {
         if let Some(at) = self.waiting.iter().position(|w| w.0 == seat) {
-            match self.ledger.claim(self.read(), self.waiting[at].1) {
+            match self.ledger.take_notified(self.read(), self.waiting[at].1) {
                 Some((token, conn)) => {
                     self.waiting.remove(at);
                     // Not if it took from the first what there is: that one was first when it came.
@@ -663,7 +664,7 @@ impl World {
     fn assert_passable(&self) {
         if let Some(&(first, _, since)) = self.waiting.front() {
             let waited = self.ledger.now.since(since);
-            assert!(waited < self.ledger.rules.fair_after, "{first} was passed after {waited:?}");
+            assert!(waited < self.ledger.rules.fair_after, "{first} was barged after {waited:?}");
         }
     }
 
@@ -699,7 +700,7 @@ impl World {
     fn try_get(&mut self) -> Option<Seat> {
         let taken = match self.ledger.take_at_once(self.read(), here()) {
             Take::Ready(token, conn) => Some((token, conn)),
-            Take::Check(token, conn, _) => self.ledger.seen(self.read(), token, conn, here(), self.sees),
+            Take::Check(token, conn, _) => self.ledger.looked_at(self.read(), token, conn, here(), self.sees),
             Take::Nothing => None,
         };
         let lent = match taken {
@@ -721,20 +722,20 @@ impl World {
     }
 
     fn put(&mut self, seat: Seat) {
-        self.put_back(seat, Back::Keep);
+        self.put_back(seat, Condition::Keep);
     }
 
-    fn put_back(&mut self, seat: Seat, back: Back) {
+    fn put_back(&mut self, seat: Seat, back: Condition) {
         let (token, conn) = self.out.remove(&seat).unwrap_or_else(|| panic!("{seat} has none"));
         let now = self.read().max(self.ledger.now);
         self.server.get_mut(&conn).unwrap().1 = now;
         match back {
-            Back::Broken => self.suspect = self.event(),
+            Condition::Broken => self.suspect = self.event(),
             // Once for all that are as old.
-            Back::Outdated if self.dialled[&conn] > self.replaced => self.replaced = self.event(),
+            Condition::Outdated if self.dialled[&conn] > self.replaced => self.replaced = self.event(),
             _ => {}
         }
-        self.ledger.checkin(self.read(), token, conn, back);
+        self.ledger.returned(self.read(), token, conn, back);
         self.settle();
         self.run(Duration::ZERO);
     }
@@ -790,8 +791,8 @@ impl World {
                 Event::Opened => self.open_patience(),
                 Event::Checked | Event::Reset => CHECK_PATIENCE,
             };
-            let row = &self.ledger.rows[job.token.index as usize];
-            self.ledger.is_current(&job.token) && row.phase != STUCK && job.begun.plus(patience) > self.now
+            let slot = &self.ledger.slots[job.token.index as usize];
+            self.ledger.is_current(&job.token) && slot.state != STUCK && job.begun.plus(patience) > self.now
         };
         self.jobs.values().filter(is_coming).count() as u32
     }
@@ -818,7 +819,7 @@ impl World {
         let on_the_way = self.awake.values().filter(|&seat| self.waiting.iter().any(|w| w.0 == *seat)).count();
         let unserved = self.waiting.len() - on_the_way.min(l.idle.len());
         // One more than are waited for is dialled, not one after another.
-        let slow = l.census.0[Census::SLOW_OPENING].saturating_sub(1);
+        let slow = l.counted.0[StateCounts::SLOW_OPENING].saturating_sub(1);
         let coming = self.coming() + slow;
         if coming as usize >= unserved {
             return;
@@ -832,16 +833,16 @@ impl World {
     /// After one who does not wait has asked for a connection to be made ready.
     fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
-        let ordered = l.outbox.orders.iter().any(|order| matches!(order, Order::Open(_) | Order::Check(..)));
+        let ordered = l.effects.orders.iter().any(|order| matches!(order, Order::Open(_) | Order::Check(..)));
         if !self.strict
             || l.closed
             || ordered
-            || self.coming() + l.census.0[Census::SLOW_OPENING].saturating_sub(1)
-                > l.waiting() - l.called.len().min(l.ready(l.now)) as u32
+            || self.coming() + l.counted.0[StateCounts::SLOW_OPENING].saturating_sub(1)
+                > l.waiting() - l.notified.len().min(l.ready(l.now)) as u32
         {
             return;
         }
-        let suspect = l.idle.last().is_some_and(|&(top, _)| l.needs_check(&l.rows[top as usize], l.now));
+        let suspect = l.idle.last().is_some_and(|&(top, _)| l.needs_check(&l.slots[top as usize], l.now));
         let what = format!("{} come: {:?} at {:?}", self.coming(), l.counts(), self.now);
         assert!(!suspect, "an idle connection that needs a check is not made ready: {what}");
         assert!(!l.idle.is_empty() || !self.has_room(l.now), "nothing is made ready though there is room: {what}");
@@ -852,57 +853,65 @@ impl World {
     /// What must hold after every step. (With many connections not looked at after every single one.)
     fn audit(&self) {
         let (l, now) = (&self.ledger, self.now);
-        if l.rows.len() > 100 && !self.serial.is_multiple_of(997) {
+        if l.slots.len() > 100 && !self.serial.is_multiple_of(997) {
             return;
         }
         let counts = l.counts();
-        let state = |s| l.rows().filter(|r| r.state() == s).count() as u32;
-        assert_eq!(counts.idle, state(State::Idle));
-        assert_eq!(counts.in_use, state(State::InUse));
-        assert_eq!(counts.checking, state(State::Checking));
-        assert_eq!(counts.opening, state(State::Opening));
-        assert_eq!(counts.closing, state(State::Closing));
+        let state = |s| l.slots().filter(|r| r.as_seen() == s).count() as u32;
+        assert_eq!(counts.idle, state(ConnectionState::Idle));
+        assert_eq!(counts.in_use, state(ConnectionState::InUse));
+        assert_eq!(counts.checking, state(ConnectionState::Checking));
+        assert_eq!(counts.opening, state(ConnectionState::Opening));
+        assert_eq!(counts.closing, state(ConnectionState::Closing));
         assert_eq!(counts.in_use as usize, self.out.len());
         assert_eq!(counts.waiting as usize, self.waiting.len());
-        let mut census = Census::default();
-        l.rows.iter().for_each(|r| census.0[Census::of(r.phase)] += 1);
-        assert_eq!(census.0, l.census.0, "counted where they are set, and where they are");
+        let mut counted = StateCounts::default();
+        l.slots.iter().for_each(|r| counted.0[StateCounts::of(r.state)] += 1);
+        assert_eq!(counted.0, l.counted.0, "counted where they are set, and where they are");
         assert_eq!(counts.idle as usize, l.idle.len());
-        assert_eq!(counts.total() as usize + l.free.len(), l.rows.len());
+        assert_eq!(counts.total() as usize + l.free.len(), l.slots.len());
         assert!(
             self.server.len() <= (counts.total() + counts.abandoned) as usize,
             "the server sees more than is counted"
         );
-        assert_eq!(l.patience.len(), l.rows().filter(|r| r.patience != Moment::NEVER).count());
+        assert_eq!(l.patience.len(), l.slots().filter(|r| r.patience != Moment::NEVER).count());
         // The stack is sorted, and where somebody waits beside it, they are called, or something is under way for each.
-        let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
+        let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         assert!(since.is_sorted());
         assert_eq!(
             l.front.map(|f| (f.ticket, f.since)),
             self.waiting.front().map(|&(_, ticket, since)| (ticket, since))
         );
         if counts.waiting > 0 && !l.idle.is_empty() {
-            let called = l.called.len() as u32;
-            assert!(called > 0 || l.census.opens() + l.census.checks() >= counts.waiting, "idle, while somebody waits");
+            let called = l.notified.len() as u32;
+            assert!(
+                called > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
+                "idle, while somebody waits"
+            );
         }
-        for ticket in l.called.keys() {
+        for ticket in l.notified.keys() {
             let seat = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
             assert!(self.awake.values().any(|&s| Some(s) == seat), "called, and nobody comes");
         }
         // What is due has an alarm not later than itself.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
-        for row in l.rows() {
-            if row.state() == State::Idle {
-                assert!(l.alarm <= row.dies || row.dies <= now, "a lifetime without an alarm");
+        for slot in l.slots() {
+            if slot.as_seen() == ConnectionState::Idle {
+                assert!(l.alarm <= slot.dies || slot.dies <= now, "a lifetime without an alarm");
             }
-            assert!(l.alarm <= row.limit);
-            assert_eq!(row.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.rows[i as usize].id == row.id));
-            let own_check = matches!(row.phase, Phase::Checking { by: Check::Own, .. });
-            assert_eq!(row.holder.is_some(), row.state() == State::InUse || own_check);
+            assert!(l.alarm <= slot.limit);
+            assert_eq!(slot.limit != Moment::NEVER, l.limits.iter().any(|&(_, i)| l.slots[i as usize].id == slot.id));
+            let own_check = matches!(slot.state, State::Checking { by: Check::Own, .. });
+            assert_eq!(slot.caller.is_some(), slot.as_seen() == ConnectionState::InUse || own_check);
         }
         for &(dies, index) in &l.lifetimes {
-            let row = &l.rows[index as usize];
-            assert!(row.id != 0 && row.dies == dies && row.state() != State::Closing && row.state() != State::Opening);
+            let slot = &l.slots[index as usize];
+            assert!(
+                slot.id != 0
+                    && slot.dies == dies
+                    && slot.as_seen() != ConnectionState::Closing
+                    && slot.as_seen() != ConnectionState::Opening
+            );
         }
         if l.closed {
             assert!(counts.idle == 0 && counts.waiting == 0);
@@ -1114,11 +1123,11 @@ fn outdated_replaces_once() {
     let mut w = World::new(rules());
     w.burst(3);
     let (a, b) = (w.get(), w.get());
-    w.put_back(a, Back::Outdated);
+    w.put_back(a, Condition::Outdated);
     assert_eq!(w.server.len(), 1, "the idle one went with it");
     let fresh = w.get();
     w.put(fresh);
-    w.put_back(b, Back::Outdated);
+    w.put_back(b, Condition::Outdated);
     assert_eq!(w.counts().idle, 1, "the new one stays");
 }
 
@@ -1141,7 +1150,7 @@ fn closing_counts() {
     w.takes.close = secs(3);
     w.burst(10);
     for seat in (0..10).map(|_| w.get()).collect::<Vec<_>>() {
-        w.put_back(seat, Back::Discard(CloseReason::Discarded));
+        w.put_back(seat, Condition::Discard(CloseReason::Discarded));
     }
     let seats: Vec<_> = (0..10).map(|_| w.get()).collect();
     assert!(w.out.is_empty(), "there is no room");
@@ -1189,7 +1198,7 @@ fn demand_that_is_gone_is_not_dialled() {
 fn an_order_is_asked_again_before_it_dials() {
     let mut l: Ledger<Conn, Seat> = Ledger::new(rules());
     let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
-    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
     assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "nobody wants it any longer");
     assert_eq!(l.counts().total(), 0);
@@ -1201,8 +1210,8 @@ fn an_order_is_wanted_again_by_one_who_does_not_wait() {
     let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
     l.prepare(Moment::BIRTH);
-    let [Order::Open(_)] = l.outbox.orders[..] else { panic!("{:?}", l.outbox.orders) };
-    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let [Order::Open(_)] = l.effects.orders[..] else { panic!("{:?}", l.effects.orders) };
+    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
     assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
@@ -1221,7 +1230,7 @@ fn first_come_first_served() {
     w.put(first);
     for (i, seat) in seats.iter().enumerate() {
         if i % 3 != 0 {
-            w.put(*seat); // panics if it is not this one's turn
+            w.put(*seat); // panics if it is not this one's change
         }
     }
     assert_eq!(w.ledger.tally.timeouts, 1_667);
@@ -1260,21 +1269,21 @@ fn one_who_runs_may_pass_until_the_first_has_the_right_of_way() {
     let (mut w, seats) = busy(1);
     let first = w.get();
     let mut running = seats[0];
-    for passed in 0..PASSES {
-        assert_eq!(w.ledger.front.unwrap().passed, passed);
+    for barged in 0..BARGES {
+        assert_eq!(w.ledger.front.unwrap().barged, barged);
         w.run(us(1));
         w.put(running);
-        assert!(!w.out.contains_key(&first), "left to whoever runs, {passed}");
+        assert!(!w.out.contains_key(&first), "left to whoever runs, {barged}");
         running = w.get();
         assert!(w.out.contains_key(&running));
     }
     assert_eq!(w.awake.len(), 1, "called once, however often it was there");
     w.put(running);
-    assert!(!w.out.contains_key(&first), "passed often enough, but in no time");
+    assert!(!w.out.contains_key(&first), "barged often enough, but in no time");
     running = w.get();
-    w.run(FIRST_FOR - us(u64::from(PASSES)));
+    w.run(FIRST_FOR - us(u64::from(BARGES)));
     w.put(running);
-    assert!(w.out.contains_key(&first), "passed often enough, and first for long enough");
+    assert!(w.out.contains_key(&first), "barged often enough, and first for long enough");
     assert_eq!(w.in_vain, 0);
 }
 
@@ -1283,15 +1292,15 @@ fn being_passed_is_counted_anew_by_the_next() {
     let (mut w, seats) = busy(1);
     let (first, second) = (w.get(), w.get());
     let mut running = seats[0];
-    for _ in 0..PASSES {
+    for _ in 0..BARGES {
         w.run(us(10));
         w.put(running);
         running = w.get();
     }
     w.put(running);
     w.put(first);
-    assert!(!w.out.contains_key(&second), "nobody has passed it since it became the first");
-    for _ in 0..PASSES {
+    assert!(!w.out.contains_key(&second), "nobody has barged it since it became the first");
+    for _ in 0..BARGES {
         running = w.get();
         w.run(us(3));
         w.put(running);
@@ -1422,7 +1431,7 @@ fn with_one_left_for_the_first_it_is_not_passed() {
     w.oversleeps(first, ms(5));
     w.run(ms(2));
     assert!(w.out.contains_key(&second) && !w.out.contains_key(&first));
-    assert_eq!((w.in_vain, w.counts().idle, w.ledger.front.unwrap().passed), (0, 1, 1));
+    assert_eq!((w.in_vain, w.counts().idle, w.ledger.front.unwrap().barged), (0, 1, 1));
     w.run(ms(3));
     assert!(w.out.contains_key(&first));
 }
@@ -1435,7 +1444,7 @@ fn what_became_suspect_is_checked_for_those_who_were_called() {
     let first = w.get();
     w.put(seats[0]);
     w.run(us(1));
-    w.put_back(seats[1], Back::Broken);
+    w.put_back(seats[1], Condition::Broken);
     assert!(matches!(w.ledger.take(w.now, here(), true), Take::Nothing), "nor taken out by one who came later");
     w.run(us(4));
     assert!(!w.out.contains_key(&first), "called, and it must not be had");
@@ -1581,7 +1590,7 @@ fn while_one_is_alive_waiters_keep_waiting() {
     w.put(alive);
     assert!(w.out.contains_key(&b));
     let c = w.get();
-    w.put_back(b, Back::Broken);
+    w.put_back(b, Condition::Broken);
     assert_eq!(w.refused, [c], "now none is");
 }
 
@@ -1593,7 +1602,7 @@ fn a_broken_one_makes_its_siblings_suspect() {
     w.burst(5);
     let a = w.get();
     w.run(ms(1));
-    w.put_back(a, Back::Broken);
+    w.put_back(a, Condition::Broken);
     for (conn, _) in w.server.clone() {
         w.dead.push(conn);
     }
@@ -1609,7 +1618,7 @@ fn a_returned_one_is_suspect_too() {
     let (a, b) = (w.get(), w.get());
     let c = w.get();
     w.run(ms(1));
-    w.put_back(a, Back::Broken);
+    w.put_back(a, Condition::Broken);
     assert!(w.out.contains_key(&c), "newly opened");
     let d = w.get();
     w.put(b);
@@ -1675,15 +1684,15 @@ fn one_who_checked_in_vain_keeps_its_place() {
 fn who_checks_for_itself_is_known() {
     let mut l: Ledger<Conn, Seat> = Ledger::new(Rules { validate: Validate::Always, ..rules() });
     l.prepare(Moment::BIRTH);
-    let Some(Order::Open(token)) = l.outbox.orders.pop() else { panic!() };
+    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
     let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
-    let checking = |row: &Row| (row.state(), row.holder.map(|h| h.thread));
-    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Checking, Some(1))]);
-    let (token, _) = l.cleared(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
-    l.checkin(Moment::BIRTH, token, conn, Back::Keep);
-    assert_eq!(l.rows().map(checking).collect::<Vec<_>>(), [(State::Idle, None)]);
+    let checking = |slot: &Slot| (slot.as_seen(), slot.caller.map(|h| h.thread));
+    assert_eq!(l.slots().map(checking).collect::<Vec<_>>(), [(ConnectionState::Checking, Some(1))]);
+    let (token, _) = l.own_check_passed(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();
+    l.returned(Moment::BIRTH, token, conn, Condition::Keep);
+    assert_eq!(l.slots().map(checking).collect::<Vec<_>>(), [(ConnectionState::Idle, None)]);
 }
 
 #[test]
@@ -1740,13 +1749,13 @@ fn beyond_the_bound_a_stuck_close_keeps_its_slot() {
     w.burst(2);
     w.takes.close = secs(1_000);
     for seat in [w.get(), w.get()] {
-        w.put_back(seat, Back::Discard(CloseReason::Discarded));
+        w.put_back(seat, Condition::Discard(CloseReason::Discarded));
     }
     w.run(secs(5));
     assert_eq!((w.counts().abandoned, w.counts().closing), (2, 0));
     let probe = w.get();
     w.run(secs(60));
-    w.put_back(probe, Back::Discard(CloseReason::Discarded));
+    w.put_back(probe, Condition::Discard(CloseReason::Discarded));
     w.run(secs(5));
     assert_eq!((w.counts().abandoned, w.counts().closing, w.written_off), (2, 1, 3));
     w.run(secs(2_000));
@@ -1780,7 +1789,7 @@ fn a_reset_or_a_keepalive_that_hangs_holds_up_nobody() {
         w.takes.check = Duration::MAX;
         if reset {
             let a = w.get();
-            w.put_back(a, Back::Reset);
+            w.put_back(a, Condition::Reset);
         } else {
             w.run(secs(10));
         }
@@ -1806,7 +1815,7 @@ fn what_one_try_get_had_checked_serves_the_next_until_another_is_found_dead() {
         w.run(secs(2));
         assert_eq!(w.try_get(), None);
         w.run(secs(200));
-        w.put_back(dead, if found { Back::Broken } else { Back::Keep });
+        w.put_back(dead, if found { Condition::Broken } else { Condition::Keep });
         let served = w.try_get();
         assert_eq!(served.is_some(), !found, "checked, 200 s ago");
         served.into_iter().for_each(|seat| w.put(seat));
@@ -1886,7 +1895,7 @@ fn after_the_grace_nobody_keeps_time_for_an_open_that_hangs() {
     let mut w = World::new(Rules { max_size: 3, ..rules() });
     w.burst(1);
     let (a, b) = (w.get(), w.get());
-    w.put_back(b, Back::Discard(CloseReason::Discarded));
+    w.put_back(b, Condition::Discard(CloseReason::Discarded));
     w.takes.open = secs(60);
     w.takes.close = secs(2);
     w.get();
@@ -1975,7 +1984,7 @@ fn what_comes_back_outdated_keeps_its_slot_until_it_is_closed() {
     let mut w = World::new(Rules { max_size: 1, ..rules() });
     w.takes.close = ms(5);
     let (a, b) = (w.get(), w.get());
-    w.put_back(a, Back::Outdated); // (the world holds every order against the bound)
+    w.put_back(a, Condition::Outdated); // (the world holds every order against the bound)
     assert_eq!((w.counts().closing, w.dials.len()), (1, 1));
     w.run(ms(5));
     assert!(w.out.contains_key(&b));
@@ -2015,7 +2024,7 @@ fn what_was_recycled_is_not_given_up_for_a_place_that_is_of_no_use() {
         w.run(secs(40));
         w.refuse = None;
         w.ledger.resize(w.now, 1);
-        w.put_back(held, Back::Outdated);
+        w.put_back(held, Condition::Outdated);
         let a = w.get();
         w.run(ms(500));
         assert_eq!(w.out.contains_key(&a), !fails);
@@ -2030,13 +2039,13 @@ fn one_that_hangs_in_a_pool_of_one_does_not_close_it_for_a_minute() {
     let mut w = World::new(Rules { max_size: 1, ..rules() });
     w.takes.check = Duration::MAX;
     let (a, b) = (w.get(), w.get());
-    w.put_back(a, Back::Reset);
+    w.put_back(a, Condition::Reset);
     w.run(secs(5));
     assert!(w.out.contains_key(&b), "the server answers to connects");
     assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
     // A second one keeps its slot: as many are lost as may be.
     let c = w.get();
-    w.put_back(b, Back::Reset);
+    w.put_back(b, Condition::Reset);
     w.run(secs(5));
     assert!(!w.out.contains_key(&c));
     assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
@@ -2048,7 +2057,7 @@ fn closes_that_hang_hold_up_no_other() {
     w.burst(9);
     w.takes.close = Duration::MAX;
     w.run(secs(2) + CLOSE_PATIENCE * 2);
-    assert_eq!(w.ledger.census.0[Census::CLOSING], 9, "each has begun");
+    assert_eq!(w.ledger.counted.0[StateCounts::CLOSING], 9, "each has begun");
     assert_eq!(w.ledger.tally.max_lateness, CLOSE_PATIENCE, "counted to the moment the last one did");
 }
 
@@ -2063,7 +2072,7 @@ fn a_check_that_began_before_another_was_found_dead_proves_nothing() {
     w.takes.check = ms(10);
     let a = w.get();
     w.run(ms(5));
-    w.put_back(dead, Back::Broken);
+    w.put_back(dead, Condition::Broken);
     w.takes.open = Duration::MAX;
     w.run(ms(5));
     assert!(!w.out.contains_key(&a), "what it brought may have died with the other");
@@ -2080,7 +2089,7 @@ fn one_who_checked_for_itself_gets_nothing_that_became_suspect_meanwhile() {
     w.takes.check = ms(10);
     let a = w.get_or_check(true);
     w.run(ms(5));
-    w.put_back(dead, Back::Broken);
+    w.put_back(dead, Condition::Broken);
     w.takes.open = Duration::MAX;
     w.run(ms(5));
     assert!(!w.out.contains_key(&a));
@@ -2172,7 +2181,7 @@ mod property {
         GetHere,
         TryGet,
         /// Return the nth that is out.
-        Put(usize, Back),
+        Put(usize, Condition),
         Detach(usize),
         /// The nth that waits gives up.
         Leave(usize),
@@ -2209,12 +2218,12 @@ mod property {
 
     fn op() -> impl Strategy<Value = Op> {
         let back = prop_oneof![
-            12 => Just(Back::Keep),
-            2 => Just(Back::Reset),
-            1 => Just(Back::Broken),
-            1 => Just(Back::Outdated),
-            1 => Just(Back::Discard(CloseReason::Discarded)),
-            1 => Just(Back::Discard(CloseReason::Panicked)),
+            12 => Just(Condition::Keep),
+            2 => Just(Condition::Reset),
+            1 => Just(Condition::Broken),
+            1 => Just(Condition::Outdated),
+            1 => Just(Condition::Discard(CloseReason::Discarded)),
+            1 => Just(Condition::Discard(CloseReason::Panicked)),
         ];
         let start =
             prop_oneof![3 => Just(Duration::ZERO), 3 => (0..200u64).prop_map(ms), 1 => (0..3_000u64).prop_map(ms)];
@@ -2286,7 +2295,7 @@ mod property {
 
         fn check_against_naive(&self) {
             let (l, rules) = (&self.ledger, &self.ledger.rules);
-            let idle: Vec<_> = l.idle.iter().map(|&(i, _)| l.rows[i as usize].since).collect();
+            let idle: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
             let naive = self.naive_idle();
             assert_eq!(idle, naive, "the stack, by last use");
             // P1: above the floor nothing is left that is due.
@@ -2295,7 +2304,7 @@ mod property {
                 assert_eq!(due.count(), 0, "idle for too long");
             }
             // P2: nothing idle is past its end.
-            assert!(l.rows().all(|r| r.state() != State::Idle || r.dies > self.now), "too old");
+            assert!(l.slots().all(|r| r.as_seen() != ConnectionState::Idle || r.dies > self.now), "too old");
             // P5: the server sees what is counted, and `lost` at most; those are bounded.
             let counts = self.counts();
             assert!(self.server.len() <= (counts.total() + counts.abandoned) as usize);
@@ -2306,7 +2315,7 @@ mod property {
             }
             // P1, to the moment a close begins: four at once, and four more each time that those before take long.
             if self.starts_at_once {
-                let late = self.most_skew + CLOSE_PATIENCE * (l.rows.len() / CLOSERS) as u32;
+                let late = self.most_skew + CLOSE_PATIENCE * (l.slots.len() / CLOSERS) as u32;
                 assert!(l.tally.max_lateness <= late, "{:?} late, of {late:?}", l.tally.max_lateness);
             }
         }

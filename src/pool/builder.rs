@@ -98,7 +98,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Lent ones do
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Connection ones do
     /// not count: with a floor of 1 and one connection lent there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
@@ -179,7 +179,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its slot,
+    /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its permit,
     /// and what may yet come of it is closed.
     ///
     /// Default 10 seconds. Less than 1 ms is refused.

@@ -4,7 +4,7 @@ use crate::event::CheckinEvent;
 use crate::leaf::clock::Moment;
 use crate::leaf::in_hand;
 use crate::leaf::shield::{catch, shielded};
-use crate::ledger::{Back, Token};
+use crate::ledger::{Condition, Token};
 use crate::manage::{Manage, Returned};
 use crate::runtime::kept;
 use crate::runtime::shared::Shared;
@@ -23,7 +23,7 @@ pub(crate) struct Conn<M: Manage> {
     extensions: Extensions,
     /// Whether a customizer's `on_acquire` has succeeded: only then `on_release` is called.
     acquired: bool,
-    /// The slot, while it is lent.
+    /// The permit, while it is lent.
     token: Option<Token>,
     /// Whether the thread that took it was panicking already.
     panicking: bool,
@@ -76,7 +76,7 @@ impl<M: Manage> Conn<M> {
 /// `PooledConnection::discard(c)`, not `c.discard()`.
 ///
 /// It does not keep the pool open, and may outlive it. Dropped by a panic that began after it was taken, the connection
-/// is closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its slot with it for good.
+/// is closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its permit with it for good.
 #[must_use = "a connection that is not bound to a name goes back to the pool at once"]
 pub struct PooledConnection<M: Manage> {
     conn: Option<Box<Conn<M>>>,
@@ -105,7 +105,7 @@ impl<M: Manage> PooledConnection<M> {
 
     /// Closes the connection instead of returning it: for one whose state you do not trust.
     pub fn discard(this: Self) {
-        this.give_back(Some(Back::Discard(CloseReason::Discarded)));
+        this.give_back(Some(Condition::Discard(CloseReason::Discarded)));
     }
 
     /// Takes the connection out of the pool, for good: it is yours, the pool no longer counts it, and may open another
@@ -147,13 +147,13 @@ impl<M: Manage> PooledConnection<M> {
     }
 
     #[inline]
-    fn give_back(mut self, back: Option<Back>) {
+    fn give_back(mut self, back: Option<Condition>) {
         self.put_back(back);
     }
 
     /// Returns the connection, as `back` says or as the manager finds it.
     #[inline]
-    fn put_back(&mut self, back: Option<Back>) {
+    fn put_back(&mut self, back: Option<Condition>) {
         let Some(mut conn) = self.conn.take() else { return };
         let Some(token) = conn.token.take() else { return };
         let shared = &conn.link.shared;
@@ -166,14 +166,14 @@ impl<M: Manage> PooledConnection<M> {
         let here = in_hand::with(shared.address(), conn.link.id);
         let back = match back {
             Some(back) => back,
-            None if thread::panicking() && !conn.panicking => Back::Discard(CloseReason::Panicked),
+            None if thread::panicking() && !conn.panicking => Condition::Discard(CloseReason::Panicked),
             None => match catch(|| shared.manager.returned(&mut conn.conn)) {
-                Ok(Returned::Keep) => Back::Keep,
-                Ok(Returned::Reset) => Back::Reset,
-                Ok(Returned::Discard) => Back::Discard(CloseReason::Discarded),
-                Ok(Returned::Broken) => Back::Broken,
-                Ok(Returned::Outdated) => Back::Outdated,
-                Err(_) => Back::Discard(CloseReason::Panicked),
+                Ok(Returned::Keep) => Condition::Keep,
+                Ok(Returned::Reset) => Condition::Reset,
+                Ok(Returned::Discard) => Condition::Discard(CloseReason::Discarded),
+                Ok(Returned::Broken) => Condition::Broken,
+                Ok(Returned::Outdated) => Condition::Outdated,
+                Err(_) => Condition::Discard(CloseReason::Panicked),
             },
         };
         if let Some(events) = &shared.hooks.events {
@@ -182,9 +182,9 @@ impl<M: Manage> PooledConnection<M> {
         }
         drop(here);
         // A finding is as late as it is.
-        let now = if back == Back::Keep { now } else { shared.now() };
+        let now = if back == Condition::Keep { now } else { shared.now() };
         let core = kept::hold(&shared.core);
-        core.checkin(now, token, conn, back);
+        core.returned(now, token, conn, back);
         kept::stow(core);
     }
 }

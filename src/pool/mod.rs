@@ -12,12 +12,12 @@ use crate::leaf::shield::{Panic, catch, shielded};
 use crate::leaf::text::Short;
 use crate::leaf::text::Shown;
 use crate::leaf::threads;
-use crate::ledger::{Counts, Grant, Holder, Join, Row, Take, Ticket, Token};
+use crate::ledger::{Caller, Counts, Join, Outcome, Slot, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::pool::builder::{Builder, Hooks};
 use crate::pool::connection::{Conn, PooledConnection};
 use crate::pool::guard::PoolGuard;
-use crate::runtime::jobs::{Job, Slot, refused};
+use crate::runtime::jobs::{Job, Permit, refused};
 use crate::runtime::reaper;
 use crate::runtime::shared::{Book, Ended, Shared, WaitingSeat};
 use crate::runtime::waiter::News;
@@ -149,15 +149,15 @@ impl<M: Manage> Pool<M> {
     #[inline]
     pub fn get_timeout(&self, timeout: Duration) -> Result<PooledConnection<M>, Error> {
         let shared = &self.0.shared;
-        let holder = Holder { at: Location::caller(), thread: threads::tag() };
+        let caller = Caller { at: Location::caller(), thread: threads::tag() };
         let here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.now();
         if shared.seems_forked(now) {
             return Err(shared.forked_error());
         }
-        match shared.with_at_home(|l| l.take(now, holder, here)) {
+        match shared.with_at_home(|l| l.take(now, caller, here)) {
             Some(Take::Ready(token, conn)) => Ok(self.lend(token, conn, now, false)),
-            Some(other) => self.get_slowly(other, holder, timeout),
+            Some(other) => self.get_slowly(other, caller, timeout),
             None => Err(shared.forked_error()),
         }
     }
@@ -176,12 +176,12 @@ impl<M: Manage> Pool<M> {
     #[track_caller]
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = &self.0.shared;
-        let holder = Holder { at: Location::caller(), thread: threads::tag() };
+        let caller = Caller { at: Location::caller(), thread: threads::tag() };
         let now = shared.now();
         if shared.seems_forked(now) {
             return None;
         }
-        if let Some((token, conn)) = self.take_at_once(now, holder) {
+        if let Some((token, conn)) = self.take_at_once(now, caller) {
             return Some(self.lend(token, conn, now, false));
         }
         if !shared.is_forked() {
@@ -191,9 +191,9 @@ impl<M: Manage> Pool<M> {
     }
 
     /// What can be had without waiting, not even for a check.
-    fn take_at_once(&self, now: Moment, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
+    fn take_at_once(&self, now: Moment, caller: Caller) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
-        match shared.with_at_home(|l| l.take_at_once(now, holder))? {
+        match shared.with_at_home(|l| l.take_at_once(now, caller))? {
             Take::Ready(token, conn) => Some((token, conn)),
             Take::Nothing => None,
             Take::Check(_, conn, _) if shared.is_forked() => {
@@ -210,7 +210,7 @@ impl<M: Manage> Pool<M> {
                     Err(panic) => Err(panic),
                     Ok(seen) => {
                         let now = shared.clock.precise();
-                        return shared.with(|l| l.seen(now, token, conn, holder, seen.is_some()));
+                        return shared.with(|l| l.looked_at(now, token, conn, caller, seen.is_some()));
                     }
                 };
                 self.refuse_here(token, conn, result);
@@ -239,7 +239,7 @@ impl<M: Manage> Pool<M> {
     fn get_slowly(
         &self,
         first: Take<Box<Conn<M>>>,
-        holder: Holder,
+        caller: Caller,
         timeout: Duration,
     ) -> Result<PooledConnection<M>, Error> {
         let shared = &self.0.shared;
@@ -254,12 +254,12 @@ impl<M: Manage> Pool<M> {
         let hurried = timeout < shared.settings.validation_timeout;
         let mut place = None;
         if timeout.is_zero() {
-            if let Some((token, conn)) = self.take_at_once(begun, holder) {
+            if let Some((token, conn)) = self.take_at_once(begun, caller) {
                 return Ok(self.lend(token, conn, begun, false));
             }
         }
         if let Take::Check(token, conn, ticket) = first {
-            if let Some((token, conn)) = self.check_here(token, conn, holder) {
+            if let Some((token, conn)) = self.check_here(token, conn, caller) {
                 return Ok(self.lend(token, conn, begun, true));
             }
             place = Some(ticket);
@@ -267,22 +267,22 @@ impl<M: Manage> Pool<M> {
         let seat = Arc::new(WaitingSeat::<M>::new(shared.home));
         let now = shared.clock.precise();
         let (joined, unused) = shared.with(|l| {
-            let joined = l.join(now, holder, place, hurried, Arc::clone(&seat));
+            let joined = l.join(now, caller, place, hurried, Arc::clone(&seat));
             shared.note_crowd(l);
             joined
         });
         drop(unused);
-        let grant = match joined {
-            Join::Ready(token, conn) => Grant::Lent(token, conn),
-            Join::Closed => Grant::Closed,
-            Join::Refused => Grant::Refused,
-            Join::Crowded(waiting) => {
+        let outcome = match joined {
+            Join::Ready(token, conn) => Outcome::Connection(token, conn),
+            Join::Closed => Outcome::Closed,
+            Join::Refused => Outcome::Refused,
+            Join::TooMany(waiting) => {
                 let max_waiting = shared.settings.max_waiting.unwrap_or(u32::MAX);
                 let crowd = TooManyWaiting { pool: shared.name.to_string(), waiting, max_waiting };
                 return Err(Error::new(ErrorKind::TooManyWaiting(crowd)));
             }
             Join::Queued(ticket) => match self.wait(&seat, ticket, deadline) {
-                Some(grant) => grant,
+                Some(outcome) => outcome,
                 None => {
                     if hurried {
                         let now = shared.clock.precise();
@@ -295,33 +295,33 @@ impl<M: Manage> Pool<M> {
                 }
             },
         };
-        match grant {
-            Grant::Lent(token, conn) => Ok(self.lend(token, conn, begun, true)),
-            Grant::Closed => Err(shared.closed_error()),
-            Grant::Refused => Err(shared.refused_error()),
+        match outcome {
+            Outcome::Connection(token, conn) => Ok(self.lend(token, conn, begun, true)),
+            Outcome::Closed => Err(shared.closed_error()),
+            Outcome::Refused => Err(shared.refused_error()),
         }
     }
 
     /// Sits until there is a connection, or an end. `None`: the deadline came first.
-    fn wait(&self, seat: &WaitingSeat<M>, ticket: Ticket, deadline: Moment) -> Option<Grant<Box<Conn<M>>>> {
+    fn wait(&self, seat: &WaitingSeat<M>, ticket: Ticket, deadline: Moment) -> Option<Outcome<Box<Conn<M>>>> {
         let shared = &self.0.shared;
         let until = shared.clock.instant(deadline);
         loop {
             let over = match seat.wait(until) {
-                News::Full(grant) => return Some(grant),
+                News::Full(outcome) => return Some(outcome),
                 News::Called => false,
                 News::None => true,
             };
             let now = shared.clock.precise();
             let (claimed, left) = shared.with(|l| {
-                let claimed = l.claim(now, ticket);
+                let claimed = l.take_notified(now, ticket);
                 // Even at the last moment: what it was called for is there, perhaps.
                 let left = if over && claimed.is_none() { l.leave(now, ticket) } else { None };
                 shared.note_crowd(l);
                 (claimed, left)
             });
             match (claimed, left) {
-                (Some((token, conn)), _) => return Some(Grant::Lent(token, conn)),
+                (Some((token, conn)), _) => return Some(Outcome::Connection(token, conn)),
                 (None, Some(_)) => return None,
                 // No longer queued: then its seat was filled, under the same lock.
                 (None, None) if over => return seat.take(),
@@ -331,7 +331,7 @@ impl<M: Manage> Pool<M> {
     }
 
     /// Validates on this thread. `None`: it failed, or the connection may not be had after all.
-    fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, holder: Holder) -> Option<(Token, Box<Conn<M>>)> {
+    fn check_here(&self, token: Token, mut conn: Box<Conn<M>>, caller: Caller) -> Option<(Token, Box<Conn<M>>)> {
         let shared = &self.0.shared;
         let begun = shared.clock.precise();
         let here = in_hand::with(shared.address(), token.id());
@@ -339,7 +339,7 @@ impl<M: Manage> Pool<M> {
         drop(here);
         if let Ok(Ok(())) = result {
             let now = shared.clock.precise();
-            return shared.with(|l| l.cleared(now, begun, token, conn, holder));
+            return shared.with(|l| l.own_check_passed(now, begun, token, conn, caller));
         }
         self.refuse_here(token, conn, result);
         None
@@ -350,9 +350,9 @@ impl<M: Manage> Pool<M> {
         let shared = &self.0.shared;
         let reason = if result.is_ok() { CloseReason::Invalid } else { CloseReason::Panicked };
         let id = token.id();
-        let slot = Slot::new(Arc::clone(shared), token);
-        slot.report_check(reason);
-        shared.post(Job::Close(slot, conn, reason));
+        let permit = Permit::new(Arc::clone(shared), token);
+        permit.report_check(reason);
+        shared.post(Job::Close(permit, conn, reason));
         refused(shared, id, reason, result);
     }
 
@@ -362,9 +362,9 @@ impl<M: Manage> Pool<M> {
             let ledger = shared.lock();
             (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
         };
-        let mut out = shared.rows(|row| row.state() == ConnectionState::InUse);
+        let mut out = shared.rows(|row| row.as_seen() == ConnectionState::InUse);
         let me = threads::tag();
-        let checked_out_here = out.iter().filter(|row| row.holder.is_some_and(|h| h.thread == me)).count() as u32;
+        let checked_out_here = out.iter().filter(|row| row.caller.is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
         out.truncate(Timeout::MOST_SHOWN);
         let mut longest_in_use = shared.describe(out);
@@ -790,7 +790,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     }
     let waiters = end(shared, by, Some(at));
     let since = shared.clock.precise();
-    // (A job of this very thread's that was written off has no slot any longer.)
+    // (A job of this very thread's that was written off has no permit any longer.)
     let mine = Within::enter(shared);
     let my_thread = usize::from(mine.on_the_crew);
     let deadline = begun.checked_add(grace);
@@ -799,10 +799,10 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         let threads = shared.crew.threads();
         let (in_hand, my_threads) = mine.not_waited_for();
         let ledger = shared.lock();
-        let skipped = |row: &Row| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
-        let others = ledger.rows().any(|row| !skipped(row));
+        let skipped = |row: &Slot| in_hand.contains(&row.id) || vain.is_some_and(|vain| row.since <= vain.since);
+        let others = ledger.slots().any(|row| !skipped(row));
         // The reaper stays as long as a job has a limit, or this thread validates what it wants.
-        let at_work = ledger.rows().any(|row| skipped(row) && row.state() != ConnectionState::InUse);
+        let at_work = ledger.slots().any(|row| skipped(row) && row.as_seen() != ConnectionState::InUse);
         let reaper = shared.reaper_lives.load(Ordering::SeqCst) && !at_work;
         (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(())
     };

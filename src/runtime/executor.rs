@@ -32,14 +32,14 @@ const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. What comes on top is dropped, and counted.
 const MAX_NOTICES: usize = 1024;
 
-/// The kinds of jobs. The ledger bounds the first two by itself: one per slot, and opens by `parallel_opens`.
+/// The kinds of jobs. The ledger bounds the first two by itself: one per permit, and opens by `parallel_opens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Open,
     /// Validate, keep alive, reset.
     Check,
     Close,
-    /// Cancel and abort what is stuck: one per slot.
+    /// Cancel and abort what is stuck: one per permit.
     Cut,
     /// Log records: one thread, which a logger that blocks may have for itself.
     Notice,
@@ -61,8 +61,8 @@ impl Kind {
 pub(crate) trait Task: Send + 'static {
     fn kind(&self) -> Kind;
 
-    /// The slot that it has, by whose number it may be discounted and replaced.
-    fn slot(&self) -> Option<u64>;
+    /// The permit that it has, by whose number it may be discounted and replaced.
+    fn permit(&self) -> Option<u64>;
 }
 
 /// What a crew works for.
@@ -98,7 +98,7 @@ struct Started<J> {
 /// What the list of running jobs says of one.
 struct Running {
     kind: Kind,
-    slot: Option<u64>,
+    permit: Option<u64>,
     /// Whether it counts against the limit of its kind.
     counts: bool,
 }
@@ -219,24 +219,24 @@ impl<J: Task> Crew<J> {
         self.roster.lock().put_off(job);
     }
 
-    /// The job that has this slot takes long: it counts no longer against the limit of its kind, and what waits behind it
+    /// The job that has this permit takes long: it counts no longer against the limit of its kind, and what waits behind it
     /// goes on. Nothing happens if it does not run here.
-    pub(crate) fn discount<S: Work<Job = J>>(&self, work: &Arc<S>, slot: u64) -> bool {
+    pub(crate) fn discount<S: Work<Job = J>>(&self, work: &Arc<S>, permit: u64) -> bool {
         {
             let mut roster = self.roster.lock();
-            if let Some(number) = roster.find(slot) {
+            if let Some(number) = roster.find(permit) {
                 roster.running.entry(number).and_modify(|job| job.counts = false);
             }
         }
         self.nudge(work)
     }
 
-    /// The job that has this slot is given up: its thread leaves when it ends, and what waits behind it goes on. Nothing
+    /// The job that has this permit is given up: its thread leaves when it ends, and what waits behind it goes on. Nothing
     /// happens if it does not run here.
-    pub(crate) fn replace<S: Work<Job = J>>(&self, work: &Arc<S>, slot: u64) -> bool {
+    pub(crate) fn replace<S: Work<Job = J>>(&self, work: &Arc<S>, permit: u64) -> bool {
         {
             let mut roster = self.roster.lock();
-            if let Some(number) = roster.find(slot) {
+            if let Some(number) = roster.find(permit) {
                 roster.running.remove(&number);
             }
         }
@@ -324,13 +324,13 @@ impl<J: Task> Roster<J> {
     fn start(&mut self, job: J) -> Started<J> {
         let number = self.started;
         self.started += 1;
-        self.running.insert(number, Running { kind: job.kind(), slot: job.slot(), counts: true });
+        self.running.insert(number, Running { kind: job.kind(), permit: job.permit(), counts: true });
         Started { number, job }
     }
 
-    /// The job that has this slot: of two the later, for the earlier has handed the slot on and is about to end.
-    fn find(&self, slot: u64) -> Option<u64> {
-        self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
+    /// The job that has this permit: of two the later, for the earlier has handed the permit on and is about to end.
+    fn find(&self, permit: u64) -> Option<u64> {
+        self.running.iter().rev().find(|(_, job)| job.permit == Some(permit)).map(|(&number, _)| number)
     }
 
     /// Puts a job in the backlog of its kind.
@@ -370,7 +370,7 @@ mod tests {
             self.0
         }
 
-        fn slot(&self) -> Option<u64> {
+        fn permit(&self) -> Option<u64> {
             self.1
         }
     }
@@ -402,17 +402,17 @@ mod tests {
     }
 
     impl Yard {
-        fn post(self: &Arc<Self>, kind: Kind, slot: impl Into<Option<u64>>, job: impl FnOnce() + Send + 'static) {
-            self.crew.post(self, Job(kind, slot.into(), Box::new(job))).map_err(|e| e.0).unwrap();
+        fn post(self: &Arc<Self>, kind: Kind, permit: impl Into<Option<u64>>, job: impl FnOnce() + Send + 'static) {
+            self.crew.post(self, Job(kind, permit.into(), Box::new(job))).map_err(|e| e.0).unwrap();
         }
     }
 
     const SOON: Duration = Duration::from_secs(20);
 
     /// Posts a close that tells when it begins.
-    fn seen_by(yard: &Arc<Yard>, slot: u64) -> Receiver<()> {
+    fn seen_by(yard: &Arc<Yard>, permit: u64) -> Receiver<()> {
         let (done, seen) = unbounded();
-        yard.post(Kind::Close, slot, move || done.send(()).unwrap());
+        yard.post(Kind::Close, permit, move || done.send(()).unwrap());
         seen
     }
 

@@ -1,6 +1,6 @@
 //! What the crew does: everything that may block, panic, or run a user's code.
 //!
-//! Each [`Job`] that has a [`Slot`] gives it back to the ledger, in so many words or, if a panic comes in between, by
+//! Each [`Job`] that has a [`Permit`] gives it back to the ledger, in so many words or, if a panic comes in between, by
 //! dropping it.
 
 use crate::error::Cause;
@@ -10,7 +10,7 @@ use crate::leaf::in_hand;
 use crate::leaf::shield::{Panic, catch, shielded};
 use crate::leaf::text::Short;
 use crate::leaf::text::{CAUSE, brief};
-use crate::ledger::{Holder, Token};
+use crate::ledger::{Caller, Token};
 use crate::manage::{Manage, Opening, Start};
 use crate::pool::connection::{Conn, Link};
 use crate::runtime::defect;
@@ -24,11 +24,11 @@ use std::sync::atomic::Ordering;
 
 /// Something for the crew to do.
 pub(crate) enum Job<M: Manage> {
-    Open(Slot<M>),
-    Check(Slot<M>, Box<Conn<M>>),
+    Open(Permit<M>),
+    Check(Permit<M>, Box<Conn<M>>),
     /// With who had it last.
-    Reset(Slot<M>, Box<Conn<M>>, Option<Holder>),
-    Close(Slot<M>, Box<Conn<M>>, CloseReason),
+    Reset(Permit<M>, Box<Conn<M>>, Option<Caller>),
+    Close(Permit<M>, Box<Conn<M>>, CloseReason),
     /// Abort what this connection is doing, after asking the server to cancel it if `true`.
     Cut(Arc<Opening>, bool),
     /// Drop a cause: what it was made of may be the user's.
@@ -47,9 +47,11 @@ impl<M: Manage> Task for Job<M> {
         }
     }
 
-    fn slot(&self) -> Option<u64> {
+    fn permit(&self) -> Option<u64> {
         match self {
-            Job::Open(slot) | Job::Check(slot, _) | Job::Reset(slot, ..) | Job::Close(slot, ..) => Some(slot.id()),
+            Job::Open(permit) | Job::Check(permit, _) | Job::Reset(permit, ..) | Job::Close(permit, ..) => {
+                Some(permit.id())
+            }
             Job::Cut(..) | Job::Drop(..) | Job::Notice(..) => None,
         }
     }
@@ -61,9 +63,9 @@ pub(crate) struct Notice {
     pub(crate) text: String,
 }
 
-/// A slot of the pool in the hands of a job. Dropped, it is freed: no path, panics included, can forget it. Never dropped
+/// A permit of the pool in the hands of a job. Dropped, it is freed: no path, panics included, can forget it. Never dropped
 /// under the ledger's lock, which it takes.
-pub(crate) struct Slot<M: Manage> {
+pub(crate) struct Permit<M: Manage> {
     shared: Arc<Shared<M>>,
     token: Option<Token>,
 }
@@ -90,12 +92,12 @@ impl<M: Manage> Work for Shared<M> {
 
 impl<M: Manage> Job<M> {
     pub(crate) fn run(self, shared: &Arc<Shared<M>>) {
-        let _here = self.slot().map(|id| in_hand::with(shared.address(), id));
+        let _here = self.permit().map(|id| in_hand::with(shared.address(), id));
         match self {
-            Job::Open(slot) => open(shared, slot),
-            Job::Check(slot, conn) => check(shared, slot, conn, None),
-            Job::Reset(slot, conn, holder) => check(shared, slot, conn, Some(holder)),
-            Job::Close(slot, conn, reason) => close(shared, slot, *conn, reason),
+            Job::Open(permit) => open(shared, permit),
+            Job::Check(permit, conn) => check(shared, permit, conn, None),
+            Job::Reset(permit, conn, caller) => check(shared, permit, conn, Some(caller)),
+            Job::Close(permit, conn, reason) => close(shared, permit, *conn, reason),
             Job::Cut(opening, cancel) => {
                 if cancel {
                     shielded(|| opening.cancel());
@@ -111,16 +113,16 @@ impl<M: Manage> Job<M> {
 
 // -------------------------------------------------------------------------------------------------- the jobs
 
-fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
-    let Some(slot) = slot.begin() else { return };
-    let (id, limit) = (slot.id(), shared.settings.open_timeout);
+fn open<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
+    let Some(permit) = permit.begin() else { return };
+    let (id, limit) = (permit.id(), shared.settings.open_timeout);
     let begun = shared.clock.precise();
     let opening = Arc::new(Opening::new(Arc::clone(&shared.name), limit));
     shared.openings.lock().insert(id, Arc::clone(&opening));
     let mut conn = match catch(|| shared.manager.open(&opening)) {
         Ok(Ok(conn)) => conn,
-        Ok(Err(error)) => return failed(shared, slot, error),
-        Err(panic) => return failed_with(shared, slot, panic),
+        Ok(Err(error)) => return failed(shared, permit, error),
+        Err(panic) => return failed_with(shared, permit, panic),
     };
     let mut acquired = false;
     if let Some(customizer) = &shared.hooks.customizer {
@@ -128,37 +130,43 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
             Ok(Ok(())) => acquired = true,
             Ok(Err(error)) => {
                 shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
-                return failed(shared, slot, error);
+                return failed(shared, permit, error);
             }
             Err(panic) => {
                 shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
-                return failed_with(shared, slot, panic);
+                return failed_with(shared, permit, panic);
             }
         }
     }
     let conn = Box::new(Conn::new(Link { shared: Arc::clone(shared), id, born: begun }, conn, acquired));
-    start(shared, slot, conn, &opening, begun)
+    start(shared, permit, conn, &opening, begun)
 }
 
 /// The second half of an open: the connection is there, and shown around.
-fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, opening: &Opening, begun: Moment) {
+fn start<M: Manage>(
+    shared: &Arc<Shared<M>>,
+    permit: Permit<M>,
+    mut conn: Box<Conn<M>>,
+    opening: &Opening,
+    begun: Moment,
+) {
     if shared.starting.load(Ordering::Acquire) {
         let record = |level, text| shared.notice(level, || text);
         let start = Start::new(&shared.settings, &record);
         let verdict = catch(|| shared.manager.started(conn.get_mut(), &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
-            slot.report_failure(true);
-            return close(shared, slot, *conn, CloseReason::Discarded);
+            permit.report_failure(true);
+            return close(shared, permit, *conn, CloseReason::Discarded);
         }
         shared.starting.store(false, Ordering::Release);
     }
     opening.set_server_id(catch(|| shared.manager.server_id(conn.get())).ok().flatten());
-    let (id, took) = (slot.id(), shared.clock.precise().since(begun));
+    let (id, took) = (permit.id(), shared.clock.precise().since(begun));
     if let Some(events) = &shared.hooks.events {
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
-    match slot.settle(|l, now, token| l.opened(now, token, conn)) {
+    match permit.settle(|l, now, token| l.opened(now, token, conn)) {
         Ok(false) => {
             let life = shared.settings.max_lifetime.map_or(Short(took).to_string(), |life| Short(life).to_string());
             shared.set_cause(Cause::message(format!(
@@ -172,42 +180,42 @@ fn start<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
                 format!("opened #{id}{server} in {}", Short(took))
             });
         }
-        Err((slot, conn)) => close(shared, slot, *conn, CloseReason::Abandoned),
+        Err((permit, conn)) => close(shared, permit, *conn, CloseReason::Abandoned),
     }
 }
 
 /// An open failed with the manager's own error.
-fn failed<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, error: M::Error) {
+fn failed<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, error: M::Error) {
     let cause = explain(shared, &error);
-    report(shared, &slot, cause);
+    report(shared, &permit, cause);
     handle(shared, error);
-    gone(shared, slot);
+    gone(shared, permit);
 }
 
 /// An open failed without an error of the manager's.
-fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, panic: Panic) {
-    report(shared, &slot, panic.into());
-    gone(shared, slot);
+fn failed_with<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, panic: Panic) {
+    report(shared, &permit, panic.into());
+    gone(shared, permit);
 }
 
-fn report<M: Manage>(shared: &Arc<Shared<M>>, slot: &Slot<M>, cause: Cause) {
-    let (id, permanent) = (slot.id(), cause.is_permanent());
+fn report<M: Manage>(shared: &Arc<Shared<M>>, permit: &Permit<M>, cause: Cause) {
+    let (id, permanent) = (permit.id(), cause.is_permanent());
     shared.notice(Level::Warn, || {
         format!("cannot open #{id}: {cause}{}", if permanent { " (will not be tried again soon)" } else { "" })
     });
     shared.set_cause(cause);
-    slot.report_failure(permanent);
+    permit.report_failure(permanent);
 }
 
 /// Validates, or resets what `reset` had last.
-fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M>>, reset: Option<Option<Holder>>) {
-    let Some(slot) = slot.begin() else { return };
+fn check<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<Conn<M>>, reset: Option<Option<Caller>>) {
+    let Some(permit) = permit.begin() else { return };
     let begun = shared.clock.precise();
-    let result = if let Some(holder) = reset {
+    let result = if let Some(caller) = reset {
         let result = catch(|| shared.manager.reset(conn.get_mut(), shared.settings.close_timeout));
         if let Ok(Some(remark)) = catch(|| shared.manager.remark(conn.get_mut())) {
             let remark = brief(remark, CAUSE);
-            shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", slot.id(), by(holder)));
+            shared.notice(Level::Warn, || format!("#{}, checked out{}, {remark}", permit.id(), by(caller)));
         }
         match (&shared.hooks.customizer, &result) {
             (Some(customizer), Ok(Ok(()))) if shared.manager.undoes_on_acquire() => {
@@ -223,15 +231,15 @@ fn check<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, mut conn: Box<Conn<M
         (Ok(Err(_)), true) => CloseReason::ResetFailed,
         (Ok(Err(_)), false) => CloseReason::Invalid,
         (Ok(Ok(())), _) => {
-            return match slot.settle(|l, now, token| l.checked(now, begun, token, conn)) {
+            return match permit.settle(|l, now, token| l.checked(now, begun, token, conn)) {
                 Ok(()) => {}
-                Err((slot, conn)) => close(shared, slot, *conn, CloseReason::Abandoned),
+                Err((permit, conn)) => close(shared, permit, *conn, CloseReason::Abandoned),
             };
         }
     };
-    slot.report_check(reason);
-    refused(shared, slot.id(), reason, result);
-    close(shared, slot, *conn, reason);
+    permit.report_check(reason);
+    refused(shared, permit.id(), reason, result);
+    close(shared, permit, *conn, reason);
 }
 
 /// Says that a validation or reset has failed, to the log and the user's handler.
@@ -252,10 +260,10 @@ pub(crate) fn refused<M: Manage>(
     }
 }
 
-/// Closes a connection and frees its slot.
-fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reason: CloseReason) {
-    slot.begin_close();
-    let (id, age) = (slot.id(), shared.clock.precise().since(conn.link().born));
+/// Closes a connection and frees its permit.
+fn close<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, conn: Conn<M>, reason: CloseReason) {
+    permit.begin_close();
+    let (id, age) = (permit.id(), shared.clock.precise().since(conn.link().born));
     if let Some(events) = &shared.hooks.events {
         shielded(|| events.handle_release(ReleaseEvent { id, age, reason }));
     }
@@ -266,13 +274,13 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>, conn: Conn<M>, reaso
     }
     shielded(|| drop(extensions));
     shared.notice(Level::Debug, || format!("closed #{id}: {reason}, age {}", Short(age)));
-    gone(shared, slot);
+    gone(shared, permit);
 }
 
-fn gone<M: Manage>(shared: &Arc<Shared<M>>, slot: Slot<M>) {
-    let opening = shared.openings.lock().remove(&slot.id());
+fn gone<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
+    let opening = shared.openings.lock().remove(&permit.id());
     shielded(|| drop(opening));
-    drop(slot);
+    drop(permit);
 }
 
 // -------------------------------------------------------------------------------------------------- user's code
@@ -290,11 +298,11 @@ fn handle<M: Manage>(shared: &Shared<M>, error: M::Error) {
 
 // -------------------------------------------------------------------------------------------------- slots
 
-type Late<M> = (Slot<M>, Box<Conn<M>>);
+type Late<M> = (Permit<M>, Box<Conn<M>>);
 
-impl<M: Manage> Slot<M> {
+impl<M: Manage> Permit<M> {
     pub(crate) fn new(shared: Arc<Shared<M>>, token: Token) -> Self {
-        Slot { shared, token: Some(token) }
+        Permit { shared, token: Some(token) }
     }
 
     fn id(&self) -> u64 {
@@ -307,7 +315,7 @@ impl<M: Manage> Slot<M> {
         let shared = Arc::clone(&self.shared);
         let (now, chance) = (shared.clock.precise(), shared.chance());
         let token = shared.with(|l| l.begin(now, token, chance))?;
-        Some(Slot::new(shared, token))
+        Some(Permit::new(shared, token))
     }
 
     /// What follows is the close: it has a limit of its own, if the job was not written off before.
@@ -318,7 +326,7 @@ impl<M: Manage> Slot<M> {
         }
     }
 
-    /// Hands slot and connection to the ledger; gets them back if it comes too late.
+    /// Hands permit and connection to the ledger; gets them back if it comes too late.
     fn settle<R: Default>(
         mut self,
         hand_over: impl FnOnce(&mut crate::runtime::shared::Book<M>, Moment, Token) -> Result<R, (Token, Box<Conn<M>>)>,
@@ -326,7 +334,7 @@ impl<M: Manage> Slot<M> {
         let Some(token) = self.token.take() else { return Ok(R::default()) };
         let shared = Arc::clone(&self.shared);
         let now = shared.clock.precise();
-        shared.with(|l| hand_over(l, now, token)).map_err(|(token, conn)| (Slot::new(shared, token), conn))
+        shared.with(|l| hand_over(l, now, token)).map_err(|(token, conn)| (Permit::new(shared, token), conn))
     }
 
     fn report_failure(&self, permanent: bool) {
@@ -349,7 +357,7 @@ impl<M: Manage> Slot<M> {
     }
 }
 
-impl<M: Manage> Drop for Slot<M> {
+impl<M: Manage> Drop for Permit<M> {
     fn drop(&mut self) {
         let Some(token) = self.token.take() else { return };
         let now = self.shared.clock.precise();

@@ -1,6 +1,6 @@
 //! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
 //!
-//! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the outbox is settled by whoever
+//! Under the lock run methods of the [`Ledger`] and nothing else. What they leave in the effects is settled by whoever
 //! held the lock: seats are filled before it is released, and after it threads are woken and jobs posted.
 
 use crate::error::{Cause, Closed, Error, ErrorKind};
@@ -10,7 +10,7 @@ use crate::leaf::shield::{Shielded, shielded};
 use crate::leaf::text::Short;
 use crate::leaf::text::Shown;
 use crate::leaf::threads;
-use crate::ledger::{Back, Counts, Grant, Holder, Ledger, Order, Row, Token};
+use crate::ledger::{Caller, Condition, Counts, Ledger, Order, Outcome, Slot, Token};
 use crate::manage::{Manage, Opening};
 use crate::pool::builder::Hooks;
 use crate::pool::connection::Conn;
@@ -18,7 +18,7 @@ use crate::pool::{Vain, Within};
 use crate::runtime::defect;
 use crate::runtime::event_count::Bell;
 use crate::runtime::executor::Crew;
-use crate::runtime::jobs::{Job, Notice, Slot};
+use crate::runtime::jobs::{Job, Notice, Permit};
 use crate::runtime::reaper;
 use crate::runtime::waiter::Seat;
 use crate::settings::Settings;
@@ -36,7 +36,7 @@ use std::time::Instant;
 pub(crate) type Book<M> = Ledger<Box<Conn<M>>, Arc<WaitingSeat<M>>>;
 
 /// Where a thread waits for one of `M`'s connections.
-pub(crate) type WaitingSeat<M> = Seat<Grant<Box<Conn<M>>>>;
+pub(crate) type WaitingSeat<M> = Seat<Outcome<Box<Conn<M>>>>;
 
 /// What the parts of one pool share.
 pub(crate) struct Shared<M: Manage> {
@@ -86,13 +86,13 @@ const SPINS: u32 = 10;
 impl<M: Manage> Core<M> {
     /// Returns a connection. What owns the pool on its behalf has moved into the ledger with it.
     #[inline]
-    pub(crate) fn checkin(&self, now: Moment, token: Token, conn: Box<Conn<M>>, back: Back) {
+    pub(crate) fn returned(&self, now: Moment, token: Token, conn: Box<Conn<M>>, back: Condition) {
         let Some(mut ledger) = self.lock_at_home() else {
             // It is the parent's: whatever is done to it here is done to that.
             return std::mem::forget((token, conn));
         };
-        ledger.checkin(now, token, conn, back);
-        if !ledger.outbox.is_empty() {
+        ledger.returned(now, token, conn, back);
+        if !ledger.effects.is_empty() {
             self.settle(ledger);
         }
     }
@@ -117,11 +117,11 @@ impl<M: Manage> Core<M> {
 
     #[cold]
     fn settle(&self, mut ledger: MutexGuard<'_, Book<M>>) {
-        if let Some(seat) = only_call(&mut ledger) {
+        if let Some(seat) = only_notified(&mut ledger) {
             drop(ledger);
             return seat.call();
         }
-        // The connection is in the ledger or in its outbox, and both are locked: so it is there.
+        // The connection is in the ledger or in its effects, and both are locked: so it is there.
         if let Some(pool) = self.pool.upgrade() {
             pool.settle(ledger);
         }
@@ -129,10 +129,10 @@ impl<M: Manage> Core<M> {
 }
 
 /// The seat of the one who is to be called, if there is nothing else to be done: what a busy pool does all the time.
-fn only_call<M: Manage>(ledger: &mut Book<M>) -> Option<Arc<WaitingSeat<M>>> {
-    let alone = ledger.outbox.is_empty_but_for_calls() && ledger.outbox.calls.len() == 1;
+fn only_notified<M: Manage>(ledger: &mut Book<M>) -> Option<Arc<WaitingSeat<M>>> {
+    let alone = ledger.effects.is_empty_but_for_notified() && ledger.effects.notified.len() == 1;
     // Popped, so that the list keeps its memory.
-    if alone { ledger.outbox.calls.pop() } else { None }
+    if alone { ledger.effects.notified.pop() } else { None }
 }
 
 impl<M: Manage> Drop for Shared<M> {
@@ -155,8 +155,8 @@ pub(crate) struct Ended {
 }
 
 /// ` by thread 'worker' at src/main.rs:12:5`, or nothing.
-pub(crate) fn by(holder: Option<Holder>) -> String {
-    holder.map(|h| format!(" by thread {} at {}", threads::name(h.thread), h.at)).unwrap_or_default()
+pub(crate) fn by(caller: Option<Caller>) -> String {
+    caller.map(|h| format!(" by thread {} at {}", threads::name(h.thread), h.at)).unwrap_or_default()
 }
 
 impl<M: Manage> Shared<M> {
@@ -203,7 +203,7 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn with<R>(self: &Arc<Self>, ask: impl FnOnce(&mut Book<M>) -> R) -> R {
         let mut ledger = self.core.ledger.lock();
         let answer = ask(&mut ledger);
-        if !ledger.outbox.is_empty() {
+        if !ledger.effects.is_empty() {
             self.settle(ledger);
         }
         answer
@@ -215,13 +215,13 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut Book<M>) -> R) -> Option<R> {
         let mut ledger = self.core.lock_at_home()?;
         let answer = ask(&mut ledger);
-        if !ledger.outbox.is_empty() {
+        if !ledger.effects.is_empty() {
             self.settle(ledger);
         }
         Some(answer)
     }
 
-    /// The lock itself: the outbox must be empty, or [settled](Shared::settle), when it is released.
+    /// The lock itself: the effects must be empty, or [settled](Shared::settle), when it is released.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Book<M>> {
         self.core.ledger.lock()
     }
@@ -229,18 +229,18 @@ impl<M: Manage> Shared<M> {
     /// Fills seats, releases the lock, wakes and posts.
     #[cold]
     pub(crate) fn settle(self: &Arc<Self>, mut ledger: MutexGuard<'_, Book<M>>) {
-        if let Some(seat) = only_call(&mut ledger) {
+        if let Some(seat) = only_notified(&mut ledger) {
             drop(ledger);
             return seat.call();
         }
-        let calls = std::mem::take(&mut ledger.outbox.calls);
-        let grants = std::mem::take(&mut ledger.outbox.grants);
-        let orders = std::mem::take(&mut ledger.outbox.orders);
-        let bell = std::mem::take(&mut ledger.outbox.bell);
-        let changed = std::mem::take(&mut ledger.outbox.changed);
-        let mut seats = Vec::with_capacity(grants.len());
-        for (seat, grant) in grants {
-            seat.fill(grant);
+        let calls = std::mem::take(&mut ledger.effects.notified);
+        let served = std::mem::take(&mut ledger.effects.served);
+        let orders = std::mem::take(&mut ledger.effects.orders);
+        let bell = std::mem::take(&mut ledger.effects.wake_reaper);
+        let changed = std::mem::take(&mut ledger.effects.changed);
+        let mut seats = Vec::with_capacity(served.len());
+        for (seat, outcome) in served {
+            seat.fill(outcome);
             seats.push(seat);
         }
         self.core.crowd.store(ledger.counts().waiting, Ordering::Relaxed);
@@ -317,18 +317,18 @@ impl<M: Manage> Shared<M> {
     // ---------------------------------------------------------------------------------------------- orders
 
     fn dispatch(self: &Arc<Self>, order: Order<Box<Conn<M>>>) {
-        let slot = |token: Token| Slot::new(Arc::clone(self), token);
+        let permit = |token: Token| Permit::new(Arc::clone(self), token);
         match order {
-            Order::Open(token) => self.post(Job::Open(slot(token))),
-            Order::Check(token, conn) => self.post(Job::Check(slot(token), conn)),
-            Order::Reset(token, conn, holder) => self.post(Job::Reset(slot(token), conn, holder)),
-            Order::Close(token, conn, reason) => self.post(Job::Close(slot(token), conn, reason)),
+            Order::Open(token) => self.post(Job::Open(permit(token))),
+            Order::Check(token, conn) => self.post(Job::Check(permit(token), conn)),
+            Order::Reset(token, conn, caller) => self.post(Job::Reset(permit(token), conn, caller)),
+            Order::Close(token, conn, reason) => self.post(Job::Close(permit(token), conn, reason)),
             Order::Slow { id } => {
                 if !self.crew.discount(self, id) {
                     self.with(|l| l.look_again());
                 }
             }
-            Order::WriteOff { id, was, limit, cancel } => {
+            Order::Abandon { id, was, limit, cancel } => {
                 let what = match was {
                     ConnectionState::Opening => "opening",
                     ConnectionState::Checking => "checking",
@@ -344,8 +344,8 @@ impl<M: Manage> Shared<M> {
                 self.cut(id, cancel);
                 self.notice(Level::Warn, || format!("abandoned {what} #{id}, which took longer than {}", Short(limit)));
             }
-            Order::Leak { id, holder, held } => self.notice(Level::Warn, || {
-                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by(holder))
+            Order::Leak { id, caller, held } => self.notice(Level::Warn, || {
+                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by(caller))
             }),
         }
     }
@@ -355,9 +355,9 @@ impl<M: Manage> Shared<M> {
             Ok(true) => {}
             // The reaper nudges the crew after each look.
             Ok(false) => self.with(|l| l.look_again()),
-            Err((error, Job::Open(slot))) => {
+            Err((error, Job::Open(permit))) => {
                 self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
-                slot.fail(false);
+                permit.fail(false);
             }
             // The reaper runs no job; anybody else has nobody to leave it to.
             Err((_, job)) if reaper::is_this(self) => self.crew.strand(job),
@@ -447,24 +447,24 @@ impl<M: Manage> Shared<M> {
     }
 
     /// Copies of the rows that `pick` picks. What they say in words is looked up later, without the lock.
-    pub(crate) fn rows(&self, pick: impl Fn(&Row) -> bool) -> Vec<Row> {
-        self.core.ledger.lock().rows().filter(|row| pick(row)).cloned().collect()
+    pub(crate) fn rows(&self, pick: impl Fn(&Slot) -> bool) -> Vec<Slot> {
+        self.core.ledger.lock().slots().filter(|row| pick(row)).cloned().collect()
     }
 
     /// The rows as the user sees them, by number.
-    pub(crate) fn describe(&self, mut rows: Vec<Row>) -> Vec<ConnectionInfo> {
+    pub(crate) fn describe(&self, mut rows: Vec<Slot>) -> Vec<ConnectionInfo> {
         rows.sort_by_key(|row| row.id);
         let now = self.clock.precise();
         let openings = self.openings.lock();
-        let describe = |row: Row| ConnectionInfo {
+        let describe = |row: Slot| ConnectionInfo {
             id: row.id,
             server_id: openings.get(&row.id).and_then(|o| o.server_id()),
-            state: row.state(),
+            state: row.as_seen(),
             since: now.since(row.since),
             age: now.since(row.born),
             uses: row.uses,
-            location: row.holder.map(|h| h.at),
-            thread: row.holder.map(|h| threads::name(h.thread)),
+            location: row.caller.map(|h| h.at),
+            thread: row.caller.map(|h| threads::name(h.thread)),
         };
         rows.into_iter().map(describe).collect()
     }

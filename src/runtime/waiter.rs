@@ -80,7 +80,7 @@ impl<T> Seat<T> {
         }
     }
 
-    /// It holds one thing or another, whatever its last holder came to.
+    /// It holds one thing or another, whatever its last caller came to.
     fn lock(&self) -> MutexGuard<'_, News<T>> {
         self.news.lock().unwrap_or_else(PoisonError::into_inner)
     }
