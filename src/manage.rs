@@ -250,14 +250,14 @@ impl Opening {
     /// grace of a `close` is over. It must not block, and may be called at any time and more than once.
     ///
     /// Called at once if the attempt was written off before this was registered.
-    pub fn on_abort(&self, cut: impl Fn() + Send + Sync + 'static) {
-        let cut: Hook = Arc::new(cut);
+    pub fn on_abort(&self, abort: impl Fn() + Send + Sync + 'static) {
+        let abort: Hook = Arc::new(abort);
         let mut hooks = self.hooks.lock();
-        hooks.abort = Some(Arc::clone(&cut));
+        hooks.abort = Some(Arc::clone(&abort));
         let late = hooks.aborted;
         drop(hooks);
         if late {
-            cut();
+            abort();
         }
     }
 
@@ -268,9 +268,9 @@ impl Opening {
     }
 
     pub(crate) fn abort(&self) {
-        let cut = self.hooks.lock().abort.clone();
-        if let Some(cut) = cut {
-            cut();
+        let abort = self.hooks.lock().abort.clone();
+        if let Some(abort) = abort {
+            abort();
         }
     }
 

@@ -1,22 +1,19 @@
-//! [`Builder`]: every knob, its default, and what is rejected.
+//! The beginning of a pool: [`Builder`], with every setting, its default, and what is refused; and the warm-up.
 
 use crate::error::Error;
 use crate::event::HandleEvent;
+use crate::hooks::Hooks;
+use crate::leaf::text::Short;
 use crate::ledger::Validate;
 use crate::manage::Manage;
 use crate::pool::Pool;
+use crate::runtime::shared::{PoolLedger, Shared};
 use crate::settings::Settings;
+use log::Level;
 use r2d2::{CustomizeConnection, HandleError};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-/// What the user wants called.
-pub(crate) struct Hooks<M: Manage> {
-    pub(crate) customizer: Option<Box<dyn CustomizeConnection<M::Connection, M::Error>>>,
-    pub(crate) errors: Option<Box<dyn HandleError<M::Error>>>,
-    pub(crate) events: Option<Box<dyn HandleEvent>>,
-}
 
 /// Makes a [`Pool`].
 ///
@@ -76,7 +73,7 @@ impl<M: Manage> Builder<M> {
                 leak_threshold: None,
                 fair_after: Duration::from_micros(700),
             },
-            hooks: Hooks { customizer: None, errors: None, events: None },
+            hooks: Hooks::none(),
         }
     }
 
@@ -312,7 +309,7 @@ impl<M: Manage> Builder<M> {
     pub fn build(self, manager: M) -> Result<Pool<M>, Error> {
         let (settings, hooks) = self.checked()?;
         let pool = Pool::start(settings, hooks, manager)?;
-        pool.fill()?;
+        pool.warm_up()?;
         Ok(pool)
     }
 
@@ -325,7 +322,7 @@ impl<M: Manage> Builder<M> {
         let built = self.checked().and_then(|(settings, hooks)| Pool::start(settings, hooks, manager));
         match built {
             Ok(pool) => {
-                pool.lay_floor();
+                pool.set_floor();
                 pool
             }
             Err(e) => panic!("cannot build the pool: {e}"),
@@ -340,6 +337,70 @@ impl<M: Manage> Builder<M> {
     }
 }
 
+impl<M: Manage> Pool<M> {
+    /// A pool with the default settings. See [`Builder::build`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build`].
+    pub fn new(manager: M) -> Result<Pool<M>, Error> {
+        Pool::builder().build(manager)
+    }
+
+    /// The settings of a pool to be.
+    pub fn builder() -> Builder<M> {
+        Builder::new()
+    }
+
+    /// A pool with a thread that keeps time, and no connection yet.
+    fn start(settings: Settings, hooks: Hooks<M>, manager: M) -> Result<Pool<M>, Error> {
+        let shared = Shared::new(settings, hooks, manager);
+        shared.start_reaper().map_err(|e| Error::config("pool", format!("its thread cannot be started: {e}")))?;
+        shared.record(Level::Info, || {
+            let s = &shared.settings;
+            let or_never = |d: Option<Duration>| d.map_or("never".into(), |d| Short(d).to_string());
+            let (idle, life) = (or_never(s.max_idle), or_never(s.max_lifetime));
+            format!("open (max_size {}, min_idle {}, max_idle {idle}, max_lifetime {life})", s.max_size, s.min_idle)
+        });
+        Ok(Pool::of(shared))
+    }
+
+    /// Opens the connections that `build` promises, or says why not. None of them is checked out for that.
+    fn warm_up(&self) -> Result<(), Error> {
+        let shared = self.shared();
+        let timeout = shared.settings.connection_timeout;
+        let deadline = shared.clock.instant(shared.clock.precise().plus(timeout));
+        let wait_until = |fact: fn(&PoolLedger<M>) -> bool| {
+            let found = shared.watch(deadline, || {
+                let ledger = shared.lock();
+                if ledger.is_closed() || fact(&ledger) {
+                    return Some(Ok(()));
+                }
+                ledger.is_refusing().then_some(Err(()))
+            });
+            match found {
+                Some(Ok(())) => Ok(()),
+                Some(Err(())) => Err(shared.refused_error()),
+                None => Err(shared.timeout_error(timeout)),
+            }
+        };
+        // One alone, which the manager looks at before there are others: a floor of one brings it.
+        shared.is_starting.store(true, Ordering::Release);
+        let now = shared.clock.precise();
+        shared.with(|l| l.set_min_idle(now, 1));
+        wait_until(|l| l.tally.opens > 0)?;
+        self.set_floor();
+        wait_until(|l| l.floor_stands())
+    }
+
+    /// From now on there are to be `min_idle` unused connections.
+    fn set_floor(&self) {
+        let shared = self.shared();
+        let now = shared.clock.precise();
+        shared.with(|l| l.set_min_idle(now, shared.settings.min_idle));
+    }
+}
+
 impl<M: Manage> fmt::Debug for Builder<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Builder { name, settings, hooks, manager: _ } = self;
@@ -348,12 +409,5 @@ impl<M: Manage> fmt::Debug for Builder<M> {
             .field("settings", settings)
             .field("hooks", hooks)
             .finish_non_exhaustive()
-    }
-}
-
-impl<M: Manage> fmt::Debug for Hooks<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Hooks { customizer, errors, events } = self;
-        f.debug_struct("Hooks").field("customizer", customizer).field("errors", errors).field("events", events).finish()
     }
 }

@@ -1,13 +1,23 @@
 //! [`PoolGuard`]: closes the pool when dropped, after the workers it owns.
 
 use crate::leaf::shield::catch;
-use crate::pool::{CloseReport, Closer, Closing};
+use crate::manage::Manage;
+use crate::pool::Pool;
+use crate::pool::close::{Close, CloseReport, Closer};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::Location;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+impl<M: Manage> Pool<M> {
+    /// A guard that closes the pool when it is dropped. See [`PoolGuard`].
+    #[track_caller]
+    pub fn guard(&self) -> PoolGuard {
+        PoolGuard::new(Arc::new(self.clone()), Location::caller())
+    }
+}
 
 /// The grace of a guard that was not told another.
 const GRACE: Duration = Duration::from_secs(5);
@@ -77,7 +87,7 @@ const GRACE: Duration = Duration::from_secs(5);
 #[must_use = "the pool is closed when the guard is dropped: bind it to a name, such as `_guard`"]
 pub struct PoolGuard<W = ()> {
     /// `None` once it has closed the pool.
-    pool: Option<Arc<dyn Closing>>,
+    pool: Option<Arc<dyn Close>>,
     at: &'static Location<'static>,
     grace: Duration,
     /// `None` only after `into_parts`.
@@ -89,7 +99,7 @@ pub struct PoolGuard<W = ()> {
 type Finish<W> = Box<dyn FnMut(&mut W, Instant) -> bool + Send>;
 
 impl PoolGuard {
-    pub(crate) fn new(pool: Arc<dyn Closing>, at: &'static Location<'static>) -> Self {
+    pub(crate) fn new(pool: Arc<dyn Close>, at: &'static Location<'static>) -> Self {
         PoolGuard { pool: Some(pool), at, grace: GRACE, workers: Some(()), finish: Box::new(|_, _| true) }
     }
 

@@ -1,10 +1,21 @@
-//! Threads and locks: what carries out what the [ledger](crate::ledger) decides.
+//! Threads and locks: what carries out what the [ledger](crate::ledger) decides. Each file imports only those above it:
+//!
+//! | file | |
+//! |---|---|
+//! | `event_count`, `waiter`, `executor` | what threads sleep on, and the threads that may block; they know nothing of pools |
+//! | `reaper` | the thread that keeps time |
+//! | `conn`, `openings`, `closing`, `job` | what the parts of a pool hand to each other |
+//! | `shared` | the lock, the one way to use it, and what comes of it |
+//! | `permit`, `jobs` | what the executor's threads do |
 
-pub(crate) mod defect;
-pub(crate) mod event_count;
+pub(crate) mod closing;
+pub(crate) mod conn;
+mod event_count;
 pub(crate) mod executor;
+pub(crate) mod job;
 pub(crate) mod jobs;
-pub(crate) mod kept;
-pub(crate) mod reaper;
+mod openings;
+pub(crate) mod permit;
+mod reaper;
 pub(crate) mod shared;
 pub(crate) mod waiter;
