@@ -129,5 +129,5 @@ mod readme {}
 #[cfg(test)]
 extern crate self as millpond;
 #[cfg(test)]
-#[path = "doc/manager.rs"]
+#[path = "../docs/example_manager.rs"]
 mod doc_manager;

@@ -20,7 +20,7 @@ use std::time::Duration;
 /// ```
 /// use millpond::Pool;
 /// use std::time::Duration;
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 ///
 /// let pool = Pool::builder()

@@ -25,7 +25,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 /// # use millpond::Pool;
 /// let pool = Pool::new(DocManager)?;
@@ -41,7 +41,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// `Vec<JoinHandle>`, a `rayon::ThreadPool` or a `threadpool::ThreadPool` ends no thread.) It then derefs to them.
 ///
 /// ```
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 /// # use millpond::Pool;
 /// # use std::thread;
