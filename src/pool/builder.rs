@@ -86,7 +86,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The greatest number of connections: idle, lent, being checked, opened and closed, all together.
+    /// The greatest number of connections: idle, in use, being checked, opened and closed, all together.
     ///
     /// Default 10. Zero is refused.
     #[must_use]
@@ -95,8 +95,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Connection ones do
-    /// not count: with a floor of 1 and one connection lent there is a second.
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in use do
+    /// not count: with a floor of 1 and one connection in use there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
     /// refused.
@@ -122,8 +122,8 @@ impl<M: Manage> Builder<M> {
         self.max_idle(idle_timeout)
     }
 
-    /// How old a connection may get: it is not handed out past this age, closed at it when idle, and on return when
-    /// lent. Counted from the moment its opening began.
+    /// How old a connection may get: it is not handed out past this age. An idle one is closed at it, one in use when it is
+    /// returned. Counted from the moment its opening began.
     ///
     /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
@@ -176,7 +176,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its permit,
+    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: it loses its slot,
     /// and what may yet come of it is closed.
     ///
     /// Default 10 seconds. Less than 1 ms is refused.
@@ -186,7 +186,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long closing or resetting a connection may take before it is written off.
+    /// How long closing or resetting a connection may take before it is abandoned.
     ///
     /// Default 5 seconds. Less than 1 ms is refused.
     #[must_use]
@@ -215,16 +215,15 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long the first of those who wait for a connection may be passed by a thread that does not have to wait.
+    /// Bounds barging: once the first waiter has waited for so long, no other caller takes a connection before it.
     ///
-    /// Once it has waited for so long, nobody is served in its place. Until then a connection that comes back is handed over
-    /// to it if it was passed four times and has been first for 20 µs; otherwise whoever runs may take it, while a
-    /// waiter is woken that does. A thread takes microseconds to wake, in which a connection that is held for less than
-    /// that would lie unused.
+    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it has
+    /// been the first for 20 µs. Otherwise any thread that runs may take the connection, while the waiter is notified that it
+    /// may. A thread takes microseconds to wake; a connection that is in use for less than that would lie unused meanwhile.
     ///
-    /// Default 0.7 ms. In a pool whose `max_idle` is not longer, everything is handed over, as with zero:
-    /// strictly in order of arrival, and slower where connections are held for microseconds.
-    /// (`cargo bench --bench curve` shows what other values cost, and what they buy.)
+    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in order
+    /// of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve` shows what
+    /// other values cost, and what they buy.)
     #[must_use]
     pub fn fair_after(mut self, limit: Duration) -> Self {
         self.settings.fair_after = limit;
@@ -299,8 +298,8 @@ impl<M: Manage> Builder<M> {
 
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
-    /// None of them is lent for that: there is no checkout and no return of which an event would tell, and the first user
-    /// finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
+    /// None of them is checked out for that: there is no checkout and no return of which an event would tell, and the first
+    /// caller finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
     ///
     /// # Errors
     ///

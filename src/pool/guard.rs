@@ -70,8 +70,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// the pool still open so that they can end what they have begun; then the pool is closed with what is left of it; then
 /// the workers are dropped.
 ///
-/// A connection that the guard's own thread holds is waited for as well, for the pool cannot know that it is not with
-/// another thread by now. So make the guard first: what is declared after it is dropped before it.
+/// The guard waits for a connection that its own thread has checked out as well, for the pool cannot know that the
+/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before it.
 ///
 /// # Where `Drop` does not run
 ///

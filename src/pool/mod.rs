@@ -65,7 +65,8 @@ impl<M: Manage> Pool<M> {
 
     /// Sets the greatest number of connections.
     ///
-    /// Down: what is too many is closed, idle ones at once (the longest unused first) and lent ones as they come back.
+    /// Down: the connections that are too many are closed, idle ones at once (the longest unused first), others when they are
+    /// returned.
     ///
     /// # Errors
     ///
@@ -85,10 +86,10 @@ impl<M: Manage> Pool<M> {
         Ok(())
     }
 
-    /// Replaces every connection whose opening began before now: idle ones at once, lent ones as they come back.
+    /// Replaces every connection whose opening began before now: idle ones at once, others when they are returned.
     ///
-    /// Where such a connection takes more than a tenth of `close_timeout` to close, and somebody waits for its place, it is
-    /// given up like one past that limit: what it leads to may be the server that failed.
+    /// A close of such a connection that takes more than a tenth of `close_timeout`, while somebody waits for its place, is
+    /// abandoned like one past that limit: the server at the other end may be the one that failed.
     ///
     /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
     /// forgotten: the next attempt is made soon.
@@ -199,7 +200,7 @@ impl<M: Manage> Pool<M> {
         self.settings().min_idle
     }
 
-    /// See [`Builder::max_idle`].
+    /// See [`Builder::max_idle`](crate::Builder::max_idle).
     pub fn max_idle(&self) -> Option<Duration> {
         self.settings().max_idle
     }
@@ -209,12 +210,12 @@ impl<M: Manage> Pool<M> {
         self.settings().max_idle
     }
 
-    /// See [`Builder::max_lifetime`].
+    /// See [`Builder::max_lifetime`](crate::Builder::max_lifetime).
     pub fn max_lifetime(&self) -> Option<Duration> {
         self.settings().max_lifetime
     }
 
-    /// See [`Builder::connection_timeout`].
+    /// See [`Builder::connection_timeout`](crate::Builder::connection_timeout).
     pub fn connection_timeout(&self) -> Duration {
         self.settings().connection_timeout
     }
