@@ -368,7 +368,7 @@ impl<M: Manage> Pool<M> {
     fn warm_up(&self) -> Result<(), Error> {
         let shared = self.shared();
         let timeout = shared.settings.connection_timeout;
-        let deadline = shared.clock.instant(shared.clock.precise().plus(timeout));
+        let deadline = shared.time.instant(shared.time.precise().plus(timeout));
         let wait_until = |fact: fn(&PoolLedger<M>) -> bool| {
             let found = shared.watch(deadline, || {
                 let ledger = shared.lock();
@@ -384,8 +384,8 @@ impl<M: Manage> Pool<M> {
             }
         };
         // One alone, which the manager looks at before there are others: a floor of one brings it.
-        shared.is_starting.store(true, Ordering::Release);
-        let now = shared.clock.precise();
+        shared.life.is_starting.store(true, Ordering::Release);
+        let now = shared.time.precise();
         shared.with(|l| l.set_min_idle(now, 1));
         wait_until(|l| l.tally.opens > 0)?;
         self.set_floor();
@@ -395,7 +395,7 @@ impl<M: Manage> Pool<M> {
     /// From now on there are to be `min_idle` unused connections.
     fn set_floor(&self) {
         let shared = self.shared();
-        let now = shared.clock.precise();
+        let now = shared.time.precise();
         shared.with(|l| l.set_min_idle(now, shared.settings.min_idle));
     }
 }

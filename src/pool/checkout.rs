@@ -59,9 +59,9 @@ impl<M: Manage> Pool<M> {
     pub fn get_timeout(&self, timeout: Duration) -> Result<PooledConnection<M>, Error> {
         let shared = self.shared();
         let caller = Caller { at: Location::caller(), thread: threads::id() };
-        let checks_here = shared.keeps_limits && shared.settings.validation_timeout <= timeout;
-        let now = shared.now();
-        if shared.seems_forked(now) {
+        let checks_here = shared.user.keeps_limits && shared.settings.validation_timeout <= timeout;
+        let now = shared.time.now();
+        if shared.time.seems_forked(now) {
             return Err(shared.forked_error());
         }
         match shared.with_at_home(|l| l.take(now, caller, checks_here)) {
@@ -85,8 +85,8 @@ impl<M: Manage> Pool<M> {
     pub fn try_get(&self) -> Option<PooledConnection<M>> {
         let shared = self.shared();
         let caller = Caller { at: Location::caller(), thread: threads::id() };
-        let now = shared.now();
-        if shared.seems_forked(now) {
+        let now = shared.time.now();
+        if shared.time.seems_forked(now) {
             return None;
         }
         if let Some((token, conn)) = self.take_at_once(now, caller) {
@@ -111,13 +111,13 @@ impl<M: Manage> Pool<M> {
             }
             Take::Check(token, mut conn, _) => {
                 let in_hand = in_hand::with(shared.address(), token.id());
-                let seen = catch(|| shared.manager.peek(&mut conn.inner));
+                let seen = catch(|| shared.user.manager.peek(&mut conn.inner));
                 drop(in_hand);
                 let result = match seen {
                     Ok(Some(Err(error))) => Ok(Err(error)),
                     Err(panic) => Err(panic),
                     Ok(seen) => {
-                        let now = shared.clock.precise();
+                        let now = shared.time.precise();
                         return shared.with(|l| l.looked_at(now, token, conn, caller, seen.is_some()));
                     }
                 };
@@ -132,9 +132,9 @@ impl<M: Manage> Pool<M> {
     fn check_out(&self, token: Token, conn: Box<PoolConn<M>>, asked: Moment, waited: bool) -> PooledConnection<M> {
         let shared = self.shared();
         let mut now = asked;
-        if let Some(events) = &shared.hooks.events {
+        if let Some(events) = &shared.user.hooks.events {
             if waited {
-                now = shared.clock.precise();
+                now = shared.time.precise();
             }
             let (id, duration) = (token.id(), now.since(asked));
             let _in_hand = in_hand::with(shared.address(), id);
@@ -156,7 +156,7 @@ impl<M: Manage> Pool<M> {
             std::mem::forget(first);
             return Err(shared.forked_error());
         }
-        let begun = shared.clock.precise();
+        let begun = shared.time.precise();
         let deadline = begun.plus(timeout);
         // The timeout may be too short for a check.
         let hurried = timeout < shared.settings.validation_timeout;
@@ -172,8 +172,8 @@ impl<M: Manage> Pool<M> {
             }
             place = Some(ticket);
         }
-        let waiter = Arc::new(PoolWaiter::<M>::new(shared.home.process));
-        let now = shared.clock.precise();
+        let waiter = Arc::new(PoolWaiter::<M>::new(shared.time.home()));
+        let now = shared.time.precise();
         let (joined, unused) = shared.with(|l| {
             let joined = l.join(now, caller, place, hurried, Arc::clone(&waiter));
             shared.note_waiting(l);
@@ -193,10 +193,10 @@ impl<M: Manage> Pool<M> {
                 Some(outcome) => outcome,
                 None => {
                     if hurried {
-                        let now = shared.clock.precise();
+                        let now = shared.time.precise();
                         shared.with(|l| l.prepare_for_the_next(now, timeout < BLINK));
                     }
-                    if let Some(events) = &shared.hooks.events {
+                    if let Some(events) = &shared.user.hooks.events {
                         shielded(|| events.handle_timeout(TimeoutEvent { timeout }));
                     }
                     return Err(shared.timeout_error(timeout));
@@ -213,14 +213,14 @@ impl<M: Manage> Pool<M> {
     /// Waits until there is a connection, or an end of the pool. `None`: the deadline came first.
     fn wait(&self, waiter: &PoolWaiter<M>, ticket: Ticket, deadline: Moment) -> Option<Outcome<Box<PoolConn<M>>>> {
         let shared = self.shared();
-        let until = shared.clock.instant(deadline);
+        let until = shared.time.instant(deadline);
         loop {
             let is_over = match waiter.wait(until) {
                 Signal::Served(outcome) => return Some(outcome),
                 Signal::Notified => false,
                 Signal::None => true,
             };
-            let now = shared.clock.precise();
+            let now = shared.time.precise();
             let (taken, left) = shared.with(|l| {
                 let taken = l.take_notified(now, ticket);
                 // Even at the last moment: the connection for which the waiter was notified may be there.
@@ -246,12 +246,12 @@ impl<M: Manage> Pool<M> {
         caller: Caller,
     ) -> Option<(Token, Box<PoolConn<M>>)> {
         let shared = self.shared();
-        let begun = shared.clock.precise();
+        let begun = shared.time.precise();
         let in_hand = in_hand::with(shared.address(), token.id());
-        let result = catch(|| shared.manager.validate(&mut conn.inner, shared.settings.validation_timeout));
+        let result = catch(|| shared.user.manager.validate(&mut conn.inner, shared.settings.validation_timeout));
         drop(in_hand);
         if let Ok(Ok(())) = result {
-            let now = shared.clock.precise();
+            let now = shared.time.precise();
             return shared.with(|l| l.own_check_passed(now, begun, token, conn, caller));
         }
         self.check_failed_here(token, conn, result);

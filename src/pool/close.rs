@@ -5,7 +5,7 @@ use crate::leaf::text::{Short, Shown};
 use crate::ledger::Slot;
 use crate::manage::Manage;
 use crate::pool::Pool;
-use crate::runtime::closing::{VainWait, Within};
+use crate::runtime::lifecycle::{VainWait, Within};
 use crate::runtime::shared::Shared;
 use crate::stats::{ConnectionState, Connections};
 use log::Level;
@@ -160,7 +160,7 @@ impl<'a, M: Manage> Entered<'a, M> {
         if !on_the_executor && within.in_hand.is_empty() {
             return Entered { shared, within: None };
         }
-        shared.closing.within.lock().push(within.clone());
+        shared.life.within.lock().push(within.clone());
         // Those that came before wait for one thing less.
         shared.changed.notify();
         Entered { shared, within: Some(within) }
@@ -175,7 +175,7 @@ impl<'a, M: Manage> Entered<'a, M> {
         if self.within.is_none() {
             return (Vec::new(), 0);
         }
-        let all = self.shared.closing.within.lock();
+        let all = self.shared.life.within.lock();
         let threads = all.iter().filter(|one| one.on_the_executor).count();
         (all.iter().flat_map(|one| one.in_hand.iter().copied()).collect(), threads)
     }
@@ -184,7 +184,7 @@ impl<'a, M: Manage> Entered<'a, M> {
 impl<M: Manage> Drop for Entered<'_, M> {
     fn drop(&mut self) {
         if let Some(within) = &self.within {
-            let mut all = self.shared.closing.within.lock();
+            let mut all = self.shared.life.within.lock();
             let at = all.iter().position(|one| one == within);
             at.map(|at| all.swap_remove(at));
         }
@@ -198,7 +198,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         return CloseReport::of_another_process(shared.name.to_string(), begun.elapsed());
     }
     let waiters = shared.end(by, Some(at));
-    let since = shared.clock.precise();
+    let since = shared.time.precise();
     // (An abandoned job of this very thread has no slot any longer.)
     let mine = Entered::new(shared);
     let my_thread = usize::from(mine.on_the_executor());
@@ -215,7 +215,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         let reaper = shared.reaper.runs() && !at_work;
         (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(())
     };
-    let vain = shared.closing.vain.lock().clone();
+    let vain = shared.life.vain.lock().clone();
     match vain.as_ref().filter(|_| joins) {
         None => _ = shared.watch(deadline, || is_over(None)),
         Some(vain) => {
@@ -240,10 +240,10 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
                 aborted.push(row.id);
             }
         }
-        let now = shared.clock.precise();
+        let now = shared.time.precise();
         shared.with(|l| l.abandon_opens(now));
         let (since, waited) = vain.map_or((since, grace), |vain| (vain.since, vain.waited.max(grace)));
-        *shared.closing.vain.lock() = Some(VainWait { since, waited, threads, aborted: aborted.clone() });
+        *shared.life.vain.lock() = Some(VainWait { since, waited, threads, aborted: aborted.clone() });
     }
     let mut report = CloseReport {
         pool: shared.name.to_string(),

@@ -60,7 +60,7 @@ impl<M: Manage> PooledConnection<M> {
         // (In a forked child the ledger is the parent's.)
         let shared = &conn.owner;
         if let Some(token) = token.filter(|_| !shared.is_forked()) {
-            let now = shared.now();
+            let now = shared.time.now();
             shared.with(|l| l.detach(now, token));
             let opening = shared.openings.remove(conn.id);
             shielded(|| drop(opening));
@@ -75,7 +75,7 @@ impl<M: Manage> PooledConnection<M> {
         let Conn { owner: shared, id, born, .. } = this.conn();
         if shared.is_forked() {
             // What can be said without the ledger, which is the parent's.
-            let age = shared.clock.precise().since(*born);
+            let age = shared.time.precise().since(*born);
             let state = ConnectionState::InUse;
             return ConnectionInfo {
                 id: *id,
@@ -109,8 +109,8 @@ impl<M: Manage> PooledConnection<M> {
         let Some(token) = conn.checkout.token.take() else { return };
         let shared = &conn.owner;
         // From now on the connection is unused.
-        let now = shared.now();
-        if shared.seems_forked(now) {
+        let now = shared.time.now();
+        if shared.time.seems_forked(now) {
             // It is the parent's: to look at it is to read what is meant for the parent.
             return mem::forget((token, conn));
         }
@@ -118,7 +118,7 @@ impl<M: Manage> PooledConnection<M> {
         let condition = match condition {
             Some(condition) => condition,
             None if thread::panicking() && !conn.checkout.panicking => Condition::Discard(CloseReason::Panicked),
-            None => match catch(|| shared.manager.returned(&mut conn.inner)) {
+            None => match catch(|| shared.user.manager.returned(&mut conn.inner)) {
                 Ok(Returned::Keep) => Condition::Keep,
                 Ok(Returned::Reset) => Condition::Reset,
                 Ok(Returned::Discard) => Condition::Discard(CloseReason::Discarded),
@@ -127,13 +127,13 @@ impl<M: Manage> PooledConnection<M> {
                 Err(_) => Condition::Discard(CloseReason::Panicked),
             },
         };
-        if let Some(events) = &shared.hooks.events {
-            let (id, duration) = (token.id(), shared.now().since(conn.checkout.begun));
+        if let Some(events) = &shared.user.hooks.events {
+            let (id, duration) = (token.id(), shared.time.now().since(conn.checkout.begun));
             shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
         drop(in_hand);
         // When a connection was found dead counts from the finding, not from the return.
-        let now = if condition == Condition::Keep { now } else { shared.now() };
+        let now = if condition == Condition::Keep { now } else { shared.time.now() };
         let core = kept::take(&shared.core);
         core.returned(now, token, conn, condition);
         kept::keep(core);

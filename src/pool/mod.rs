@@ -81,7 +81,7 @@ impl<M: Manage> Pool<M> {
         if shared.is_forked() {
             return Ok(());
         }
-        let now = shared.clock.precise();
+        let now = shared.time.precise();
         shared.with(|l| l.resize(now, max_size));
         Ok(())
     }
@@ -98,7 +98,7 @@ impl<M: Manage> Pool<M> {
         if shared.is_forked() {
             return;
         }
-        let now = shared.clock.precise();
+        let now = shared.time.precise();
         shared.with(|l| l.recycle(now));
         shared.record(Level::Info, || "recycled: every connection is replaced".into());
     }
@@ -130,7 +130,7 @@ impl<M: Manage> Pool<M> {
         };
         Stats {
             name: shared.name.to_string(),
-            age: shared.clock.precise().since(Moment::BIRTH),
+            age: shared.time.precise().since(Moment::BIRTH),
             closed,
             max_size,
             idle: counts.idle,
@@ -181,7 +181,7 @@ impl<M: Manage> Pool<M> {
 
     /// The manager.
     pub fn manager(&self) -> &M {
-        &self.shared().manager
+        &self.shared().user.manager
     }
 
     /// The name of the pool.

@@ -46,13 +46,13 @@ impl<M: Manage> Shared<M> {
 
     /// The pool is closed.
     pub(crate) fn closed_error(&self) -> Error {
-        let closed = match self.closing.ended.get() {
+        let closed = match self.life.ended.get() {
             Some(ended) => Closed {
                 pool: self.name.to_string(),
                 by: ended.by,
                 at: ended.at,
                 thread: threads::name(ended.thread),
-                ago: self.clock.precise().since(ended.when),
+                ago: self.time.precise().since(ended.when),
             },
             None => Closed {
                 pool: self.name.to_string(),
@@ -71,7 +71,7 @@ impl<M: Manage> Shared<M> {
             "'{}' belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
              connections are the parent's. Build a pool after the fork",
             self.name,
-            self.home.process.pid(),
+            self.time.home().pid(),
             std::process::id()
         );
         Error::config("pool", problem)

@@ -71,24 +71,24 @@ fn run<M: Manage>(shared: &Arc<Shared<M>>, job: Job<Box<PoolConn<M>>>) {
 fn open<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
     let Some(permit) = permit.begin() else { return };
     let (id, limit) = (permit.id(), shared.settings.open_timeout);
-    let begun = shared.clock.precise();
+    let begun = shared.time.precise();
     let opening = Arc::new(Opening::new(Arc::clone(&shared.name), limit));
     shared.openings.insert(id, Arc::clone(&opening));
-    let mut conn = match catch(|| shared.manager.open(&opening)) {
+    let mut conn = match catch(|| shared.user.manager.open(&opening)) {
         Ok(Ok(conn)) => conn,
         Ok(Err(error)) => return open_failed(shared, permit, error),
         Err(panic) => return open_panicked(shared, permit, panic),
     };
     let mut acquired = false;
-    if let Some(customizer) = &shared.hooks.customizer {
+    if let Some(customizer) = &shared.user.hooks.customizer {
         match catch(|| customizer.on_acquire(&mut conn)) {
             Ok(Ok(())) => acquired = true,
             Ok(Err(error)) => {
-                shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
+                shielded(|| shared.user.manager.close(conn, shared.settings.close_timeout));
                 return open_failed(shared, permit, error);
             }
             Err(panic) => {
-                shielded(|| shared.manager.close(conn, shared.settings.close_timeout));
+                shielded(|| shared.user.manager.close(conn, shared.settings.close_timeout));
                 return open_panicked(shared, permit, panic);
             }
         }
@@ -99,20 +99,20 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
 
 /// The second half of an open: the connection is there, and is shown to the manager and the event handler.
 fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<PoolConn<M>>, opening: &Opening) {
-    if shared.is_starting.load(Ordering::Acquire) {
+    if shared.life.is_starting.load(Ordering::Acquire) {
         let record = |level, text| shared.record(level, || text);
         let start = Start::new(&shared.settings, &record);
-        let verdict = catch(|| shared.manager.started(&mut conn.inner, &start));
+        let verdict = catch(|| shared.user.manager.started(&mut conn.inner, &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
             permit.report_failure(true);
             return close(shared, permit, *conn, CloseReason::Discarded);
         }
-        shared.is_starting.store(false, Ordering::Release);
+        shared.life.is_starting.store(false, Ordering::Release);
     }
-    opening.set_server_id(catch(|| shared.manager.server_id(&conn.inner)).ok().flatten());
-    let (id, took) = (permit.id(), shared.clock.precise().since(conn.born));
-    if let Some(events) = &shared.hooks.events {
+    opening.set_server_id(catch(|| shared.user.manager.server_id(&conn.inner)).ok().flatten());
+    let (id, took) = (permit.id(), shared.time.precise().since(conn.born));
+    if let Some(events) = &shared.user.hooks.events {
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
     match permit.hand_over(|l, now, token| l.opened(now, token, conn)) {
@@ -135,9 +135,9 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
 
 /// An open failed with the manager's own error.
 fn open_failed<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, error: M::Error) {
-    let cause = explain(shared, &error);
+    let cause = shared.user.explain(&error);
     report(shared, &permit, cause);
-    handle(shared, error);
+    shared.user.handle(error);
     gone(shared, permit);
 }
 
@@ -166,22 +166,22 @@ fn check<M: Manage>(
     reset: Option<Option<Caller>>,
 ) {
     let Some(permit) = permit.begin() else { return };
-    let begun = shared.clock.precise();
+    let begun = shared.time.precise();
     let is_reset = reset.is_some();
     let result = if let Some(caller) = reset {
-        let result = catch(|| shared.manager.reset(&mut conn.inner, shared.settings.close_timeout));
-        if let Ok(Some(remark)) = catch(|| shared.manager.remark(&mut conn.inner)) {
+        let result = catch(|| shared.user.manager.reset(&mut conn.inner, shared.settings.close_timeout));
+        if let Ok(Some(remark)) = catch(|| shared.user.manager.remark(&mut conn.inner)) {
             let remark = brief(remark, CAUSE);
             shared.record(Level::Warn, || format!("#{}, checked out{}, {remark}", permit.id(), by(caller)));
         }
-        match (&shared.hooks.customizer, &result) {
-            (Some(customizer), Ok(Ok(()))) if shared.manager.undoes_on_acquire() => {
+        match (&shared.user.hooks.customizer, &result) {
+            (Some(customizer), Ok(Ok(()))) if shared.user.manager.undoes_on_acquire() => {
                 catch(|| customizer.on_acquire(&mut conn.inner))
             }
             _ => result,
         }
     } else {
-        catch(|| shared.manager.validate(&mut conn.inner, shared.settings.validation_timeout))
+        catch(|| shared.user.manager.validate(&mut conn.inner, shared.settings.validation_timeout))
     };
     let reason = match &result {
         Ok(Ok(())) => {
@@ -210,8 +210,8 @@ pub(crate) fn tell_check_failed<M: Manage>(
     match result {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
-            log(explain(shared, &error));
-            handle(shared, error);
+            log(shared.user.explain(&error));
+            shared.user.handle(error);
         }
         Err(panic) => log(panic.into()),
     }
@@ -220,14 +220,14 @@ pub(crate) fn tell_check_failed<M: Manage>(
 /// Closes a connection and frees its slot.
 fn close<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, conn: PoolConn<M>, reason: CloseReason) {
     permit.begin_close();
-    let (id, age) = (permit.id(), shared.clock.precise().since(conn.born));
-    if let Some(events) = &shared.hooks.events {
+    let (id, age) = (permit.id(), shared.time.precise().since(conn.born));
+    if let Some(events) = &shared.user.hooks.events {
         shielded(|| events.handle_release(ReleaseEvent { id, age, reason }));
     }
     let Conn { inner, extensions, acquired, .. } = conn;
-    match &shared.hooks.customizer {
+    match &shared.user.hooks.customizer {
         Some(customizer) if acquired => shielded(|| customizer.on_release(inner)),
-        _ => shielded(|| shared.manager.close(inner, shared.settings.close_timeout)),
+        _ => shielded(|| shared.user.manager.close(inner, shared.settings.close_timeout)),
     }
     shielded(|| drop(extensions));
     shared.record(Level::Debug, || format!("closed #{id}: {reason}, age {}", Short(age)));
@@ -239,17 +239,4 @@ fn gone<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
     let opening = shared.openings.remove(permit.id());
     shielded(|| drop(opening));
     drop(permit);
-}
-
-// -------------------------------------------------------------------------------------------------- user's code
-
-fn explain<M: Manage>(shared: &Shared<M>, error: &M::Error) -> Cause {
-    catch(|| shared.manager.explain(error)).unwrap_or_else(Cause::from)
-}
-
-fn handle<M: Manage>(shared: &Shared<M>, error: M::Error) {
-    match &shared.hooks.errors {
-        Some(handler) => shielded(|| handler.handle_error(error)),
-        None => shielded(|| drop(error)),
-    }
 }

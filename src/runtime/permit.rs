@@ -32,7 +32,7 @@ impl<M: Manage> Permit<M> {
     pub(crate) fn begin(mut self) -> Option<Self> {
         let token = self.token.take()?;
         let shared = Arc::clone(&self.shared);
-        let (now, jitter) = (shared.clock.precise(), shared.jitter());
+        let (now, jitter) = (shared.time.precise(), shared.jitter());
         let token = shared.with(|l| l.begin(now, token, jitter))?;
         Some(Permit::new(shared, token))
     }
@@ -40,7 +40,7 @@ impl<M: Manage> Permit<M> {
     /// The close begins: it has a limit of its own, if the job was not abandoned before.
     pub(crate) fn begin_close(&self) {
         if let Some(token) = &self.token {
-            let now = self.shared.clock.precise();
+            let now = self.shared.time.precise();
             self.shared.with(|l| l.begin_close(now, token));
         }
     }
@@ -52,14 +52,14 @@ impl<M: Manage> Permit<M> {
     ) -> Result<R, Late<M>> {
         let Some(token) = self.token.take() else { return Ok(R::default()) };
         let shared = Arc::clone(&self.shared);
-        let now = shared.clock.precise();
+        let now = shared.time.precise();
         shared.with(|l| to(l, now, token)).map_err(|(token, conn)| (Permit::new(shared, token), conn))
     }
 
     /// The open has failed.
     pub(crate) fn report_failure(&self, permanent: bool) {
         if let Some(token) = &self.token {
-            let (now, jitter) = (self.shared.clock.precise(), self.shared.jitter());
+            let (now, jitter) = (self.shared.time.precise(), self.shared.jitter());
             self.shared.with(|l| l.open_failed(now, token, permanent, jitter));
         }
     }
@@ -67,7 +67,7 @@ impl<M: Manage> Permit<M> {
     /// The check or the reset has failed.
     pub(crate) fn report_check(&self, reason: CloseReason) {
         if let Some(token) = &self.token {
-            let now = self.shared.clock.precise();
+            let now = self.shared.time.precise();
             self.shared.with(|l| l.check_failed(now, token, reason));
         }
     }
@@ -81,7 +81,7 @@ impl<M: Manage> Permit<M> {
 impl<M: Manage> Drop for Permit<M> {
     fn drop(&mut self) {
         let Some(token) = self.token.take() else { return };
-        let now = self.shared.clock.precise();
+        let now = self.shared.time.precise();
         self.shared.with(|l| l.free(now, token));
     }
 }

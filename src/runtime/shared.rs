@@ -5,20 +5,22 @@
 
 use crate::error::Cause;
 use crate::hooks::Hooks;
-use crate::leaf::clock::{Clock, Moment};
-use crate::leaf::process::{Home, origin};
-use crate::leaf::shield::{Shielded, drop_payload, shielded};
+use crate::leaf::clock::Moment;
+use crate::leaf::process::Home;
+use crate::leaf::shield::{drop_payload, shielded};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::{defect, threads};
 use crate::ledger::{Caller, Condition, Counts, Ledger, Order, Outcome, Slot, Token};
 use crate::manage::Manage;
-use crate::runtime::closing::{Closing, Ended};
 use crate::runtime::conn::Conn;
 use crate::runtime::event_count::EventCount;
 use crate::runtime::executor::{Executor, Host};
 use crate::runtime::job::Job;
+use crate::runtime::lifecycle::{Ended, Lifecycle};
 use crate::runtime::openings::Openings;
 use crate::runtime::reaper::{Next, Reaper, Timed};
+use crate::runtime::time::PoolTime;
+use crate::runtime::user::User;
 use crate::runtime::waiter::Waiter;
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState};
@@ -28,7 +30,6 @@ use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -45,35 +46,21 @@ pub(crate) type PoolLedger<M> = Ledger<Box<PoolConn<M>>, Arc<PoolWaiter<M>>>;
 pub(crate) struct Shared<M: Manage> {
     pub(crate) name: Arc<str>,
     pub(crate) settings: Settings,
-    pub(crate) manager: Shielded<M>,
-    /// [`Manage::keeps_limits`], asked once.
-    pub(crate) keeps_limits: bool,
-    pub(crate) hooks: Hooks<M>,
-    pub(crate) clock: Clock,
-    pub(crate) home: PoolHome,
+    pub(crate) user: User<M>,
+    pub(crate) time: PoolTime,
     pub(crate) core: Arc<Core<M>>,
     pub(crate) executor: Executor<Job<Box<PoolConn<M>>>>,
     pub(crate) reaper: Reaper,
     /// What `build` and `close` sleep on.
     pub(crate) changed: EventCount,
     pub(crate) openings: Openings,
-    /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`].
-    pub(crate) is_starting: AtomicBool,
-    pub(crate) closing: Closing,
-}
-
-/// The process that built the pool, and when: see [`origin`].
-pub(crate) struct PoolHome {
-    pub(crate) process: Home,
-    born: u64,
+    pub(crate) life: Lifecycle,
 }
 
 /// The lock and what it guards. It may outlive the pool: see [`kept`](crate::leaf::kept).
 pub(crate) struct Core<M: Manage> {
     home: Home,
     ledger: Mutex<PoolLedger<M>>,
-    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
-    waiting: AtomicU32,
     pool: Weak<Shared<M>>,
 }
 
@@ -136,27 +123,22 @@ fn only_notified<M: Manage>(ledger: &mut PoolLedger<M>) -> Option<Arc<PoolWaiter
 
 impl<M: Manage> Shared<M> {
     pub(crate) fn new(settings: Settings, hooks: Hooks<M>, manager: M) -> Arc<Self> {
-        let (clock, home) = (Clock::new(), Home::here());
+        let time = PoolTime::new();
         Arc::new_cyclic(|pool| Shared {
             name: settings.name.as_str().into(),
             executor: Executor::new(settings.name.clone()),
-            keeps_limits: manager.keeps_limits(),
             core: Arc::new(Core {
-                home,
-                ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
-                waiting: AtomicU32::new(0),
+                home: time.home(),
+                ledger: Mutex::new(Ledger::new(settings.rules(time.resolution()))),
                 pool: Weak::clone(pool),
             }),
             reaper: Reaper::new(),
             changed: EventCount::new(),
             openings: Openings::default(),
-            is_starting: AtomicBool::new(false),
-            closing: Closing::default(),
-            home: PoolHome { process: home, born: origin() },
-            clock,
+            life: Lifecycle::default(),
+            user: User::new(manager, hooks),
+            time,
             settings,
-            hooks,
-            manager: Shielded::new(manager),
         })
     }
 
@@ -253,17 +235,9 @@ impl<M: Manage> Shared<M> {
         found
     }
 
-    // ---------------------------------------------------------------------------------------------- time and process
-
     /// The queue has changed: tells the clock how many wait.
     pub(crate) fn note_waiting(&self, ledger: &PoolLedger<M>) {
-        self.core.waiting.store(ledger.counts().waiting, Ordering::Relaxed);
-    }
-
-    /// The time: coarse, and precise while somebody waits.
-    #[inline]
-    pub(crate) fn now(&self) -> Moment {
-        if self.core.waiting.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
+        self.time.note_waiting(ledger.counts().waiting);
     }
 
     /// A number between 0 and 1, at random.
@@ -271,18 +245,9 @@ impl<M: Manage> Shared<M> {
         RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
     }
 
-    /// Whether this process is a child of the one that built the pool, forked from it: it has the pool's memory and
-    /// sockets, and none of its threads.
+    /// Whether this process is a child of the one that built the pool, forked from it.
     pub(crate) fn is_forked(&self) -> bool {
-        self.home.process.is_elsewhere()
-    }
-
-    /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
-    #[inline]
-    pub(crate) fn seems_forked(&self, now: Moment) -> bool {
-        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come up.
-        let now = if self.core.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
-        self.home.process.seems_elsewhere(self.home.born + now.nanos_since(Moment::BIRTH))
+        self.time.is_forked()
     }
 
     // ---------------------------------------------------------------------------------------------- orders
@@ -327,7 +292,7 @@ impl<M: Manage> Shared<M> {
             Ok(false) => self.with(|l| l.look_again()),
             Err((error, Job::Open(token))) => {
                 self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
-                let (now, jitter) = (self.clock.precise(), self.jitter());
+                let (now, jitter) = (self.time.precise(), self.jitter());
                 self.with(|l| l.open_failed(now, &token, false, jitter));
                 self.with(|l| l.free(now, token));
             }
@@ -381,9 +346,9 @@ impl<M: Manage> Shared<M> {
         if self.is_forked() {
             return 0;
         }
-        let now = self.clock.precise();
+        let now = self.time.precise();
         // Before the ledger is told: whoever learns that the pool is closed can read who did it.
-        let _ = self.closing.ended.set(Ended { by, at, thread: threads::id(), when: now });
+        let _ = self.life.ended.set(Ended { by, at, thread: threads::id(), when: now });
         let waiters = self.with(|l| {
             let waiters = l.close(now);
             self.note_waiting(l);
@@ -416,7 +381,7 @@ impl<M: Manage> Shared<M> {
     /// The slots as the user sees them, by number.
     pub(crate) fn describe(&self, mut slots: Vec<Slot>) -> Vec<ConnectionInfo> {
         slots.sort_by_key(|slot| slot.id);
-        let now = self.clock.precise();
+        let now = self.time.precise();
         let server_ids = self.openings.server_ids(slots.iter().map(|slot| slot.id));
         let describe = |(slot, server_id): (Slot, Option<u64>)| ConnectionInfo {
             id: slot.id,
@@ -449,7 +414,7 @@ impl<M: Manage> Timed for Shared<M> {
 
     fn keep_time(self: &Arc<Self>, stays: bool) -> Next {
         // Both before the lock, under which nothing but the ledger runs.
-        let (now, jitter) = (self.clock.precise(), self.jitter());
+        let (now, jitter) = (self.time.precise(), self.jitter());
         let mut ledger = self.lock();
         if ledger.is_over() && !stays {
             self.reaper.ends();
@@ -460,7 +425,7 @@ impl<M: Manage> Timed for Shared<M> {
             self.apply(ledger);
             return Next::Look;
         }
-        Next::Sleep(self.clock.instant(ledger.alarm()))
+        Next::Sleep(self.time.instant(ledger.alarm()))
     }
 
     fn run_backlog(self: &Arc<Self>) -> bool {

@@ -1,14 +1,17 @@
-//! [`Closing`]: what is known of the end of a pool.
+//! [`Lifecycle`]: the beginning and the end of a pool.
 
 use crate::leaf::clock::Moment;
 use parking_lot::Mutex;
 use std::panic::Location;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-/// What is known of the end of a pool, while nobody has closed it: nothing.
+/// Where a pool stands between its beginning and its end.
 #[derive(Default)]
-pub(crate) struct Closing {
+pub(crate) struct Lifecycle {
+    /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`](crate::Manage::started).
+    pub(crate) is_starting: AtomicBool,
     /// Who closed the pool.
     pub(crate) ended: OnceLock<Ended>,
     /// Those who close the pool from within a call that it makes.
