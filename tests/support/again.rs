@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 pub struct Again(Child);
 
 impl Again {
-    /// Runs `test`, which finds `task` in the environment variable [`TASK`](Again::TASK); nobody else has that.
+    /// Runs `test`, with its path, which is to be `#[ignore]`, for it proves nothing by itself. It finds `task` in the environment variable [`TASK`](Again::TASK); nobody else has that.
     pub fn run(test: &str, task: &str) -> Again {
         Again::run_by(&[], test, task)
     }
@@ -23,15 +23,19 @@ impl Again {
                 command
             }
         };
-        command.args(["--exact", test, "--nocapture"]).env(Again::TASK, task);
+        command.args(["--exact", test, "--ignored", "--nocapture"]).env(Again::TASK, task);
         Again(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("this program, once more"))
     }
 
     pub const TASK: &str = "MILLPOND_TEST_TASK";
 
-    /// What this process was run for, if it is one of these.
-    pub fn task() -> Option<String> {
-        std::env::var(Again::TASK).ok()
+    /// What this process was run for.
+    ///
+    /// # Panics
+    ///
+    /// If it is not one of these.
+    pub fn task() -> String {
+        std::env::var(Again::TASK).expect("this is the work of a process that another test starts")
     }
 
     pub fn id(&self) -> u32 {

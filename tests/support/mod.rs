@@ -13,6 +13,7 @@
 mod again;
 mod bouncer;
 mod database;
+mod log;
 #[cfg(target_os = "linux")]
 mod netns;
 pub mod picky;
@@ -25,6 +26,7 @@ mod watch;
 pub use again::Again;
 pub use bouncer::{Bouncer, PoolMode};
 pub use database::{Backend, Database};
+pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
