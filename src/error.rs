@@ -227,7 +227,7 @@ impl fmt::Display for Timeout {
         }
         for (i, row) in self.longest_in_use.iter().enumerate() {
             let lead = if i == 0 { "; in use the longest: " } else { ", " };
-            write!(f, "{lead}{}", row.held())?;
+            write!(f, "{lead}{}", row.in_use())?;
         }
         if self.waiting > 0 {
             write!(f, "; {} more wait", self.waiting)?;
@@ -306,7 +306,7 @@ impl Cause {
         self
     }
 
-    /// The same, as one that does not go away by trying again soon: all who wait are told at once.
+    /// The same, as one that does not go away by trying again soon: it fails all waiters at once.
     #[must_use]
     pub fn permanent(mut self) -> Cause {
         self.permanent = true;

@@ -29,40 +29,40 @@
 //! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is one, so the managers, customizers and error
 //! handlers of r2d2's ecosystem work as they are; [coming_from_r2d2] says what changes. It is built on r2d2's traits,
 //! not around its pool: `r2d2::Pool` can neither look at its idle connections nor take out any but the newest, cannot
-//! close or wake those who wait, loses its eviction to one panicking callback, and blocks its callers in `is_valid` and
-//! in `drop`.
+//! close or wake its waiters, loses its eviction to one panicking callback, and blocks its callers in `is_valid` and in
+//! `drop`.
 //!
 //! # How it works
 //!
 //! ```text
-//!  worker threads                      reaper (1 thread)              crew (0..k threads, on demand)
-//!  ──────────────                      ─────────────────              ──────────────────────────────
-//!  get ─► Ledger::take, join           sleeps until the Ledger's      everything that can block:
+//!  callers                             reaper (1 thread)              executor (0..k threads, on demand)
+//!  ───────                             ─────────────────              ──────────────────────────────────
+//!  get ─► Ledger::take, join           sleeps until the ledger's      everything that can block:
 //!         ready │ check │ wait         next alarm                     open, validate, reset, keep alive, close
-//!  put ─► Ledger::checkin              Ledger::reap ─► orders ──────► (crossbeam-channel)
-//!         given │ kept │ closed
+//!  drop ► Ledger::returned             Ledger::reap ─► orders ──────► (crossbeam-channel)
+//!         handed off │ kept │ closed
 //!                 └─────────── parking_lot::Mutex<Ledger> ──────────────┘
 //! ```
 //!
 //! * The **ledger** decides and does nothing else: a plain value whose methods are told the time and say what is to be
-//!   done. It has no clock, lock, thread, I/O or randomness in it, so all rules of the pool stand in one file and are
+//!   done. It has no clock, lock, thread, I/O or randomness in it, so all rules of the pool stand in one place and are
 //!   tested on virtual time.
 //! * The **reaper** keeps time. It runs no manager's code, no hook, no log record and no drop of a connection, so
 //!   none of these can delay an eviction.
-//! * The **crew** does what may block. Its threads appear when there is work and leave 5 seconds after the last. A job
-//!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is written off: its slot is freed, its thread
-//!   replaced, and what may come of it closed. What takes longer than usual is not counted on until then: beside an open
-//!   that hangs one more is dialled (after three times the usual time to open, at least 250 ms; after 1 s while none has
-//!   come), beside a check of 100 ms another is made, and of the closes four run side by side, and one more for each that
-//!   has taken 3 ms, so that those which hang hold up no other.
-//! * **Workers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
+//! * The **executor** does what may block. Its threads appear when there is work and leave 5 seconds after the last job. A job
+//!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is abandoned: its slot is freed, its thread
+//!   replaced, and a connection that it yet brings is closed. A job that takes longer than usual is not counted on until then:
+//!   beside an open that hangs one more is dialled (after three times the usual time to open, at least 250 ms; after 1 s
+//!   while none has come), beside a check of 100 ms another is made, and of the closes four run side by side, and one more
+//!   for each that has taken 3 ms, so that closes that hang hold up no other.
+//! * **Callers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
 //!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
-//! * A **waiter** has a seat that is filled under the ledger's lock: at its deadline it is either still queued, and
-//!   leaves, or has its connection. Those who wait are served in order of arrival. To hand over every connection that
-//!   comes back would make each return a context switch, so a thread that runs may pass the first of them, but only
-//!   while that one has waited less than [`fair_after`](Builder::fair_after).
+//! * A **waiter** is served under the ledger's lock: at its deadline it is either still queued, and leaves, or has its
+//!   connection. Waiters are served in order of arrival. To hand off every returned connection would make each return a
+//!   context switch, so a thread that runs may barge, but only while the first waiter has waited less than
+//!   [`fair_after`](Builder::fair_after).
 //!
-//! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; borrowed connections and the pool's threads do not.
+//! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; connections in use and the pool's threads do not.
 //!
 //! # Times
 //!
@@ -74,7 +74,7 @@
 //! # Logging
 //!
 //! Through [`log`], with the target `millpond`, from a thread of the pool's own that the logger may block: the opening
-//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and jobs given up at warn.
+//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and abandoned jobs at warn.
 //!
 //! # Features
 //!
@@ -86,11 +86,13 @@
 //!   [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no connection is
 //!   closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of the coarse clock
 //!   (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool after the fork.
-//! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names who took it.
+//! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names the line and the thread
+//!   that checked it out.
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod event;
+mod hooks;
 mod leaf;
 mod ledger;
 mod manage;
@@ -105,10 +107,11 @@ pub use crate::error::{Cause, Error, ErrorKind};
 pub use crate::leaf::histogram::Distribution;
 pub use crate::ledger::Validate;
 pub use crate::manage::{Manage, Opening, Returned, Start};
+pub use crate::pool::Pool;
 pub use crate::pool::builder::Builder;
+pub use crate::pool::close::CloseReport;
 pub use crate::pool::connection::PooledConnection;
 pub use crate::pool::guard::{PoolGuard, Workers};
-pub use crate::pool::{CloseReport, Pool};
 pub use crate::settings::Settings;
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, State, Stats};
 pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
@@ -127,5 +130,5 @@ mod readme {}
 #[cfg(test)]
 extern crate self as millpond;
 #[cfg(test)]
-#[path = "doc/manager.rs"]
+#[path = "../docs/example_manager.rs"]
 mod doc_manager;

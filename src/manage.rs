@@ -62,11 +62,11 @@ pub trait Manage: Send + Sync + 'static {
     /// What can go wrong. It need not be `Send`: it is [explained](Manage::explain) on the thread where it came up.
     type Error: std::error::Error + 'static;
 
-    /// Opens a connection, within [`Opening::limit`] if it can: an attempt that takes longer is written off.
+    /// Opens a connection, within [`Opening::limit`] if it can: an attempt that takes longer is abandoned.
     ///
     /// # Errors
     ///
-    /// Whatever the other side says. What [`explain`](Manage::explain) calls permanent is told to all who wait at once.
+    /// Whatever the other side says. What [`explain`](Manage::explain) calls permanent fails all waiters at once.
     fn open(&self, opening: &Opening) -> Result<Self::Connection, Self::Error>;
 
     /// Finds out whether the connection still works.
@@ -199,7 +199,7 @@ impl<M: r2d2::ManageConnection> Manage for M {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Returned {
-    /// Fit to be lent again.
+    /// Fit to be handed out again.
     Keep,
     /// To be [reset](Manage::reset) before anyone else gets it.
     Reset,
@@ -246,31 +246,31 @@ impl Opening {
     }
 
     /// Registers what makes a call that is stuck in this connection (`open` itself, `validate`, `reset`, `close`, or a
-    /// user's own) fail at once. The pool calls it on one of its own threads when a job is written off, and when the
+    /// user's own) fail at once. The pool calls it on one of its own threads when a job is abandoned, and when the
     /// grace of a `close` is over. It must not block, and may be called at any time and more than once.
     ///
-    /// Called at once if the attempt was written off before this was registered.
-    pub fn on_abort(&self, cut: impl Fn() + Send + Sync + 'static) {
-        let cut: Hook = Arc::new(cut);
+    /// Called at once if the attempt was abandoned before this was registered.
+    pub fn on_abort(&self, abort: impl Fn() + Send + Sync + 'static) {
+        let abort: Hook = Arc::new(abort);
         let mut hooks = self.hooks.lock();
-        hooks.abort = Some(Arc::clone(&cut));
+        hooks.abort = Some(Arc::clone(&abort));
         let late = hooks.aborted;
         drop(hooks);
         if late {
-            cut();
+            abort();
         }
     }
 
     /// Registers what asks the server to stop what this connection is doing. The pool calls it on one of its own
-    /// threads when the grace of a `close` is over and the connection is still lent, and aborts it then. It may block.
+    /// threads when the grace of a `close` is over and the connection is still in use, and aborts it then. It may block.
     pub fn on_cancel(&self, cancel: impl Fn() + Send + Sync + 'static) {
         self.hooks.lock().cancel = Some(Arc::new(cancel));
     }
 
     pub(crate) fn abort(&self) {
-        let cut = self.hooks.lock().abort.clone();
-        if let Some(cut) = cut {
-            cut();
+        let abort = self.hooks.lock().abort.clone();
+        if let Some(abort) = abort {
+            abort();
         }
     }
 

@@ -5,8 +5,8 @@ use crate::leaf::text::Short;
 use crate::ledger::{Rules, Validate};
 use std::time::Duration;
 
-/// The shortest that the limit of a call may be, and a hold that is called a leak. Anything shorter would fail every call
-/// before it could be made, or warn of every checkout: a wake-up of a thread alone takes some 50 us.
+/// The shortest that the limit of a call may be, and a checkout that is called a leak. Anything shorter would fail every
+/// call before it could be made, or warn of every checkout: a wake-up of a thread alone takes some 50 us.
 const SHORTEST_LIMIT: Duration = Duration::from_millis(1);
 /// The shortest period of what the pool does over and over by itself. Anything shorter would do nothing else.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);

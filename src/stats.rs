@@ -55,7 +55,7 @@ pub struct ConnectionInfo {
     pub server_id: Option<u64>,
     /// What it is doing.
     pub state: ConnectionState,
-    /// How long it has been doing that: idle for, held for, being opened for.
+    /// How long it has been doing that: idle for, in use for, being opened for.
     pub since: Duration,
     /// The time since its opening began.
     pub age: Duration,
@@ -80,9 +80,9 @@ impl ConnectionInfo {
     }
 
     /// `#7 for 1.50 s by 'worker-3' at src/main.rs:12:5`.
-    pub(crate) fn held(&self) -> impl fmt::Display + '_ {
-        struct Held<'a>(&'a ConnectionInfo);
-        impl fmt::Display for Held<'_> {
+    pub(crate) fn in_use(&self) -> impl fmt::Display + '_ {
+        struct InUse<'a>(&'a ConnectionInfo);
+        impl fmt::Display for InUse<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 let mut f = Escaping(f);
                 write!(f, "#{} for {}", self.0.id, Short(self.0.since))?;
@@ -95,7 +95,7 @@ impl ConnectionInfo {
                 }
             }
         }
-        Held(self)
+        InUse(self)
     }
 }
 
@@ -195,7 +195,7 @@ pub struct Stats {
 
     /// How often a connection was checked out.
     pub checkouts: u64,
-    /// How often somebody had to wait for one.
+    /// How often a caller had to wait for one.
     pub waits: u64,
     /// How often none came in time.
     pub timeouts: u64,
@@ -216,7 +216,7 @@ pub struct Stats {
     /// Log records dropped because the logger blocked.
     pub dropped_records: u64,
 
-    /// How long those waited who had to, up to the moment they were given a connection or gave up.
+    /// How long the waiters waited, until they had a connection or left.
     pub wait_time: Distribution,
     /// How long connections were checked out, in steps of the coarse clock (4 ms on most Linux systems).
     pub usage_time: Distribution,

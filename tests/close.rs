@@ -235,7 +235,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     let left = if lent == Lent::Returned { 0 } else { 2 };
     assert_within(gone - began, GRACE, GRACE + EPSILON);
     assert_eq!(server.wait_for(&app, left, began + GRACE + SEEN), left, "backends after the grace");
-    assert_threads(&name, &[&format!("{name}-crew")]);
+    assert_threads(&name, &[&format!("{name}-exec")]);
     for waiter in waiters {
         let (at, error) = waiter.join().unwrap();
         assert!(at >= closing || way == Way::OwningEndless, "closed before its workers had finished");
@@ -266,7 +266,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     drop(end);
     holder.join().unwrap();
     assert_eq!(server.wait_for(&app, 0, within(SEEN)), 0, "backends after the return");
-    assert_threads(&name, &[&format!("{name}-crew")]);
+    assert_threads(&name, &[&format!("{name}-exec")]);
     proxy.cut();
     assert_threads(&name, &[]);
     assert!(pool.close(Duration::ZERO).is_complete());
@@ -781,7 +781,7 @@ fn a_connect_in_flight_is_closed_when_it_arrives() {
             assert_eq!(report.is_complete(), complete, "{report}");
             if !complete {
                 assert_eq!(report.left[0].state, ConnectionState::Opening, "{report}");
-                assert_threads("flight", &["flight-crew"]);
+                assert_threads("flight", &["flight-exec"]);
                 proxy.resume();
             }
         });

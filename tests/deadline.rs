@@ -427,7 +427,7 @@ fn only_a_validation_that_fits_into_the_deadline_runs_on_the_caller() {
         drop(pool.get_timeout(ms(300)).unwrap());
         assert_eq!(told.recv().unwrap(), me);
         drop(pool.get_timeout(ms(299)).unwrap());
-        assert_eq!(told.recv().unwrap().as_deref(), Some("whose-crew"));
+        assert_eq!(told.recv().unwrap().as_deref(), Some("whose-exec"));
         ends_well(pool, &fake);
     });
 }

@@ -439,7 +439,7 @@ fn records(pool: &str) -> Vec<(Level, String)> {
     let of_pool = all.iter().filter_map(|logged| Some((logged, logged.text.strip_prefix(&start)?)));
     of_pool
         .map(|(Logged { level, thread, .. }, text)| {
-            assert!(thread.ends_with("-crew"), "`{text}` was logged on {thread}");
+            assert!(thread.ends_with("-exec"), "`{text}` was logged on {thread}");
             assert!(!text.contains(SECRET) && !text.contains("password="), "a password: {text}");
             assert!(!text.contains("host=") && !text.contains("dbname="), "a connection string: {text}");
             (*level, masked(text))
@@ -480,7 +480,7 @@ fn leaks() {
     let Logged { level, text, thread, at } = &warnings[0];
     // Counted from a tick of the coarse clock, which is up to 10 ms behind; the thread had to end, too.
     assert_within(*at - began, ms(200) - EPSILON, ms(200) + EPSILON);
-    assert_eq!((*level, thread.as_str()), (Level::Warn, "leaky-crew"));
+    assert_eq!((*level, thread.as_str()), (Level::Warn, "leaky-exec"));
     let start = "pool 'leaky': #1 has been checked out for ";
     let end = format!(" by thread 'culprit' (ended) at {}:{line}:", file!());
     assert!(text.starts_with(start) && text.contains(&end), "{text}");

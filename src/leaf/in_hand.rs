@@ -1,18 +1,18 @@
-//! What this very thread is doing for a pool: a `close` that is called from within it must not wait for it.
+//! What this very thread does for a pool at this moment: a `close` that is called from within must not wait for it.
 //!
-//! That is known only of what the pool itself has in its hands on this thread: a job, a validation, a connection that
-//! comes or goes while a hook or the manager looks at it. Of a connection that was handed to a user nobody knows where it
-//! is, for it may have moved to another thread.
+//! That is known only of what the pool itself has in hand on this thread: a job, a validation, a connection that a hook or
+//! the manager looks at during its checkout or return. Of a connection in use nobody knows on which thread it is: the caller
+//! may have moved it.
 
 use std::cell::{Cell, RefCell};
 use std::mem;
 
-/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`CREW`] for a thread of its crew.
+/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`EXECUTOR`] for a thread of its executor.
 type Work = (usize, u64);
 
 const NOTHING: Work = (0, 0);
 /// No connection has this number.
-const CREW: u64 = 0;
+const EXECUTOR: u64 = 0;
 
 thread_local! {
     /// What goes on at this moment, without a destructor, so that it can be used to the very end of its thread.
@@ -23,21 +23,21 @@ thread_local! {
 
 /// Something goes on until this is dropped.
 #[must_use]
-pub(crate) struct Here(Work);
+pub(crate) struct InHand(Work);
 
 /// This thread has the connection `id` of `pool` in hand.
 #[inline]
-pub(crate) fn with(pool: usize, id: u64) -> Here {
+pub(crate) fn with(pool: usize, id: u64) -> InHand {
     let before = TOP.replace((pool, id));
     if before != NOTHING {
         push(before);
     }
-    Here(before)
+    InHand(before)
 }
 
-/// This thread is one of the crew of `pool`, at work.
-pub(crate) fn on_the_crew(pool: usize) -> Here {
-    with(pool, CREW)
+/// This thread is one of the executor's of `pool`, at work.
+pub(crate) fn on_the_executor(pool: usize) -> InHand {
+    with(pool, EXECUTOR)
 }
 
 #[cold]
@@ -46,7 +46,7 @@ fn push(before: Work) {
     let _ = BELOW.try_with(|below| below.borrow_mut().push(before));
 }
 
-impl Drop for Here {
+impl Drop for InHand {
     #[inline]
     fn drop(&mut self) {
         let before = mem::replace(&mut self.0, NOTHING);
@@ -57,14 +57,14 @@ impl Drop for Here {
     }
 }
 
-/// Whether this thread is one of the crew of `pool`, and the numbers of that pool's connections that it has in hand.
+/// Whether this thread is one of the executor's of `pool`, and the numbers of that pool's connections that it has in hand.
 pub(crate) fn of(pool: usize) -> (bool, Vec<u64>) {
     let mut ids = vec![TOP.get()];
     let _ = BELOW.try_with(|below| ids.extend_from_slice(&below.borrow()));
     let mut ids: Vec<u64> = ids.into_iter().filter(|&(of, _)| of == pool).map(|(_, id)| id).collect();
-    let crew = ids.contains(&CREW);
-    ids.retain(|&id| id != CREW);
-    (crew, ids)
+    let executor = ids.contains(&EXECUTOR);
+    ids.retain(|&id| id != EXECUTOR);
+    (executor, ids)
 }
 
 #[cfg(test)]
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn one_within_the_other() {
         assert_eq!(of(1), (false, vec![]));
-        let crew = on_the_crew(1);
+        let executor = on_the_executor(1);
         let job = with(1, 7);
         {
             let _other = with(2, 8);
@@ -83,7 +83,7 @@ mod tests {
             assert_eq!(of(2), (false, vec![8]));
         }
         assert_eq!(of(1), (true, vec![7]));
-        drop((job, crew));
+        drop((job, executor));
         assert_eq!(of(1), (false, vec![]));
     }
 }

@@ -1,8 +1,10 @@
 //! What knows nothing of pools: each of these could be a crate of its own.
 
 pub(crate) mod clock;
+pub(crate) mod defect;
 pub(crate) mod histogram;
 pub(crate) mod in_hand;
+pub(crate) mod kept;
 pub(crate) mod process;
 pub(crate) mod shield;
 pub(crate) mod text;

@@ -11,28 +11,29 @@ use std::thread;
 
 thread_local! {
     // Without a destructor, so that it can be read to the very end of its thread.
-    static TAG: Cell<u64> = const { Cell::new(0) };
-    static FAREWELL: Farewell = const { Farewell(Cell::new(0)) };
+    static ID: Cell<u64> = const { Cell::new(0) };
+    /// Deregisters the thread when it ends.
+    static DEREGISTER: Deregister = const { Deregister(Cell::new(0)) };
 }
 
 /// The number of this thread, not used again within the process.
 #[inline]
-pub(crate) fn tag() -> u64 {
-    match TAG.get() {
-        0 => introduce(),
-        tag => tag,
+pub(crate) fn id() -> u64 {
+    match ID.get() {
+        0 => register(),
+        id => id,
     }
 }
 
 /// The name of a thread by its number.
-pub(crate) fn name(tag: u64) -> String {
-    let known = names().known.get(&tag).cloned();
-    // It may have been introduced in the process from which this one was forked.
-    known.unwrap_or_else(|| if tag == TAG.get() { own_name(tag) } else { format!("unnamed-{tag} (ended)") })
+pub(crate) fn name(id: u64) -> String {
+    let known = names().known.get(&id).cloned();
+    // It may have been registered in the process from which this one was forked.
+    known.unwrap_or_else(|| if id == ID.get() { own_name(id) } else { format!("unnamed-{id} (ended)") })
 }
 
-fn own_name(tag: u64) -> String {
-    thread::current().name().map_or_else(|| format!("unnamed-{tag}"), |name| format!("'{}'", brief(name, NAME)))
+fn own_name(id: u64) -> String {
+    thread::current().name().map_or_else(|| format!("unnamed-{id}"), |name| format!("'{}'", brief(name, NAME)))
 }
 
 /// How many threads that have ended are still known by name: a connection may outlive the thread that took it.
@@ -73,28 +74,28 @@ struct Names {
     ended: VecDeque<u64>,
 }
 
-struct Farewell(Cell<u64>);
+struct Deregister(Cell<u64>);
 
 #[cold]
-fn introduce() -> u64 {
-    let tag = NEXT.fetch_add(1, Ordering::Relaxed);
-    TAG.set(tag);
-    let name = own_name(tag);
+fn register() -> u64 {
+    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+    ID.set(id);
+    let name = own_name(id);
     let mut names = names();
-    names.known.insert(tag, name);
-    // A thread that has begun to end cannot say farewell: it is counted as ended at once.
-    if FAREWELL.try_with(|f| f.0.set(tag)).is_err() {
-        names.end(tag);
+    names.known.insert(id, name);
+    // A thread that has begun to end has no destructor left that would deregister it: it counts as ended at once.
+    if DEREGISTER.try_with(|f| f.0.set(id)).is_err() {
+        names.end(id);
     }
-    tag
+    id
 }
 
 impl Names {
-    fn end(&mut self, tag: u64) {
-        if let Some(name) = self.known.get_mut(&tag) {
+    fn end(&mut self, id: u64) {
+        if let Some(name) = self.known.get_mut(&id) {
             name.push_str(" (ended)");
         }
-        self.ended.push_back(tag);
+        self.ended.push_back(id);
         if self.ended.len() > ENDED {
             if let Some(old) = self.ended.pop_front() {
                 self.known.remove(&old);
@@ -103,7 +104,7 @@ impl Names {
     }
 }
 
-impl Drop for Farewell {
+impl Drop for Deregister {
     fn drop(&mut self) {
         if self.0.get() != 0 {
             names().end(self.0.get());
@@ -130,27 +131,27 @@ mod tests {
     static ENDINGS: Mutex<()> = Mutex::new(());
 
     #[test]
-    fn a_thread_has_one_tag_and_a_name() {
+    fn a_thread_has_one_number_and_a_name() {
         let _alone = ENDINGS.lock().unwrap_or_else(PoisonError::into_inner);
-        let (tag, name_there) = thread::Builder::new()
+        let (id, name_there) = thread::Builder::new()
             .name("worker".into())
             .spawn(|| {
-                assert_eq!(tag(), tag());
-                (tag(), name(tag()))
+                assert_eq!(id(), id());
+                (id(), name(id()))
             })
             .unwrap()
             .join()
             .unwrap();
-        assert_ne!(tag, super::tag());
+        assert_ne!(id, super::id());
         assert_eq!(name_there, "'worker'");
-        assert_eq!(name(tag), "'worker' (ended)");
+        assert_eq!(name(id), "'worker' (ended)");
     }
 
     #[test]
     fn the_ended_are_forgotten_in_time() {
         let _alone = ENDINGS.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..ENDED * 2 {
-            thread::spawn(tag).join().unwrap();
+            thread::spawn(id).join().unwrap();
         }
         let names = names();
         assert!(names.ended.len() <= ENDED);
@@ -159,10 +160,10 @@ mod tests {
 
     #[test]
     fn names_fit_and_keep_their_suffix() {
-        assert_eq!(thread_name("orders", "-crew"), "orders-crew");
+        assert_eq!(thread_name("orders", "-exec"), "orders-exec");
         assert_eq!(thread_name("a-very-long-name", "-reaper"), "a-very-l-reaper");
-        assert_eq!(thread_name("ääääääääää", "-crew"), "äääää-crew");
-        assert_eq!(thread_name("a\0b", "-crew"), "a?b-crew");
-        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-crew"), "a?[2J??-crew");
+        assert_eq!(thread_name("ääääääääää", "-exec"), "äääää-exec");
+        assert_eq!(thread_name("a\0b", "-exec"), "a?b-exec");
+        assert_eq!(thread_name("a\x1b[2J\n\u{202e}", "-exec"), "a?[2J??-exec");
     }
 }

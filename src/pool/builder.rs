@@ -1,29 +1,26 @@
-//! [`Builder`]: every knob, its default, and what is rejected.
+//! The beginning of a pool: [`Builder`], with every setting, its default, and what is refused; and the warm-up.
 
 use crate::error::Error;
 use crate::event::HandleEvent;
+use crate::hooks::Hooks;
+use crate::leaf::text::Short;
 use crate::ledger::Validate;
 use crate::manage::Manage;
 use crate::pool::Pool;
+use crate::runtime::shared::{PoolLedger, Shared};
 use crate::settings::Settings;
+use log::Level;
 use r2d2::{CustomizeConnection, HandleError};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-/// What the user wants called.
-pub(crate) struct Hooks<M: Manage> {
-    pub(crate) customizer: Option<Box<dyn CustomizeConnection<M::Connection, M::Error>>>,
-    pub(crate) errors: Option<Box<dyn HandleError<M::Error>>>,
-    pub(crate) events: Option<Box<dyn HandleEvent>>,
-}
 
 /// Makes a [`Pool`].
 ///
 /// ```
 /// use millpond::Pool;
 /// use std::time::Duration;
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 ///
 /// let pool = Pool::builder()
@@ -76,7 +73,7 @@ impl<M: Manage> Builder<M> {
                 leak_threshold: None,
                 fair_after: Duration::from_micros(700),
             },
-            hooks: Hooks { customizer: None, errors: None, events: None },
+            hooks: Hooks::none(),
         }
     }
 
@@ -89,7 +86,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The greatest number of connections: idle, lent, being checked, opened and closed, all together.
+    /// The greatest number of connections: idle, in use, being checked, opened and closed, all together.
     ///
     /// Default 10. Zero is refused.
     #[must_use]
@@ -98,8 +95,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Connection ones do
-    /// not count: with a floor of 1 and one connection lent there is a second.
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in use do
+    /// not count: with a floor of 1 and one connection in use there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
     /// refused.
@@ -125,8 +122,8 @@ impl<M: Manage> Builder<M> {
         self.max_idle(idle_timeout)
     }
 
-    /// How old a connection may get: it is not handed out past this age, closed at it when idle, and on return when
-    /// lent. Counted from the moment its opening began.
+    /// How old a connection may get: it is not handed out past this age. An idle one is closed at it, one in use when it is
+    /// returned. Counted from the moment its opening began.
     ///
     /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
@@ -179,7 +176,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long an attempt to open a connection may take, hooks included, before it is written off: it loses its permit,
+    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: it loses its slot,
     /// and what may yet come of it is closed.
     ///
     /// Default 10 seconds. Less than 1 ms is refused.
@@ -189,7 +186,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long closing or resetting a connection may take before it is written off.
+    /// How long closing or resetting a connection may take before it is abandoned.
     ///
     /// Default 5 seconds. Less than 1 ms is refused.
     #[must_use]
@@ -218,16 +215,15 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long the first of those who wait for a connection may be passed by a thread that does not have to wait.
+    /// Bounds barging: once the first waiter has waited for so long, no other caller takes a connection before it.
     ///
-    /// Once it has waited for so long, nobody is served in its place. Until then a connection that comes back is handed over
-    /// to it if it was passed four times and has been first for 20 µs; otherwise whoever runs may take it, while a
-    /// waiter is woken that does. A thread takes microseconds to wake, in which a connection that is held for less than
-    /// that would lie unused.
+    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it has
+    /// been the first for 20 µs. Otherwise any thread that runs may take the connection, while the waiter is notified that it
+    /// may. A thread takes microseconds to wake; a connection that is in use for less than that would lie unused meanwhile.
     ///
-    /// Default 0.7 ms. In a pool whose `max_idle` is not longer, everything is handed over, as with zero:
-    /// strictly in order of arrival, and slower where connections are held for microseconds.
-    /// (`cargo bench --bench curve` shows what other values cost, and what they buy.)
+    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in order
+    /// of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve` shows what
+    /// other values cost, and what they buy.)
     #[must_use]
     pub fn fair_after(mut self, limit: Duration) -> Self {
         self.settings.fair_after = limit;
@@ -302,8 +298,8 @@ impl<M: Manage> Builder<M> {
 
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
-    /// None of them is lent for that: there is no checkout and no return of which an event would tell, and the first user
-    /// finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
+    /// None of them is checked out for that: there is no checkout and no return of which an event would tell, and the first
+    /// caller finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
     ///
     /// # Errors
     ///
@@ -312,7 +308,7 @@ impl<M: Manage> Builder<M> {
     pub fn build(self, manager: M) -> Result<Pool<M>, Error> {
         let (settings, hooks) = self.checked()?;
         let pool = Pool::start(settings, hooks, manager)?;
-        pool.fill()?;
+        pool.warm_up()?;
         Ok(pool)
     }
 
@@ -325,7 +321,7 @@ impl<M: Manage> Builder<M> {
         let built = self.checked().and_then(|(settings, hooks)| Pool::start(settings, hooks, manager));
         match built {
             Ok(pool) => {
-                pool.lay_floor();
+                pool.set_floor();
                 pool
             }
             Err(e) => panic!("cannot build the pool: {e}"),
@@ -340,6 +336,70 @@ impl<M: Manage> Builder<M> {
     }
 }
 
+impl<M: Manage> Pool<M> {
+    /// A pool with the default settings. See [`Builder::build`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build`].
+    pub fn new(manager: M) -> Result<Pool<M>, Error> {
+        Pool::builder().build(manager)
+    }
+
+    /// The settings of a pool to be.
+    pub fn builder() -> Builder<M> {
+        Builder::new()
+    }
+
+    /// A pool with a thread that keeps time, and no connection yet.
+    fn start(settings: Settings, hooks: Hooks<M>, manager: M) -> Result<Pool<M>, Error> {
+        let shared = Shared::new(settings, hooks, manager);
+        shared.start_reaper().map_err(|e| Error::config("pool", format!("its thread cannot be started: {e}")))?;
+        shared.record(Level::Info, || {
+            let s = &shared.settings;
+            let or_never = |d: Option<Duration>| d.map_or("never".into(), |d| Short(d).to_string());
+            let (idle, life) = (or_never(s.max_idle), or_never(s.max_lifetime));
+            format!("open (max_size {}, min_idle {}, max_idle {idle}, max_lifetime {life})", s.max_size, s.min_idle)
+        });
+        Ok(Pool::of(shared))
+    }
+
+    /// Opens the connections that `build` promises, or says why not. None of them is checked out for that.
+    fn warm_up(&self) -> Result<(), Error> {
+        let shared = self.shared();
+        let timeout = shared.settings.connection_timeout;
+        let deadline = shared.time.instant(shared.time.precise().plus(timeout));
+        let wait_until = |fact: fn(&PoolLedger<M>) -> bool| {
+            let found = shared.watch(deadline, || {
+                let ledger = shared.lock();
+                if ledger.is_closed() || fact(&ledger) {
+                    return Some(Ok(()));
+                }
+                ledger.is_refusing().then_some(Err(()))
+            });
+            match found {
+                Some(Ok(())) => Ok(()),
+                Some(Err(())) => Err(shared.refused_error()),
+                None => Err(shared.timeout_error(timeout)),
+            }
+        };
+        // One alone, which the manager looks at before there are others: a floor of one brings it.
+        shared.life.is_starting.store(true, Ordering::Release);
+        let now = shared.time.precise();
+        shared.with(|l| l.set_min_idle(now, 1));
+        wait_until(|l| l.tally.opens > 0)?;
+        self.set_floor();
+        wait_until(|l| l.floor_stands())
+    }
+
+    /// From now on there are to be `min_idle` unused connections.
+    fn set_floor(&self) {
+        let shared = self.shared();
+        let now = shared.time.precise();
+        shared.with(|l| l.set_min_idle(now, shared.settings.min_idle));
+    }
+}
+
 impl<M: Manage> fmt::Debug for Builder<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Builder { name, settings, hooks, manager: _ } = self;
@@ -348,12 +408,5 @@ impl<M: Manage> fmt::Debug for Builder<M> {
             .field("settings", settings)
             .field("hooks", hooks)
             .finish_non_exhaustive()
-    }
-}
-
-impl<M: Manage> fmt::Debug for Hooks<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Hooks { customizer, errors, events } = self;
-        f.debug_struct("Hooks").field("customizer", customizer).field("errors", errors).field("events", events).finish()
     }
 }

@@ -1,7 +1,9 @@
 //! [`PoolGuard`]: closes the pool when dropped, after the workers it owns.
 
 use crate::leaf::shield::catch;
-use crate::pool::{CloseReport, Closer, Closing};
+use crate::manage::Manage;
+use crate::pool::Pool;
+use crate::pool::close::{Close, CloseReport, Closer};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::Location;
@@ -9,13 +11,21 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+impl<M: Manage> Pool<M> {
+    /// A guard that closes the pool when it is dropped. See [`PoolGuard`].
+    #[track_caller]
+    pub fn guard(&self) -> PoolGuard {
+        PoolGuard::new(Arc::new(self.clone()), Location::caller())
+    }
+}
+
 /// The grace of a guard that was not told another.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 /// # use millpond::Pool;
 /// let pool = Pool::new(DocManager)?;
@@ -31,7 +41,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// `Vec<JoinHandle>`, a `rayon::ThreadPool` or a `threadpool::ThreadPool` ends no thread.) It then derefs to them.
 ///
 /// ```
-/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/doc/manager.rs")); }
+/// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
 /// # use doc::DocManager;
 /// # use millpond::Pool;
 /// # use std::thread;
@@ -60,8 +70,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// the pool still open so that they can end what they have begun; then the pool is closed with what is left of it; then
 /// the workers are dropped.
 ///
-/// A connection that the guard's own thread holds is waited for as well, for the pool cannot know that it is not with
-/// another thread by now. So make the guard first: what is declared after it is dropped before it.
+/// The guard waits for a connection that its own thread has checked out as well, for the pool cannot know that the
+/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before it.
 ///
 /// # Where `Drop` does not run
 ///
@@ -77,7 +87,7 @@ const GRACE: Duration = Duration::from_secs(5);
 #[must_use = "the pool is closed when the guard is dropped: bind it to a name, such as `_guard`"]
 pub struct PoolGuard<W = ()> {
     /// `None` once it has closed the pool.
-    pool: Option<Arc<dyn Closing>>,
+    pool: Option<Arc<dyn Close>>,
     at: &'static Location<'static>,
     grace: Duration,
     /// `None` only after `into_parts`.
@@ -89,7 +99,7 @@ pub struct PoolGuard<W = ()> {
 type Finish<W> = Box<dyn FnMut(&mut W, Instant) -> bool + Send>;
 
 impl PoolGuard {
-    pub(crate) fn new(pool: Arc<dyn Closing>, at: &'static Location<'static>) -> Self {
+    pub(crate) fn new(pool: Arc<dyn Close>, at: &'static Location<'static>) -> Self {
         PoolGuard { pool: Some(pool), at, grace: GRACE, workers: Some(()), finish: Box::new(|_, _| true) }
     }
 

@@ -1,4 +1,4 @@
-//! [`Bell`]: what the threads of a pool sleep on for long.
+//! [`EventCount`]: what the threads of a pool sleep on for long.
 //!
 //! It stands on the standard library's lock, not on `parking_lot`'s: the latter keeps every sleeping thread in a table of
 //! the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself. With
@@ -8,44 +8,45 @@ use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Counts how often it was rung. Whoever wants to hear the next ring takes the count first, then looks at what the bell
-/// is rung for, and then waits: so none is missed, and no lock need be held in between.
+/// Counts events. A thread that waits for the next event takes the count first, then looks at what the event would
+/// change, and then waits: so it misses none, and need not hold a lock in between.
 #[derive(Debug)]
-pub(crate) struct Bell {
+pub(crate) struct EventCount {
     home: Home,
-    rung: Mutex<u64>,
+    count: Mutex<u64>,
     sleepers: Condvar,
 }
 
-impl Bell {
+impl EventCount {
     pub(crate) fn new() -> Self {
-        Bell { home: Home::here(), rung: Mutex::new(0), sleepers: Condvar::new() }
+        EventCount { home: Home::here(), count: Mutex::new(0), sleepers: Condvar::new() }
     }
 
-    /// How often it was rung.
+    /// How many events there were.
     pub(crate) fn count(&self) -> u64 {
         *self.lock()
     }
 
-    /// Wakes all who wait. (In a forked child nobody does, and whoever held the lock is not there.)
-    pub(crate) fn ring(&self) {
-        let Some(mut rung) = self.home.lock(&self.rung) else { return };
-        *rung += 1;
-        drop(rung);
+    /// Counts one more event, and wakes all who wait. (In a forked child nobody waits, and the thread that holds the lock
+    /// may not be there.)
+    pub(crate) fn notify(&self) {
+        let Some(mut count) = self.home.lock(&self.count) else { return };
+        *count += 1;
+        drop(count);
         self.sleepers.notify_all();
     }
 
-    /// Sleeps until it has been rung more often than `heard`, or the deadline has come; `None`: without a deadline.
-    pub(crate) fn wait(&self, heard: u64, deadline: Option<Instant>) {
-        let mut rung = self.lock();
-        while *rung == heard {
-            rung = match deadline {
-                None => self.sleepers.wait(rung).unwrap_or_else(PoisonError::into_inner),
+    /// Sleeps until there were more events than `seen`, or the deadline has come; `None`: without a deadline.
+    pub(crate) fn wait(&self, seen: u64, deadline: Option<Instant>) {
+        let mut count = self.lock();
+        while *count == seen {
+            count = match deadline {
+                None => self.sleepers.wait(count).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {
                         return;
                     };
-                    self.sleepers.wait_timeout(rung, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.sleepers.wait_timeout(count, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
@@ -53,7 +54,7 @@ impl Bell {
 
     /// A number cannot be left half changed.
     fn lock(&self) -> MutexGuard<'_, u64> {
-        self.rung.lock().unwrap_or_else(PoisonError::into_inner)
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -63,30 +64,40 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    #[test]
-    fn a_ring_before_the_wait_is_heard() {
-        let bell = Bell::new();
-        let heard = bell.count();
-        bell.ring();
-        bell.wait(heard, None);
+    /// How long a test waits for what is to come at once.
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// Waits, and says whether the event came before the deadline.
+    fn wait(events: &EventCount, seen: u64) -> bool {
+        let deadline = Instant::now() + SOON;
+        events.wait(seen, Some(deadline));
+        Instant::now() < deadline
     }
 
     #[test]
-    fn a_ring_wakes_all() {
-        let bell = Bell::new();
-        let heard = bell.count();
+    fn an_event_before_the_wait_is_not_missed() {
+        let events = EventCount::new();
+        let seen = events.count();
+        events.notify();
+        assert!(wait(&events, seen));
+    }
+
+    #[test]
+    fn an_event_wakes_all() {
+        let events = EventCount::new();
+        let seen = events.count();
         thread::scope(|s| {
-            let sleepers: Vec<_> = (0..3).map(|_| s.spawn(|| bell.wait(heard, None))).collect();
-            bell.ring();
-            sleepers.into_iter().for_each(|t| t.join().unwrap());
+            let sleepers: Vec<_> = (0..3).map(|_| s.spawn(|| wait(&events, seen))).collect();
+            events.notify();
+            assert!(sleepers.into_iter().all(|t| t.join().unwrap()));
         });
     }
 
     #[test]
     fn a_deadline_ends_the_wait() {
-        let bell = Bell::new();
+        let events = EventCount::new();
         let deadline = Instant::now() + Duration::from_millis(20);
-        bell.wait(bell.count(), Some(deadline));
+        events.wait(events.count(), Some(deadline));
         assert!(Instant::now() >= deadline);
     }
 }

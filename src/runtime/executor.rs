@@ -1,16 +1,18 @@
-//! The [`Crew`]: the threads that may block.
+//! The [`Executor`]: the threads that may block.
 //!
 //! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind
-//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual
-//! may be told to count [no longer](Crew::discount) against that limit. A thread whose job is written off is
-//! [replaced](Crew::replace): it leaves when that job ends.
+//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual may
+//! be told to [count no longer](Executor::stop_counting) against that limit. The thread of an [abandoned
+//! job](Executor::abandon) is abandoned: it leaves when that job ends.
 //!
-//! What counts is what stands in the [list of running jobs](Roster::running), each under the kind it was started as. So
+//! What counts is what stands in the [list of running jobs](Inner::running), each under the kind it was started as. So
 //! a job that runs elsewhere (on its caller, where no thread can be started) or that goes on to do something else (a
 //! failed check closes what it has) counts as what it is: nothing, and a check.
 //!
-//! A thread that cannot be started loses nothing: an `Open` comes back to the caller, what else there is waits for
-//! another thread of the crew, and if there is none a `Close` comes back too and the others wait to be tried again.
+//! A thread that cannot be started loses nothing: an open comes back to whoever posted it, another job waits for another
+//! thread of the executor; if there is none, a close comes back too and the others wait to be tried again.
+//!
+//! No thread pool of the ecosystem does this: theirs cannot abandon a job that hangs, nor limit by kind.
 
 use crate::leaf::shield::drop_payload;
 use crate::leaf::threads::thread_name;
@@ -24,25 +26,26 @@ use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);
-/// How many close at once, of those that do not take longer than usual. Closes are many at a time: a burst that went idle.
+/// How many closes run at once, of those that do not take longer than usual. Closes come many at a time: after a burst all
+/// that is surplus is evicted together.
 const CLOSERS: usize = 4;
-/// How many of the other kinds run at once, of each. A process that has no thread left for others ends; what is over the
-/// limit waits, in a pool of more than as many connections.
+/// How many jobs of each other kind run at once. A process that has no thread left for others ends; in a pool of more than as
+/// many connections a job over this limit waits.
 const MOST: usize = 1024;
-/// How many log records may wait for a logger that blocks. What comes on top is dropped, and counted.
-const MAX_NOTICES: usize = 1024;
+/// How many log records may wait for a logger that blocks. A record beyond them is dropped, and counted.
+const MAX_RECORDS: usize = 1024;
 
-/// The kinds of jobs. The ledger bounds the first two by itself: one per permit, and opens by `parallel_opens`.
+/// The kinds of jobs. The ledger bounds the first two by itself: one check per slot, and opens by `parallel_opens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Open,
     /// Validate, keep alive, reset.
     Check,
     Close,
-    /// Cancel and abort what is stuck: one per permit.
-    Cut,
-    /// Log records: one thread, which a logger that blocks may have for itself.
-    Notice,
+    /// Cancel and abort what is stuck: one per slot.
+    Abort,
+    /// Log records: one thread, which a logger that blocks may keep.
+    Record,
 }
 
 const KINDS: usize = 5;
@@ -50,37 +53,41 @@ const KINDS: usize = 5;
 impl Kind {
     fn limit(self) -> usize {
         match self {
-            Kind::Open | Kind::Check | Kind::Cut => MOST,
+            Kind::Open | Kind::Check | Kind::Abort => MOST,
             Kind::Close => CLOSERS,
-            Kind::Notice => 1,
+            Kind::Record => 1,
         }
     }
 }
 
-/// What there is to do.
+/// A job, as the executor sees it.
 pub(crate) trait Task: Send + 'static {
     fn kind(&self) -> Kind;
 
-    /// The permit that it has, by whose number it may be discounted and replaced.
-    fn permit(&self) -> Option<u64>;
+    /// The number of the connection whose slot the job has: by it the job may be counted no longer, or abandoned.
+    fn slot(&self) -> Option<u64>;
 }
 
-/// What a crew works for.
-pub(crate) trait Work: Send + Sync + 'static {
+/// Whom an executor works for.
+pub(crate) trait Host: Send + Sync + 'static {
     type Job: Task;
 
-    fn crew(&self) -> &Crew<Self::Job>;
+    fn executor(&self) -> &Executor<Self::Job>;
 
+    /// Runs a job, on a thread of the executor.
     fn run(self: &Arc<Self>, job: Self::Job);
 
-    /// A thread has left the crew.
+    /// Runs a job on the thread that has posted it: there is no thread for it.
+    fn run_on_caller(self: &Arc<Self>, job: Self::Job);
+
+    /// A thread has left the executor.
     fn left(&self);
 }
 
-pub(crate) struct Crew<J> {
+pub(crate) struct Executor<J> {
     name: String,
-    roster: Mutex<Roster<J>>,
-    /// To the threads that linger: a job, or the word to leave.
+    inner: Mutex<Inner<J>>,
+    /// To the threads that linger: a job, or `None` to leave.
     send: Sender<Option<Started<J>>>,
     receive: Receiver<Option<Started<J>>>,
     spawn: Spawn,
@@ -98,86 +105,86 @@ struct Started<J> {
 /// What the list of running jobs says of one.
 struct Running {
     kind: Kind,
-    permit: Option<u64>,
+    slot: Option<u64>,
     /// Whether it counts against the limit of its kind.
     counts: bool,
 }
 
-struct Roster<J> {
-    /// Threads that have not left, those that were replaced among them.
+struct Inner<J> {
+    /// Threads that have not left, those of abandoned jobs among them.
     threads: usize,
     /// Threads that linger and to which nothing has been sent.
     idle: usize,
-    /// The jobs that were given to a thread which was not replaced, in the order in which they were.
+    /// The jobs that run and were not abandoned, in the order in which they were started.
     running: BTreeMap<u64, Running>,
     started: u64,
     backlog: [VecDeque<J>; KINDS],
-    dropped_notices: u64,
+    dropped_records: u64,
     closed: bool,
 }
 
-impl<J: Task> Crew<J> {
+impl<J: Task> Executor<J> {
     pub(crate) fn new(name: String) -> Self {
         Self::with_spawn(name, |builder, body| builder.spawn(body).map(drop))
     }
 
-    /// A crew that starts its threads with `spawn`.
+    /// A executor that starts its threads with `spawn`.
     fn with_spawn(name: String, spawn: Spawn) -> Self {
         let (send, receive) = unbounded();
-        let roster = Roster {
+        let inner = Inner {
             threads: 0,
             idle: 0,
             running: BTreeMap::new(),
             started: 0,
             backlog: std::array::from_fn(|_| VecDeque::new()),
-            dropped_notices: 0,
+            dropped_records: 0,
             closed: false,
         };
-        Crew { name, roster: Mutex::new(roster), send, receive, spawn }
+        Executor { name, inner: Mutex::new(inner), send, receive, spawn }
     }
 
     /// Threads that have not left.
     pub(crate) fn threads(&self) -> usize {
-        self.roster.lock().threads
+        self.inner.lock().threads
     }
 
     /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for them.
-    pub(crate) fn dropped_notices(&self) -> u64 {
-        self.roster.lock().dropped_notices
+    pub(crate) fn dropped_records(&self) -> u64 {
+        self.inner.lock().dropped_records
     }
 
-    /// Has a job done. `Ok(false)`: it waits, and somebody must [`nudge`](Crew::nudge). `Err`: no thread could be
-    /// started, and the job is one that must not wait for one.
-    pub(crate) fn post<S: Work<Job = J>>(&self, work: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
-        let mut roster = self.roster.lock();
+    /// Has a job done. `Ok(false)`: it waits in the backlog, and somebody must call [`run_backlog`](Executor::run_backlog).
+    /// `Err`: no thread could be started, and the job is one that must not wait for one.
+    pub(crate) fn post<S: Host<Job = J>>(&self, host: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
+        let mut inner = self.inner.lock();
         let kind = job.kind();
-        if !roster.has_room(kind) {
-            roster.put_off(job);
+        if !inner.has_room(kind) {
+            inner.defer(job);
             return Ok(true);
         }
-        let started = roster.start(job);
-        if roster.idle > 0 {
-            roster.idle -= 1;
-            drop(roster);
+        let started = inner.start(job);
+        if inner.idle > 0 {
+            inner.idle -= 1;
+            drop(inner);
             self.tell(Some(started));
             return Ok(true);
         }
-        roster.threads += 1;
-        drop(roster);
-        match self.start(work) {
+        inner.threads += 1;
+        drop(inner);
+        match self.start(host) {
             Ok(()) => {
                 self.tell(Some(started));
                 Ok(true)
             }
             Err(e) => {
-                let mut roster = self.roster.lock();
-                roster.threads -= 1;
-                roster.running.remove(&started.number);
+                let mut inner = self.inner.lock();
+                inner.threads -= 1;
+                inner.running.remove(&started.number);
                 match kind {
                     Kind::Open => Err((e, started.job)),
-                    Kind::Close if roster.threads == 0 => Err((e, started.job)),
+                    Kind::Close if inner.threads == 0 => Err((e, started.job)),
                     _ => {
-                        roster.put_off(started.job);
+                        inner.defer(started.job);
                         Ok(false)
                     }
                 }
@@ -185,69 +192,69 @@ impl<J: Task> Crew<J> {
         }
     }
 
-    /// Starts threads for what waits though there is room: after a thread could not be started, or no longer counts.
-    /// `false`: something still waits that no thread will come for.
-    pub(crate) fn nudge<S: Work<Job = J>>(&self, work: &Arc<S>) -> bool {
+    /// Starts threads for the jobs in the backlog for which there is room: after a thread could not be started, or a job no
+    /// longer counts. `false`: a job still waits for which there is no thread.
+    pub(crate) fn run_backlog<S: Host<Job = J>>(&self, host: &Arc<S>) -> bool {
         loop {
-            let mut roster = self.roster.lock();
-            let Some(started) = roster.next_in_backlog(None) else { return true };
-            let due = if roster.idle > 0 {
-                roster.idle -= 1;
+            let mut inner = self.inner.lock();
+            let Some(started) = inner.next_in_backlog(None) else { return true };
+            let due = if inner.idle > 0 {
+                inner.idle -= 1;
                 true
             } else {
-                roster.threads += 1;
-                drop(roster);
-                let started = self.start(work).is_ok();
-                roster = self.roster.lock();
+                inner.threads += 1;
+                drop(inner);
+                let started = self.start(host).is_ok();
+                inner = self.inner.lock();
                 if !started {
-                    roster.threads -= 1;
+                    inner.threads -= 1;
                 }
                 started
             };
             if !due {
-                roster.running.remove(&started.number);
-                roster.backlog[started.job.kind() as usize].push_front(started.job);
+                inner.running.remove(&started.number);
+                inner.backlog[started.job.kind() as usize].push_front(started.job);
                 return false;
             }
-            drop(roster);
+            drop(inner);
             self.tell(Some(started));
         }
     }
 
-    /// Leaves a job for the next [`nudge`](Crew::nudge).
-    pub(crate) fn strand(&self, job: J) {
-        self.roster.lock().put_off(job);
+    /// Puts a job in the backlog, for the next [`run_backlog`](Executor::run_backlog).
+    pub(crate) fn defer(&self, job: J) {
+        self.inner.lock().defer(job);
     }
 
-    /// The job that has this permit takes long: it counts no longer against the limit of its kind, and what waits behind it
-    /// goes on. Nothing happens if it does not run here.
-    pub(crate) fn discount<S: Work<Job = J>>(&self, work: &Arc<S>, permit: u64) -> bool {
+    /// The job that has this slot takes longer than usual: it counts no longer against the limit of its kind, and the jobs
+    /// behind it run. Nothing happens if it does not run here.
+    pub(crate) fn stop_counting<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
-            let mut roster = self.roster.lock();
-            if let Some(number) = roster.find(permit) {
-                roster.running.entry(number).and_modify(|job| job.counts = false);
+            let mut inner = self.inner.lock();
+            if let Some(number) = inner.find(slot) {
+                inner.running.entry(number).and_modify(|job| job.counts = false);
             }
         }
-        self.nudge(work)
+        self.run_backlog(host)
     }
 
-    /// The job that has this permit is given up: its thread leaves when it ends, and what waits behind it goes on. Nothing
+    /// The job that has this slot is abandoned: its thread leaves when the job ends, and the jobs behind it run. Nothing
     /// happens if it does not run here.
-    pub(crate) fn replace<S: Work<Job = J>>(&self, work: &Arc<S>, permit: u64) -> bool {
+    pub(crate) fn abandon<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
-            let mut roster = self.roster.lock();
-            if let Some(number) = roster.find(permit) {
-                roster.running.remove(&number);
+            let mut inner = self.inner.lock();
+            if let Some(number) = inner.find(slot) {
+                inner.running.remove(&number);
             }
         }
-        self.nudge(work)
+        self.run_backlog(host)
     }
 
-    /// Nobody lingers from now on. Jobs are still done.
+    /// From now on no thread lingers. Jobs are still done.
     pub(crate) fn close(&self) {
-        let mut roster = self.roster.lock();
-        roster.closed = true;
-        for _ in 0..std::mem::take(&mut roster.idle) {
+        let mut inner = self.inner.lock();
+        inner.closed = true;
+        for _ in 0..std::mem::take(&mut inner.idle) {
             self.tell(None);
         }
     }
@@ -257,61 +264,61 @@ impl<J: Task> Crew<J> {
         let _ = self.send.send(what);
     }
 
-    fn start<S: Work<Job = J>>(&self, work: &Arc<S>) -> io::Result<()> {
-        let work = Arc::clone(work);
-        let builder = thread::Builder::new().name(thread_name(&self.name, "-crew"));
+    fn start<S: Host<Job = J>>(&self, host: &Arc<S>) -> io::Result<()> {
+        let host = Arc::clone(host);
+        let builder = thread::Builder::new().name(thread_name(&self.name, "-exec"));
         (self.spawn)(
             builder,
             Box::new(move || {
-                work.crew().serve(&work);
-                work.left();
+                host.executor().serve(&host);
+                host.left();
             }),
         )
     }
 
-    /// The life of a thread: jobs, until nobody sends one for a while.
-    fn serve<S: Work<Job = J>>(&self, work: &Arc<S>) {
+    /// The life of a thread: it runs jobs, until none comes for a while.
+    fn serve<S: Host<Job = J>>(&self, host: &Arc<S>) {
         loop {
             let mut next = match self.receive.recv_timeout(LINGER) {
                 Ok(Some(started)) => Some(started),
                 Ok(None) => break,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    let mut roster = self.roster.lock();
-                    if roster.idle > 0 {
-                        // Nothing is on its way to this thread, or to another that will then get it.
-                        roster.idle -= 1;
+                    let mut inner = self.inner.lock();
+                    if inner.idle > 0 {
+                        // No job is on its way to a thread that lingers.
+                        inner.idle -= 1;
                         break;
                     }
                     continue;
                 }
             };
             while let Some(Started { number, job }) = next.take() {
-                // What a job may do to its thread is to end it: nothing else is shared.
-                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| work.run(job))) {
+                // A panic that was not caught may end its job, and not the thread.
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| host.run(job))) {
                     drop_payload(payload);
                 }
-                let mut roster = self.roster.lock();
-                let Some(Running { kind, .. }) = roster.running.remove(&number) else {
-                    // It was replaced.
-                    roster.threads -= 1;
+                let mut inner = self.inner.lock();
+                let Some(Running { kind, .. }) = inner.running.remove(&number) else {
+                    // The job was abandoned: another thread has its place.
+                    inner.threads -= 1;
                     return;
                 };
-                next = roster.next_in_backlog(Some(kind));
+                next = inner.next_in_backlog(Some(kind));
                 if next.is_none() {
-                    if roster.closed {
-                        roster.threads -= 1;
+                    if inner.closed {
+                        inner.threads -= 1;
                         return;
                     }
-                    roster.idle += 1;
+                    inner.idle += 1;
                 }
             }
         }
-        self.roster.lock().threads -= 1;
+        self.inner.lock().threads -= 1;
     }
 }
 
-impl<J: Task> Roster<J> {
-    /// For each of them that counts no longer one more runs beside those that may: of many that hang the last begins soon.
+impl<J: Task> Inner<J> {
+    /// Beside those that may run, one more runs for each that counts no longer: so of many jobs that hang the last begins soon.
     fn has_room(&self, kind: Kind) -> bool {
         let (mut counted, mut slow) = (0, 0);
         for job in self.running.values().filter(|job| job.kind == kind) {
@@ -320,24 +327,24 @@ impl<J: Task> Roster<J> {
         counted < kind.limit() + slow && counted + slow < MOST
     }
 
-    /// Enters a job in the list of those that run.
+    /// Enters a job in the list of running jobs.
     fn start(&mut self, job: J) -> Started<J> {
         let number = self.started;
         self.started += 1;
-        self.running.insert(number, Running { kind: job.kind(), permit: job.permit(), counts: true });
+        self.running.insert(number, Running { kind: job.kind(), slot: job.slot(), counts: true });
         Started { number, job }
     }
 
-    /// The job that has this permit: of two the later, for the earlier has handed the permit on and is about to end.
-    fn find(&self, permit: u64) -> Option<u64> {
-        self.running.iter().rev().find(|(_, job)| job.permit == Some(permit)).map(|(&number, _)| number)
+    /// The job that has this slot: of two the later, for the earlier has passed the slot on and is about to end.
+    fn find(&self, slot: u64) -> Option<u64> {
+        self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
     }
 
     /// Puts a job in the backlog of its kind.
-    fn put_off(&mut self, job: J) {
+    fn defer(&mut self, job: J) {
         let kind = job.kind();
-        if kind == Kind::Notice && self.backlog[kind as usize].len() >= MAX_NOTICES {
-            self.dropped_notices += 1;
+        if kind == Kind::Record && self.backlog[kind as usize].len() >= MAX_RECORDS {
+            self.dropped_records += 1;
         } else {
             self.backlog[kind as usize].push_back(job);
         }
@@ -345,7 +352,7 @@ impl<J: Task> Roster<J> {
 
     /// A job from the backlog for which there is room, of the kind `first` if there is one, entered as running.
     fn next_in_backlog(&mut self, first: Option<Kind>) -> Option<Started<J>> {
-        let all = [Kind::Open, Kind::Check, Kind::Close, Kind::Cut, Kind::Notice];
+        let all = [Kind::Open, Kind::Check, Kind::Close, Kind::Abort, Kind::Record];
         for kind in first.into_iter().chain(all) {
             if !self.backlog[kind as usize].is_empty() && self.has_room(kind) {
                 if let Some(job) = self.backlog[kind as usize].pop_front() {
@@ -370,24 +377,28 @@ mod tests {
             self.0
         }
 
-        fn permit(&self) -> Option<u64> {
+        fn slot(&self) -> Option<u64> {
             self.1
         }
     }
 
-    struct Yard {
-        crew: Crew<Job>,
+    struct TestHost {
+        executor: Executor<Job>,
         left: Sender<()>,
     }
 
-    impl Work for Yard {
+    impl Host for TestHost {
         type Job = Job;
 
-        fn crew(&self) -> &Crew<Job> {
-            &self.crew
+        fn executor(&self) -> &Executor<Job> {
+            &self.executor
         }
 
         fn run(self: &Arc<Self>, job: Job) {
+            (job.2)()
+        }
+
+        fn run_on_caller(self: &Arc<Self>, job: Job) {
             (job.2)()
         }
 
@@ -396,101 +407,101 @@ mod tests {
         }
     }
 
-    fn yard() -> (Arc<Yard>, Receiver<()>) {
+    fn host() -> (Arc<TestHost>, Receiver<()>) {
         let (left, gone) = unbounded();
-        (Arc::new(Yard { crew: Crew::new("yard".into()), left }), gone)
+        (Arc::new(TestHost { executor: Executor::new("host".into()), left }), gone)
     }
 
-    impl Yard {
-        fn post(self: &Arc<Self>, kind: Kind, permit: impl Into<Option<u64>>, job: impl FnOnce() + Send + 'static) {
-            self.crew.post(self, Job(kind, permit.into(), Box::new(job))).map_err(|e| e.0).unwrap();
+    impl TestHost {
+        fn post(self: &Arc<Self>, kind: Kind, slot: impl Into<Option<u64>>, job: impl FnOnce() + Send + 'static) {
+            self.executor.post(self, Job(kind, slot.into(), Box::new(job))).map_err(|e| e.0).unwrap();
         }
     }
 
     const SOON: Duration = Duration::from_secs(20);
 
     /// Posts a close that tells when it begins.
-    fn seen_by(yard: &Arc<Yard>, permit: u64) -> Receiver<()> {
+    fn seen_by(host: &Arc<TestHost>, slot: u64) -> Receiver<()> {
         let (done, seen) = unbounded();
-        yard.post(Kind::Close, permit, move || done.send(()).unwrap());
+        host.post(Kind::Close, slot, move || done.send(()).unwrap());
         seen
     }
 
     #[test]
     fn closes_are_limited_and_do_not_hold_up_an_open() {
-        let (yard, gone) = yard();
+        let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
         for n in 0..6 {
             let (wait, done) = (wait.clone(), done.clone());
-            yard.post(Kind::Close, n, move || {
+            host.post(Kind::Close, n, move || {
                 let _ = wait.recv();
                 done.send(n).unwrap();
             });
         }
-        assert_eq!(yard.crew.threads(), CLOSERS);
+        assert_eq!(host.executor.threads(), CLOSERS);
         let open = done.clone();
-        yard.post(Kind::Open, 100, move || open.send(100).unwrap());
+        host.post(Kind::Open, 100, move || open.send(100).unwrap());
         assert_eq!(seen.recv_timeout(SOON), Ok(100), "while every closer is busy");
         drop(go);
         let mut closed: Vec<u64> = (0..6).map(|_| seen.recv_timeout(SOON).unwrap()).collect();
         closed.sort();
         assert_eq!(closed, [0, 1, 2, 3, 4, 5]);
-        yard.crew.close();
+        host.executor.close();
         for _ in 0..5 {
             gone.recv_timeout(SOON).expect("a thread stays behind");
         }
-        assert_eq!(yard.crew.threads(), 0);
+        assert_eq!(host.executor.threads(), 0);
     }
 
     #[test]
-    fn a_thread_that_is_replaced_leaves_in_the_end() {
-        let (yard, gone) = yard();
+    fn the_thread_of_an_abandoned_job_leaves_in_the_end() {
+        let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
         for n in 0..CLOSERS as u64 {
             let wait = wait.clone();
-            yard.post(Kind::Close, n, move || _ = wait.recv());
+            host.post(Kind::Close, n, move || _ = wait.recv());
         }
-        yard.post(Kind::Close, 4, move || done.send(()).unwrap());
+        host.post(Kind::Close, 4, move || done.send(()).unwrap());
         assert!(seen.is_empty());
-        assert!(yard.crew.replace(&yard, 0));
+        assert!(host.executor.abandon(&host, 0));
         seen.recv_timeout(SOON).expect("the fifth close goes on");
         drop(go); // the stuck ones return, one of them to leave
-        yard.crew.close();
+        host.executor.close();
         for _ in 0..CLOSERS + 1 {
             gone.recv_timeout(SOON).unwrap();
         }
-        assert_eq!(yard.crew.threads(), 0);
+        assert_eq!(host.executor.threads(), 0);
     }
 
     #[test]
     fn one_that_takes_long_holds_up_nobody_and_its_thread_stays() {
-        let (yard, gone) = yard();
+        let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
         for n in 0..CLOSERS as u64 {
             let wait = wait.clone();
-            yard.post(Kind::Close, n, move || _ = wait.recv());
+            host.post(Kind::Close, n, move || _ = wait.recv());
         }
         for n in 4..6 {
             let (wait, done) = (wait.clone(), done.clone());
-            yard.post(Kind::Close, n, move || {
+            host.post(Kind::Close, n, move || {
                 done.send(n).unwrap();
                 _ = wait.recv();
             });
         }
         assert!(seen.is_empty());
-        assert!(yard.crew.discount(&yard, 2));
+        assert!(host.executor.stop_counting(&host, 2));
         let mut begun: Vec<u64> = (0..2).map(|_| seen.recv_timeout(SOON).unwrap()).collect();
         begun.sort();
         assert_eq!(begun, [4, 5], "one in its place, and one more beside it");
-        assert!(yard.crew.discount(&yard, 2), "a second time it is not counted down again");
-        let done = seen_by(&yard, 6);
+        assert!(host.executor.stop_counting(&host, 2), "a second time it is not counted down again");
+        let done = seen_by(&host, 6);
         assert!(done.is_empty());
         drop(go);
         done.recv_timeout(SOON).unwrap();
-        yard.crew.close();
+        host.executor.close();
         for _ in 0..CLOSERS + 2 {
             gone.recv_timeout(SOON).unwrap();
         }
@@ -498,29 +509,29 @@ mod tests {
 
     #[test]
     fn what_does_not_run_here_counts_nothing_down() {
-        let (yard, gone) = yard();
+        let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         // A check that failed, and goes on to close what it has.
         let hangs = wait.clone();
-        yard.post(Kind::Check, 1, move || _ = hangs.recv());
-        assert!(yard.crew.replace(&yard, 1));
+        host.post(Kind::Check, 1, move || _ = hangs.recv());
+        assert!(host.executor.abandon(&host, 1));
         // A close that ran on its caller.
-        assert!(yard.crew.replace(&yard, 2));
+        assert!(host.executor.abandon(&host, 2));
         for n in 10..10 + CLOSERS as u64 {
             let wait = wait.clone();
-            yard.post(Kind::Close, n, move || _ = wait.recv());
+            host.post(Kind::Close, n, move || _ = wait.recv());
         }
         let (done, seen) = unbounded();
-        yard.post(Kind::Close, 20, move || done.send(()).unwrap());
-        assert_eq!(yard.crew.threads(), 1 + CLOSERS, "as many closes run as may, and no more");
+        host.post(Kind::Close, 20, move || done.send(()).unwrap());
+        assert_eq!(host.executor.threads(), 1 + CLOSERS, "as many closes run as may, and no more");
         assert!(seen.is_empty());
         drop(go);
         seen.recv_timeout(SOON).expect("the last close is done");
-        yard.crew.close();
+        host.executor.close();
         for _ in 0..1 + CLOSERS {
             gone.recv_timeout(SOON).unwrap();
         }
-        assert_eq!(yard.crew.threads(), 0);
+        assert_eq!(host.executor.threads(), 0);
     }
 
     #[test]
@@ -537,11 +548,11 @@ mod tests {
                 panic!("on purpose, for the third time");
             }
         }
-        let (yard, _gone) = yard();
+        let (host, _gone) = host();
         let (done, seen) = unbounded();
         for n in 0..3 {
             let done = done.clone();
-            yard.post(Kind::Notice, None, move || {
+            host.post(Kind::Record, None, move || {
                 done.send(n).unwrap();
                 std::panic::panic_any(Worse)
             });
@@ -555,28 +566,28 @@ mod tests {
     fn there_is_an_end_to_the_threads_of_each_kind() {
         // None of them ever runs: it is about how many are wanted.
         let (left, _gone) = unbounded();
-        let crew = Crew::with_spawn("yard".into(), |_, body| {
+        let executor = Executor::with_spawn("host".into(), |_, body| {
             drop(body);
             Ok(())
         });
-        let yard = Arc::new(Yard { crew, left });
+        let host = Arc::new(TestHost { executor, left });
         for _ in 0..3000 {
-            for kind in [Kind::Open, Kind::Check, Kind::Cut] {
-                yard.post(kind, None, || {});
+            for kind in [Kind::Open, Kind::Check, Kind::Abort] {
+                host.post(kind, None, || {});
             }
         }
-        assert!(yard.crew.threads() <= 3 * 1024, "{} threads", yard.crew.threads());
+        assert!(host.executor.threads() <= 3 * 1024, "{} threads", host.executor.threads());
     }
 
     #[test]
     fn a_blocked_logger_drops_what_is_too_much() {
-        let (yard, _gone) = yard();
+        let (host, _gone) = host();
         let (go, wait) = bounded::<()>(0);
-        yard.post(Kind::Notice, None, move || _ = wait.recv());
-        for _ in 0..MAX_NOTICES + 7 {
-            yard.post(Kind::Notice, None, || {});
+        host.post(Kind::Record, None, move || _ = wait.recv());
+        for _ in 0..MAX_RECORDS + 7 {
+            host.post(Kind::Record, None, || {});
         }
-        assert_eq!(yard.crew.dropped_notices(), 7);
+        assert_eq!(host.executor.dropped_records(), 7);
         drop(go);
     }
 
@@ -586,33 +597,33 @@ mod tests {
     #[test]
     fn no_thread_to_be_had_loses_nothing() {
         let (left, gone) = unbounded();
-        let crew = Crew::with_spawn("yard".into(), |builder, body| {
+        let executor = Executor::with_spawn("host".into(), |builder, body| {
             if SPAWNS.load(Ordering::SeqCst) {
                 builder.spawn(body).map(drop)
             } else {
                 Err(io::ErrorKind::WouldBlock.into())
             }
         });
-        let yard = Arc::new(Yard { crew, left });
+        let host = Arc::new(TestHost { executor, left });
         let run = || {
             RUN.fetch_add(1, Ordering::SeqCst);
         };
         let job = |kind| Job(kind, None, Box::new(run));
         SPAWNS.store(false, Ordering::SeqCst);
-        assert!(yard.crew.post(&yard, job(Kind::Open)).is_err(), "an open fails, to be tried again");
-        assert!(yard.crew.post(&yard, job(Kind::Close)).is_err(), "a close runs on the caller if there is nobody");
-        assert!(yard.crew.post(&yard, job(Kind::Check)).is_ok_and(|ok| !ok), "a check waits");
-        assert!(!yard.crew.nudge(&yard), "and still does");
-        for _ in 0..MAX_NOTICES + 7 {
-            assert!(yard.crew.post(&yard, job(Kind::Notice)).is_ok_and(|ok| !ok));
+        assert!(host.executor.post(&host, job(Kind::Open)).is_err(), "an open fails, to be tried again");
+        assert!(host.executor.post(&host, job(Kind::Close)).is_err(), "a close runs on the caller if there is nobody");
+        assert!(host.executor.post(&host, job(Kind::Check)).is_ok_and(|ok| !ok), "a check waits");
+        assert!(!host.executor.run_backlog(&host), "and still does");
+        for _ in 0..MAX_RECORDS + 7 {
+            assert!(host.executor.post(&host, job(Kind::Record)).is_ok_and(|ok| !ok));
         }
-        assert_eq!(yard.crew.dropped_notices(), 7, "log records do not pile up without bound");
+        assert_eq!(host.executor.dropped_records(), 7, "log records do not pile up without bound");
         SPAWNS.store(true, Ordering::SeqCst);
-        assert!(yard.crew.nudge(&yard));
-        yard.crew.close();
-        while yard.crew.threads() > 0 {
+        assert!(host.executor.run_backlog(&host));
+        host.executor.close();
+        while host.executor.threads() > 0 {
             gone.recv_timeout(SOON).unwrap();
         }
-        assert_eq!(RUN.load(Ordering::SeqCst), 1 + MAX_NOTICES);
+        assert_eq!(RUN.load(Ordering::SeqCst), 1 + MAX_RECORDS);
     }
 }

@@ -1,10 +1,24 @@
-//! Threads and locks: what carries out what the [ledger](crate::ledger) decides.
+//! Threads and locks: what carries out what the [ledger](crate::ledger) decides. Each file imports only those above it:
+//!
+//! | file | |
+//! |---|---|
+//! | `event_count`, `waiter`, `executor` | what threads sleep on, and the threads that may block; they know nothing of pools |
+//! | `reaper` | the thread that keeps time |
+//! | `time`, `user`, `openings`, `lifecycle` | what the parts of a pool share |
+//! | `conn`, `job` | what they hand to each other |
+//! | `shared` | the lock, the one way to use it, and what comes of it |
+//! | `permit`, `jobs` | what the executor's threads do |
 
-pub(crate) mod defect;
-pub(crate) mod event_count;
+pub(crate) mod conn;
+mod event_count;
 pub(crate) mod executor;
+pub(crate) mod job;
 pub(crate) mod jobs;
-pub(crate) mod kept;
-pub(crate) mod reaper;
+pub(crate) mod lifecycle;
+mod openings;
+pub(crate) mod permit;
+mod reaper;
 pub(crate) mod shared;
+mod time;
+mod user;
 pub(crate) mod waiter;

@@ -1,87 +1,88 @@
-//! One waiting thread's [`Seat`].
+//! One [`Waiter`]: a thread that waits for a connection.
 //!
-//! It is filled under the ledger's lock, by whoever has something for this thread, and woken after that lock is
-//! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or its seat is full.
-//! A call, which promises nothing, may come to a seat at any time.
+//! A waiter is served under the ledger's lock, by whoever has something for it, and woken after that lock is released.
+//! So at its deadline the thread asks the ledger, and is either still queued, and leaves, or has been served. A
+//! notification, which promises nothing, may come to a waiter at any time.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Where one thread waits for one `T`. (On the standard library's lock, for the reason that [`Bell`](crate::bell) gives.)
-pub(crate) struct Seat<T> {
+/// A thread that waits for one `T`. (On the standard library's lock, for the reason that
+/// [`EventCount`](crate::runtime::event_count) gives.)
+pub(crate) struct Waiter<T> {
     home: Home,
-    news: Mutex<News<T>>,
-    bell: Condvar,
+    signal: Mutex<Signal<T>>,
+    wake_up: Condvar,
 }
 
-/// What a thread in its seat hears.
+/// What a waiter is told.
 #[derive(Debug)]
-pub(crate) enum News<T> {
+pub(crate) enum Signal<T> {
     /// Nothing, until its deadline had come.
     None,
-    /// There is something to be had, first come, first served.
-    Called,
+    /// There may be a connection to take: first come, first served.
+    Notified,
     /// This is for it.
-    Full(T),
+    Served(T),
 }
 
-impl<T> Seat<T> {
-    /// A seat of this process, `home`: a forked child does nothing to it.
+impl<T> Waiter<T> {
+    /// A waiter of this process, `home`: a forked child does nothing to it.
     pub(crate) fn new(home: Home) -> Self {
-        Seat { home, news: Mutex::new(News::None), bell: Condvar::new() }
+        Waiter { home, signal: Mutex::new(Signal::None), wake_up: Condvar::new() }
     }
 
-    /// Puts `what` there for the thread to find. Does not wake it.
-    pub(crate) fn fill(&self, what: T) {
-        let Some(mut news) = self.home.lock(&self.news) else { return std::mem::forget(what) };
-        let before = std::mem::replace(&mut *news, News::Full(what));
-        drop(news);
-        debug_assert!(!matches!(before, News::Full(_)), "a seat is filled once");
+    /// Leaves `what` for the thread to find. Does not wake it.
+    pub(crate) fn serve(&self, what: T) {
+        let Some(mut signal) = self.home.lock(&self.signal) else { return std::mem::forget(what) };
+        let before = std::mem::replace(&mut *signal, Signal::Served(what));
+        drop(signal);
+        debug_assert!(!matches!(before, Signal::Served(_)), "a waiter is served once");
     }
 
     pub(crate) fn wake(&self) {
-        self.bell.notify_one();
+        self.wake_up.notify_one();
     }
 
-    /// Tells the thread that there is something, and wakes it.
-    pub(crate) fn call(&self) {
-        let Some(mut news) = self.home.lock(&self.news) else { return };
-        if let News::None = *news {
-            *news = News::Called;
-            drop(news);
+    /// Tells the thread that there may be a connection to take, and wakes it.
+    pub(crate) fn notify(&self) {
+        let Some(mut signal) = self.home.lock(&self.signal) else { return };
+        if let Signal::None = *signal {
+            *signal = Signal::Notified;
+            drop(signal);
             self.wake();
         }
     }
 
-    /// Sleeps until there is news or the deadline has come; `None`: without a deadline.
-    pub(crate) fn wait(&self, deadline: Option<Instant>) -> News<T> {
-        let mut news = self.lock();
-        while let News::None = *news {
-            news = match deadline {
-                None => self.bell.wait(news).unwrap_or_else(PoisonError::into_inner),
+    /// Sleeps until there is a signal or the deadline has come; `None`: without a deadline.
+    pub(crate) fn wait(&self, deadline: Option<Instant>) -> Signal<T> {
+        let mut signal = self.lock();
+        while let Signal::None = *signal {
+            signal = match deadline {
+                None => self.wake_up.wait(signal).unwrap_or_else(PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         break;
                     }
-                    self.bell.wait_timeout(news, left).unwrap_or_else(PoisonError::into_inner).0
+                    self.wake_up.wait_timeout(signal, left).unwrap_or_else(PoisonError::into_inner).0
                 }
             };
         }
-        std::mem::replace(&mut *news, News::None)
+        std::mem::replace(&mut *signal, Signal::None)
     }
 
-    /// What the seat holds.
+    /// What the waiter was served.
     pub(crate) fn take(&self) -> Option<T> {
-        match std::mem::replace(&mut *self.lock(), News::None) {
-            News::Full(what) => Some(what),
-            News::None | News::Called => None,
+        match std::mem::replace(&mut *self.lock(), Signal::None) {
+            Signal::Served(what) => Some(what),
+            Signal::None | Signal::Notified => None,
         }
     }
 
-    /// It holds one thing or another, whatever its last caller came to.
-    fn lock(&self) -> MutexGuard<'_, News<T>> {
-        self.news.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The signal is one or another, whatever the thread that held the lock came to.
+    fn lock(&self) -> MutexGuard<'_, Signal<T>> {
+        self.signal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,0 +1,79 @@
+//! Why there is no connection: what the errors of a pool are made of.
+
+use crate::error::{Cause, Closed, Connect, Error, ErrorKind, Timeout};
+use crate::leaf::threads;
+use crate::manage::Manage;
+use crate::runtime::shared::Shared;
+use crate::stats::ConnectionState;
+use std::cmp::Reverse;
+use std::time::Duration;
+
+impl<M: Manage> Shared<M> {
+    /// No connection came in time.
+    pub(crate) fn timeout_error(&self, timeout: Duration) -> Error {
+        let (counts, max_size, failing) = {
+            let ledger = self.lock();
+            (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
+        };
+        let mut in_use = self.slots(|slot| slot.as_seen() == ConnectionState::InUse);
+        let me = threads::id();
+        let checked_out_here = in_use.iter().filter(|slot| slot.caller.is_some_and(|c| c.thread == me)).count() as u32;
+        in_use.sort_by_key(|slot| slot.since);
+        in_use.truncate(Timeout::MOST_SHOWN);
+        let mut longest_in_use = self.describe(in_use);
+        longest_in_use.sort_by_key(|row| Reverse(row.since));
+        Error::new(ErrorKind::Timeout(Timeout {
+            pool: self.name.to_string(),
+            timeout,
+            max_size,
+            in_use: counts.in_use,
+            opening: counts.opening,
+            checking: counts.checking,
+            closing: counts.closing,
+            abandoned: counts.abandoned,
+            waiting: counts.waiting,
+            longest_in_use,
+            checked_out_here,
+            cause: if failing { self.openings.cause() } else { None },
+        }))
+    }
+
+    /// The server refuses for good.
+    pub(crate) fn refused_error(&self) -> Error {
+        let cause = self.openings.cause().unwrap_or_else(|| Cause::message("refused"));
+        Error::new(ErrorKind::Connect(Connect { pool: self.name.to_string(), cause }))
+    }
+
+    /// The pool is closed.
+    pub(crate) fn closed_error(&self) -> Error {
+        let closed = match self.life.ended.get() {
+            Some(ended) => Closed {
+                pool: self.name.to_string(),
+                by: ended.by,
+                at: ended.at,
+                thread: threads::name(ended.thread),
+                ago: self.time.precise().since(ended.when),
+            },
+            None => Closed {
+                pool: self.name.to_string(),
+                by: "its last handle was dropped",
+                at: None,
+                thread: threads::name(threads::id()),
+                ago: Duration::ZERO,
+            },
+        };
+        Error::new(ErrorKind::Closed(closed))
+    }
+
+    /// This is a forked child.
+    pub(crate) fn forked_error(&self) -> Error {
+        let problem = format!(
+            "'{}' belongs to process {}, of which this process ({}) is a fork: it has none of the pool's threads, and its \
+             connections are the parent's. Build a pool after the fork",
+            self.name,
+            self.time.home().pid(),
+            std::process::id()
+        );
+        Error::config("pool", problem)
+    }
+}

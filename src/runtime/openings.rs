@@ -1,0 +1,47 @@
+//! [`Openings`]: what can be done about a connection from outside, and why the last open failed. Not in the ledger, under
+//! whose lock nothing of the user's may be dropped.
+
+use crate::error::Cause;
+use crate::manage::Opening;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The openings of all connections that are open or being opened, by number.
+#[derive(Default)]
+pub(crate) struct Openings {
+    by_id: Mutex<HashMap<u64, Arc<Opening>>>,
+    cause: Mutex<Option<Cause>>,
+}
+
+impl Openings {
+    pub(crate) fn insert(&self, id: u64, opening: Arc<Opening>) {
+        self.by_id.lock().insert(id, opening);
+    }
+
+    pub(crate) fn get(&self, id: u64) -> Option<Arc<Opening>> {
+        self.by_id.lock().get(&id).cloned()
+    }
+
+    /// What is removed is the caller's to drop: it holds what the user registered.
+    #[must_use]
+    pub(crate) fn remove(&self, id: u64) -> Option<Arc<Opening>> {
+        self.by_id.lock().remove(&id)
+    }
+
+    /// The server's number of each of these connections.
+    pub(crate) fn server_ids(&self, ids: impl Iterator<Item = u64>) -> Vec<Option<u64>> {
+        let by_id = self.by_id.lock();
+        ids.map(|id| by_id.get(&id).and_then(|opening| opening.server_id())).collect()
+    }
+
+    /// Sets why the last open failed. The cause before is the caller's to drop.
+    #[must_use]
+    pub(crate) fn set_cause(&self, cause: Cause) -> Option<Cause> {
+        self.cause.lock().replace(cause)
+    }
+
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        self.cause.lock().clone()
+    }
+}

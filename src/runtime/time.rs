@@ -1,0 +1,67 @@
+//! [`PoolTime`]: what a pool's time is, and in which process it passes.
+
+use crate::leaf::clock::{Clock, Moment};
+use crate::leaf::process::{Home, origin};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// A pool's clock and process.
+pub(crate) struct PoolTime {
+    clock: Clock,
+    home: Home,
+    /// When the pool was built, see [`origin`].
+    born: u64,
+    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
+    waiting: AtomicU32,
+}
+
+impl PoolTime {
+    pub(crate) fn new() -> Self {
+        PoolTime { clock: Clock::new(), home: Home::here(), born: origin(), waiting: AtomicU32::new(0) }
+    }
+
+    /// The process that built the pool.
+    pub(crate) fn home(&self) -> Home {
+        self.home
+    }
+
+    /// How far the coarse clock may lie behind.
+    pub(crate) fn resolution(&self) -> Duration {
+        self.clock.resolution()
+    }
+
+    /// So many wait now.
+    pub(crate) fn note_waiting(&self, waiting: u32) {
+        self.waiting.store(waiting, Ordering::Relaxed);
+    }
+
+    /// The time: coarse, and precise while somebody waits.
+    #[inline]
+    pub(crate) fn now(&self) -> Moment {
+        if self.waiting.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
+    }
+
+    /// The time to the nanosecond.
+    pub(crate) fn precise(&self) -> Moment {
+        self.clock.precise()
+    }
+
+    /// The `Instant` of a moment, to sleep until; `None` for a moment too far away to be one.
+    pub(crate) fn instant(&self, at: Moment) -> Option<Instant> {
+        self.clock.instant(at)
+    }
+
+    /// Whether this process is a child of the one that built the pool, forked from it: it has the pool's memory and
+    /// sockets, and none of its threads.
+    pub(crate) fn is_forked(&self) -> bool {
+        self.home.is_elsewhere()
+    }
+
+    /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
+    #[inline]
+    pub(crate) fn seems_forked(&self, now: Moment) -> bool {
+        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come up.
+        let now = if self.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
+        self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
+    }
+}
