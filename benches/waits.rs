@@ -90,7 +90,7 @@ fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject], out
     part.table(&["", "cost", "to r2d2", "p50", "p99", "p99.9", "max", "fairness"], &rows);
 
     let greatest = lines.iter().flat_map(|(_, points)| points.last()).map(|p| p.1).fold(0.0, f64::max);
-    let x = Axis { name: "part of the checkouts", range: 0.0..5.0, show: nines };
+    let x = Axis { name: "part of the checkouts", range: plot::tail(5), show: percent };
     let y = Axis { name: "waited at most", range: plot::log(LEAST, greatest), show: |&s| short(s) };
     part.plot(name, &format!("Waiting times: {title}"), &plot::lines(title, x, y, &lines, false));
 }
@@ -98,13 +98,14 @@ fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject], out
 /// The shortest wait that a plot shows, in seconds.
 const LEAST: f64 = 1e-8;
 
-/// `2.0` is 99 %.
-fn nines(n: &f64) -> String {
-    format!("{} %", (1e5 * (1.0 - 10f64.powf(-n))).round() / 1e3)
+/// What is not in a tail of `0.01` is 99 %.
+fn percent(tail: &f64) -> String {
+    format!("{} %", (1e5 * (1.0 - tail)).round() / 1e3)
 }
 
-/// A distribution, one point per tenth of a nine, as far as there are enough checkouts to tell.
+/// A distribution, ten points per power of ten of its tail, as far as there are enough checkouts to tell.
 fn curve(waits: &Waits) -> Vec<(f64, f64)> {
-    let points = (0..=50).map(|i| f64::from(i) / 10.0).filter(|nines| 10f64.powf(*nines) <= waits.count() as f64);
-    points.map(|nines| (nines, waits.quantile(1.0 - 10f64.powf(-nines)).max(LEAST))).collect()
+    let tails = (0..=50).map(|i| 10f64.powf(-f64::from(i) / 10.0));
+    let tails = tails.filter(|tail| 1.0 / tail <= waits.count() as f64);
+    tails.map(|tail| (tail, waits.quantile(1.0 - tail).max(LEAST))).collect()
 }

@@ -45,6 +45,12 @@ pub fn log(min: f64, max: f64) -> Log {
     (ticks[0]..ticks[ticks.len() - 1]).log_scale().with_key_points(ticks)
 }
 
+/// From 1 down to ten to the minus `powers`: the part of a distribution that is greater than a quantile.
+pub fn tail(powers: i32) -> Log {
+    let ticks: Vec<f64> = (0..=powers).map(|power| 10f64.powi(-power)).collect();
+    (1.0..10f64.powi(-powers)).log_scale().with_key_points(ticks)
+}
+
 /// A plot of lines as SVG: names, each with its points from left to right. With `steps` each value holds until the next.
 pub fn lines<X, Y>(title: &str, x: Axis<X>, y: Axis<Y>, lines: &[(String, Vec<(f64, f64)>)], steps: bool) -> String
 where
@@ -120,8 +126,10 @@ where
         chart.draw_series(LineSeries::new(path.iter().copied(), BLACK.mix(0.3))).expect(DRAWN);
 
         let coloured = |i: usize| COLOURS[i % COLOURS.len()];
-        // The first lies on top.
-        for (i, series) in all.iter().enumerate().rev() {
+        // The first lies on top, and a large dot hides none.
+        let mut order: Vec<_> = all.iter().enumerate().rev().collect();
+        order.sort_by_key(|(_, series)| std::cmp::Reverse(series.radius));
+        for (i, series) in order {
             let (points, colour) = (series.points.iter().copied(), coloured(i));
             if series.is_line {
                 chart.draw_series(LineSeries::new(points, colour.stroke_width(2))).expect(DRAWN);
