@@ -155,8 +155,8 @@ fn uncontended(goals: &mut Goals) {
         }
         let load = Load { threads, usage: Usage::Nothing };
         let size = threads as u32;
-        let ([millpond, r2d2], floors) = (rivals(size), [peers::bare(size), peers::accounted(size)]);
-        let list = [&*millpond, &*r2d2, &*floors[0], &*floors[1]];
+        let ([millpond, r2d2], least) = (rivals(size), [peers::bare(size), peers::accounted(size)]);
+        let list = [&*millpond, &*r2d2, &*least[0], &*least[1]];
         let [mine, theirs, bare, accounted] = &rounds(&load, &list, MANY, BRIEF, false)[..] else {
             unreachable!("four subjects")
         };

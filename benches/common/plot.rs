@@ -51,18 +51,18 @@ pub fn tail(powers: i32) -> Log {
     (1.0..10f64.powi(-powers)).log_scale().with_key_points(ticks)
 }
 
-/// A plot of lines as SVG: names, each with its points from left to right. With `steps` each value holds until the next.
+/// A plot of lines as SVG: names, each with its points from left to right. With `steps` each value stays until the next.
 pub fn lines<X, Y>(title: &str, x: Axis<X>, y: Axis<Y>, lines: &[(String, Vec<(f64, f64)>)], steps: bool) -> String
 where
     X: AsRangedCoord<Value = f64, CoordDescType: ValueFormatter<f64>>,
     Y: AsRangedCoord<Value = f64, CoordDescType: ValueFormatter<f64>>,
 {
-    let held = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+    let stepped = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
         points.windows(2).flat_map(|p| [p[0], (p[1].0, p[0].1)]).chain(points.last().copied()).collect()
     };
     let shown = lines.iter().map(|(name, points)| Series {
         name,
-        points: if steps { held(points) } else { points.clone() },
+        points: if steps { stepped(points) } else { points.clone() },
         is_line: true,
         radius: 0,
     });
