@@ -15,20 +15,22 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A borrowed [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the stock
+//! A checked-out [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the stock
 //! `r2d2_postgres` one, which keeps working, in these ways:
 //!
 //! * **Refusals are told from failures.** A wrong password, a missing database, an untrusted certificate fail within one
 //!   round trip, in the server's words, and are not hammered at; a server that starts up, is full or away is tried again
 //!   until the deadline. See [`Error`].
-//! * **Clean hand-over.** Nobody receives another's transaction: a connection that comes back inside one is rolled back
-//!   before anyone gets it, with a warning that names the line that had borrowed it; one in the middle of a COPY, or whose
-//!   answers no longer match its questions, is closed. What a session has set stays, unless you say otherwise: see [`Reset`].
-//! * **What is abandoned ends.** A query of which nobody reads the rest, or whose user has gone, is cancelled before another
-//!   takes its place. A [`Canceller`] ends with its checkout: a watchdog that fires late hits nobody else's query.
+//! * **Nothing is left to the next caller.** Nobody receives another's transaction: a connection that comes back inside one is
+//!   rolled back before it is handed out again, with a warning that names the line that had checked it out; one in the middle
+//!   of a COPY, or whose answers no longer match its questions, is closed. What a session has set stays, unless you choose
+//!   otherwise: see [`Reset`].
+//! * **A query that nobody waits for ends.** If its caller has gone, or does not read the rest of the answer, it is cancelled
+//!   before the connection's place is taken by another. A [`Canceller`] ends with its checkout: a watchdog that fires late hits
+//!   nobody else's query.
 //! * **A commit that keeps nothing is an error.** See [`Transaction::commit`].
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
-//!   cut from outside, so that no thread stays behind.
+//!   aborted from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
 //!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those that are
 //!   proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves alone.
@@ -78,15 +80,15 @@
 //!
 //! # The observer
 //!
-//! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
+//! To know how a connection comes back, and to abort what hangs, the pool watches the bytes of the connection, in a TLS connector of this
 //! crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain no is taken for one:
 //! after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip it costs little
 //! (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`] switches it off. With
 //! it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
 //!
 //! A connection that is not observed is asked with one query when it comes back (and is pinged before, if more than the
-//! `_cached` functions was used), which costs as much as a small query, and nothing can be cut. Nor is there a bound to what
-//! a server may say before it has let anybody in (observed, 64 KiB in one message and 1 MiB in all): `postgres` takes as much
+//! `_cached` functions was used), which costs as much as a small query, and nothing can be aborted. Nor is there a bound to what
+//! a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all): `postgres` takes as much
 //! memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is taken for one that
 //! fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both for a no, and logs in in
 //! clear.)
@@ -107,28 +109,18 @@
 //! # }
 //! ```
 
-mod audit;
-mod budget;
-mod connection;
 mod error;
-mod guards;
-mod host;
-mod manager;
-mod marked;
-// What the pool's own manager does not use, tests do.
-#[allow(dead_code)]
-mod observer;
-mod scanner;
-mod statements;
+mod operations;
+mod session;
+mod wire;
 
-pub use audit::{Audit, Backend, Outcome, Owner, Termination, Terminations, audit, audit_with};
-pub use budget::{Allowance, Budget, budget};
-pub use connection::{Canceller, Connection};
 pub use error::Error;
-pub use guards::ServerGuards;
-pub use manager::{PostgresManager, Reset};
-pub use observer::Connector;
-pub use statements::{StatementCacheStats, Transaction};
+pub use operations::{
+    Allowance, Audit, Backend, Budget, Outcome, Owner, Pool, PostgresManager, ServerGuards, Termination, Terminations,
+    audit, audit_with, budget,
+};
+pub use session::{Canceller, Connection, Reset, StatementCacheStats, Transaction};
+pub use wire::Connector;
 
 use crate::Builder;
 use ::postgres::NoTls;
@@ -137,10 +129,7 @@ use ::postgres::NoTls;
 #[doc = include_str!("../../docs/postgres-budget.md")]
 pub mod choosing_the_numbers {}
 
-/// A pool of PostgreSQL connections.
-pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;
-
-/// A borrowed PostgreSQL connection.
+/// A PostgreSQL connection that is checked out of a pool.
 pub type PooledConnection<T = NoTls> = crate::PooledConnection<PostgresManager<T>>;
 
 /// The shortest start: a connection string in (`host=... user=...` or `postgres://...`), a builder out, to be
@@ -148,7 +137,7 @@ pub type PooledConnection<T = NoTls> = crate::PooledConnection<PostgresManager<T
 ///
 /// # Errors
 ///
-/// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
+/// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
 pub fn builder(params: &str) -> Result<Builder<PostgresManager<NoTls>>, Error> {
     Ok(Builder::new().manager(PostgresManager::parse(params, NoTls)?))
 }
