@@ -24,16 +24,16 @@ use std::sync::Arc;
 /// # }
 /// ```
 ///
-/// Its text is escaped and shortened like a [`Cause`](crate::Cause); what [`as_postgres`](Error::as_postgres) gives is as it
-/// came.
+/// Its text is escaped and shortened like a [`Cause`](crate::Cause); what [`as_postgres`](Error::as_postgres) gives is
+/// as it came.
 #[derive(Clone)]
 pub struct Error(Arc<Kind>);
 
 enum Kind {
     /// An error of the `postgres` crate, and what was being done, where that is not clear from the error.
     Postgres(::postgres::Error, Option<String>),
-    /// A server's error for which there is none of the `postgres` crate: the crate may see the end of the connection before
-    /// the server's last error; or the error was longer than is kept.
+    /// A server's error for which there is none of the `postgres` crate: the crate may see the end of the connection
+    /// before the server's last error; or the error was longer than is kept.
     Server { code: SqlState, text: String },
     /// An error of this crate's own.
     Own { text: String, permanent: bool },
@@ -68,8 +68,8 @@ impl Error {
         }
     }
 
-    /// The error of the `postgres` crate, if it is one. Of an error in which the server says more than 64 KiB only the SQLSTATE
-    /// and the beginning are kept.
+    /// The error of the `postgres` crate, if it is one. Of an error in which the server says more than 64 KiB only the
+    /// SQLSTATE and the beginning are kept.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
             Kind::Postgres(e, _) => Some(e),
@@ -90,8 +90,9 @@ impl Error {
         self.as_postgres()?.as_db_error()
     }
 
-    /// Whether it is useless to try the same again soon: the server or the configuration refuses, and somebody must mend that.
-    /// The pool then fails all waiters at once and tries again slowly, for passwords are mended and databases created.
+    /// Whether it is useless to try the same again soon: the server or the configuration refuses, and somebody must
+    /// mend that. The pool then fails all waiters at once and tries again slowly, for passwords are mended and
+    /// databases created.
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
@@ -118,7 +119,8 @@ fn weight(db: &DbError) -> usize {
         + rest.flatten().map(str::len).sum::<usize>()
 }
 
-/// What is left of a cause's length for all that stands around a message, so that a long one does not cost the SQLSTATE.
+/// What is left of a cause's length for all that stands around a message, so that a long one does not cost the
+/// SQLSTATE.
 const ROOM: usize = 128;
 
 /// The text of an error of the `postgres` crate. Its own leaves out all that matters ("db error").
@@ -163,9 +165,9 @@ impl fmt::Debug for Error {
 /// The text has the whole chain in it, so there is no `source` to say it twice; see [`Error::as_postgres`].
 impl StdError for Error {}
 
-/// The table. Everything that is not in it is transient: starting up (57P03), shutting down (57P01), too many connections
-/// (53300), a database that does not accept connections at the moment (55000), refused, reset, timed out, unknown. 08P01 is
-/// never permanent by its code: behind PgBouncer it means almost anything.
+/// The table. Everything that is not in it is transient: starting up (57P03), shutting down (57P01), too many
+/// connections (53300), a database that does not accept connections at the moment (55000), refused, reset, timed out,
+/// unknown. 08P01 is never permanent by its code: behind PgBouncer it means almost anything.
 fn is_permanent_state(code: &SqlState) -> bool {
     [
         SqlState::INVALID_PASSWORD, // 28P01: or an unknown role, or an expired password
@@ -187,8 +189,8 @@ fn is_permanent(e: &::postgres::Error) -> bool {
     if let Some(negotiation) = NegotiationError::of(e) {
         return !negotiation.is_transient();
     }
-    // The connection is not observed, so `postgres` has asked for TLS. It gives the first text whatever the answer was, and a
-    // server that has no process for a client answers with an error.
+    // The connection is not observed, so `postgres` has asked for TLS. It gives the first text whatever the answer was,
+    // and a server that has no process for a client answers with an error.
     let no_tls = |source: &(dyn StdError + 'static)| source.to_string() == "server does not support TLS";
     if e.source().is_some_and(|source| no_tls(source) || is_answer_in_clear(source)) {
         return false;
@@ -222,7 +224,8 @@ pub(super) fn parse_error(params: &str, e: &::postgres::Error) -> Error {
     Error::own(text, true)
 }
 
-/// An option that is not known may be the second half of a password with a space or a `?` in it. So it is named by its place.
+/// An option that is not known may be the second half of a password with a space or a `?` in it. So it is named by its
+/// place.
 fn unknown_option(params: &str, option: &str) -> String {
     let is_it = |part: &str| part.split('=').next() == Some(option);
     let place = match params.split_once("://") {

@@ -38,8 +38,8 @@ pub struct Allowance {
     pub max_connections: u32,
     /// How many of them are kept for superusers: `superuser_reserved_connections`. 0 if the role is one.
     pub superuser_reserved: u32,
-    /// How many more are kept for members of `pg_use_reserved_connections`: `reserved_connections`, since PostgreSQL 16. 0
-    /// before, and if the role is a member.
+    /// How many more are kept for members of `pg_use_reserved_connections`: `reserved_connections`, since PostgreSQL
+    /// 16. 0 before, and if the role is a member.
     pub reserved: u32,
     /// `CONNECTION LIMIT` of the role; `None` if it has none, or is a superuser.
     pub role_limit: Option<u32>,
@@ -83,8 +83,8 @@ impl fmt::Display for Allowance {
 
 /// Asks the server how many connections it allows the role and database of this client. One round trip.
 ///
-/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. What it allows its
-/// own clients (`max_client_conn`, `default_pool_size`) it shows to its administrators only.
+/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. What it
+/// allows its own clients (`max_client_conn`, `default_pool_size`) it shows to its administrators only.
 ///
 /// ```no_run
 /// # fn f(pool: millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -105,8 +105,8 @@ pub fn budget(client: &mut Client) -> Result<Allowance, Error> {
 
 /// The allowance, and the backend's pid as the server itself has it.
 fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
-    // Neither `reserved_connections` nor its role exists before PostgreSQL 16. The server compares the limits with the role
-    // that logged in, whatever `SET ROLE` has made of it.
+    // Neither `reserved_connections` nor its role exists before PostgreSQL 16. The server compares the limits with the
+    // role that logged in, whatever `SET ROLE` has made of it.
     const QUESTION: &str = "\
         SELECT session_user::text, current_database()::text, r.rolsuper, r.rolconnlimit, d.datconnlimit, \
                pg_catalog.current_setting('max_connections')::int, \
@@ -134,8 +134,8 @@ fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
     Ok((allowance, column(&row, 9)?))
 }
 
-/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is what the connection was
-/// told of its backend when it was opened; a pooler gives a number of its own.
+/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is the backend's as the
+/// login gave it; a pooler gives a number of its own.
 pub(super) fn compare(
     client: &mut Client,
     pid: Option<i32>,

@@ -5,12 +5,13 @@ use crate::error::Cause;
 use crate::leaf::text::Short;
 use std::time::Duration;
 
-/// What the server is told, when a connection is opened, to do should this client die or vanish: for the deaths that no
-/// guard in this process can reach, such as SIGKILL, a power cut, a network that is gone.
+/// What the server is asked, when a connection is opened, to do should this client die or vanish: for the deaths that
+/// no guard in this process can prevent, such as SIGKILL, a power failure, a network that is gone.
 ///
 /// Every one is off by default (`None`): the server's own setting, or the role's, holds. `Some(Duration::ZERO)` is the
-/// server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit the server
-/// has (milliseconds, for keepalives seconds), and what is too long for it becomes its longest (for milliseconds 24.8 days).
+/// server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit the
+/// server has (milliseconds, for keepalives seconds), and what is too long for it becomes its longest (for milliseconds
+/// 24.8 days).
 ///
 /// | guard | what it reaches | since PostgreSQL |
 /// |---|---|---|
@@ -22,9 +23,9 @@ use std::time::Duration;
 /// | `transaction_timeout` | a transaction without end, whatever it does | 17 |
 ///
 /// The idle backend of a killed client needs no guard: its socket is closed with the process, and the server notices at
-/// once. A busy one is noticed when its query ends, or has something to send; `client_connection_check_interval` does not
-/// wait for that. It works wherever the client was, in a container or behind a tunnel, where [`audit`](crate::postgres::audit()) can
-/// prove nothing.
+/// once. A busy one is noticed when its query ends, or has something to send; `client_connection_check_interval` does
+/// not wait for that. It works wherever the client was, in a container or behind a tunnel, where
+/// [`audit`](crate::postgres::audit()) can prove nothing.
 ///
 /// ```
 /// use millpond::postgres::ServerGuards;
@@ -41,22 +42,22 @@ use std::time::Duration;
 ///
 /// # Poolers
 ///
-/// The guards are set with `SET`, for PgBouncer refuses `options=`, and hold for the session; where the pool itself discards
-/// session state ([`Reset::DiscardAll`](crate::postgres::Reset::DiscardAll)) they are set again. A `RESET ALL` or `DISCARD ALL` of
-/// your own loses them. Behind PgBouncer:
+/// The guards are set with `SET`, for PgBouncer refuses `options=`, and hold for the session; where the pool itself
+/// discards session state ([`Reset::DiscardAll`](crate::postgres::Reset::DiscardAll)) they are set again. A `RESET ALL`
+/// or `DISCARD ALL` of your own loses them. Behind PgBouncer:
 ///
 /// * `pool_mode=session`: kept, on the connection between pooler and server, as long as the session lasts.
-/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays behind on whichever server connection it ran
-///   on: lost to this client, and passed on to others. Give the role its settings instead:
-///   `ALTER ROLE app SET client_connection_check_interval = '10s'`.
+/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays behind on whichever server connection
+///   it ran on: lost to this client, and passed on to others. Give the role its settings instead: `ALTER ROLE app SET
+///   client_connection_check_interval = '10s'`.
 /// * In both, what the server sees vanish is the pooler, and the guards of TCP are the pooler's own matter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServerGuards {
     /// Ends a session that has been idle outside of a transaction for this long.
     ///
-    /// It also ends what the pool keeps idle, and what a caller has checked out and does not use for as long. `build` fails if
-    /// it is not longer than the pool itself leaves a connection unused, and unasked: the least of `max_idle` (of no
-    /// meaning with a `min_idle`), `max_lifetime` and `keepalive`.
+    /// It also ends what the pool keeps idle, and what a caller has checked out and does not use for as long. `build`
+    /// fails if it is not longer than the pool itself leaves a connection unused, and unasked: the least of `max_idle`
+    /// (of no meaning with a `min_idle`), `max_lifetime` and `keepalive`.
     pub idle_session_timeout: Option<Duration>,
     /// Ends a session that has been idle inside of a transaction for this long.
     pub idle_in_transaction_session_timeout: Option<Duration>,

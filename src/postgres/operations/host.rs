@@ -1,11 +1,11 @@
 //! [`Host`]: what the kernel of this host says of TCP connections, their two ends, and which process holds each.
 //!
-//! It decides whether a backend may be called orphaned. So only the kernel's own word counts, as it is in Linux's `/proc`, and
-//! only where it is about this very network and these very processes. Whatever cannot be read, or could be read wrongly (another
-//! namespace's `/proc`), is an error that says why.
+//! It decides whether a backend may be called orphaned. So only the kernel's own word counts, as it is in Linux's
+//! `/proc`, and only where it is about this very network and these very processes. Whatever cannot be read, or could be
+//! read wrongly (another namespace's `/proc`), is an error that says why.
 //!
-//! By hand, not with the crate `procfs`: it is five small files, and each way in which reading one can fail has to be told from
-//! the others, since a doubt must never pass for a proof.
+//! By hand, not with the crate `procfs`: it is five small files, and each way in which reading one can fail has an
+//! answer of its own, since a doubt must never pass for a proof.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -14,8 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// One look at this host, in this order: what this process holds, the network's connections, what the backends hold. The look
-/// comes after the server was asked, so that every backend in its answer has had its connection before.
+/// One look at this host, in this order: what this process holds, the network's connections, what the backends hold.
+/// The look comes after the server was asked, so that every backend in its answer has had its connection before.
 #[derive(Debug, Default)]
 pub(super) struct Host {
     /// The numbers (inodes) of the sockets that this process holds.
@@ -63,7 +63,8 @@ pub(super) enum Holder {
     Nobody,
 }
 
-/// How far the server's and the kernel's times of a process's start may lie apart. The kernel's is kept in whole seconds.
+/// How far the server's and the kernel's times of a process's start may lie apart. The kernel's is kept in whole
+/// seconds.
 const SAME_TIME: Duration = Duration::from_secs(3);
 
 const ELSEWHERE: &str = "the server is not on this host, or something stands in between";
@@ -85,8 +86,9 @@ impl Host {
         Ok(Host { own, sockets, backends, routes_loopback: routes_loopback() })
     }
 
-    /// Whether the server whose backend this is runs on this host, so that the kernel's word on its backends can be had:
-    /// it answered over a connection whose client's end, `peer`, is this process's, and whose other end is the backend's.
+    /// Whether the server whose backend this is runs on this host, so that the kernel's word on its backends can be
+    /// had: it answered over a connection whose client's end, `peer`, is this process's, and whose other end is the
+    /// backend's.
     pub(super) fn has_server(
         &self,
         backend: i32,
@@ -148,8 +150,8 @@ impl Host {
 
 impl Process {
     fn look(pid: i32, booted: SystemTime) -> Result<Process, &'static str> {
-        // All that is read is of one process: its number is not given to another while a folder of it is open, and if it was
-        // given before, the time of the process's start tells.
+        // All that is read is of one process: its number is not given to another while a folder of it is open, and if
+        // it was given before, the time of the process's start tells.
         let folder = format!("/proc/{}", u32::try_from(pid).map_err(|_| ENDED)?);
         let folder = Path::new(&folder);
         let status = fs::read_to_string(folder.join("status")).map_err(|_| ENDED)?;
@@ -202,8 +204,8 @@ fn booted() -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`): with address translation on top, a
-/// client of another machine can then look like one of this. For ::1 there is no such thing.
+/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`): with address translation on
+/// top, a client of another machine can then look like one of this. For ::1 there is no such thing.
 fn routes_loopback() -> bool {
     let is_off = |entry: io::Result<fs::DirEntry>| {
         let value = fs::read_to_string(entry.ok()?.path().join("route_localnet")).ok()?;
@@ -244,7 +246,8 @@ fn connections() -> io::Result<HashMap<(SocketAddr, SocketAddr), Socket>> {
         let fields: Vec<_> = line.split_whitespace().collect();
         let (ends, socket) = socket(&fields).ok_or(io::ErrorKind::InvalidData)?;
         let known = sockets.entry(ends).or_insert(socket);
-        // Read while it changes, the table may have two lines for one pair of ends. The one that a process holds counts.
+        // Read while it changes, the table may have two lines for one pair of ends. The one that a process holds
+        // counts.
         if known.inode == 0 {
             *known = socket;
         }

@@ -36,11 +36,11 @@ const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 /// A connection has answered a question before a caller gets it: a pooler that is paused or full lets everybody in.
 ///
 /// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
-/// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3 times)
-/// and `tcp_user_timeout` (90 s).
+/// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3
+/// times) and `tcp_user_timeout` (90 s).
 ///
-/// It is not itself an [`r2d2::ManageConnection`] (a type cannot be both); [`into_r2d2`](PostgresManager::into_r2d2) makes
-/// one of it.
+/// It is not itself an [`r2d2::ManageConnection`] (a type cannot be both); [`into_r2d2`](PostgresManager::into_r2d2)
+/// makes one of it.
 #[derive(Clone)]
 pub struct PostgresManager<T> {
     config: Config,
@@ -71,8 +71,8 @@ impl<T: Connector> PostgresManager<T> {
         }
     }
 
-    /// [`new`](PostgresManager::new) with a connection string. The server's notices are logged as `postgres` does it, at info
-    /// with its target, but escaped and shortened.
+    /// [`new`](PostgresManager::new) with a connection string. The server's notices are logged as `postgres` does it,
+    /// at info with its target, but escaped and shortened.
     ///
     /// # Errors
     ///
@@ -102,44 +102,47 @@ impl<T: Connector> PostgresManager<T> {
         self
     }
 
-    /// How many [prepared statements](crate::postgres#statements) each connection remembers. Default 256. The one unused longest is
-    /// closed for a new one. The server keeps each of them in memory, on every connection.
+    /// How many [prepared statements](crate::postgres#statements) each connection remembers. Default 256. The one
+    /// unused longest is closed for a new one. The server keeps each of them in memory, on every connection.
     ///
-    /// 0 switches it off. That is the setting for a transaction pooler: see [the module](crate::postgres#transaction-poolers).
+    /// 0 switches it off. That is the setting for a transaction pooler: see [the
+    /// module](crate::postgres#transaction-poolers).
     #[must_use]
     pub fn statement_cache(mut self, statements: usize) -> Self {
         self.statement_cache = statements;
         self
     }
 
-    /// How many processes with a pool like this one the server has to serve at the same time, this one included, and both
-    /// the old and the new ones while a deployment lasts. `build` then asks the server what it allows the role and database
-    /// (`max_connections` less the reserves, and the `CONNECTION LIMIT`s of both), compares `processes` x `max_size` with it,
-    /// and warns or [refuses](PostgresManager::budget): "8 processes x 17 = 136, but the server allows app 97 (max_connections
-    /// 100 less 3 reserved)". See [`budget`](crate::postgres::budget()) and [how to choose the numbers](crate::postgres::choosing_the_numbers).
+    /// How many processes with a pool like this one the server has to serve at the same time, this one included, and
+    /// both the old and the new ones while a deployment lasts. `build` then asks the server what it allows the role and
+    /// database (`max_connections` less the reserves, and the `CONNECTION LIMIT`s of both), compares `processes` x
+    /// `max_size` with it, and warns or [refuses](PostgresManager::budget): "8 processes x 17 = 136, but the server
+    /// allows app 97 (max_connections 100 less 3 reserved)". See [`budget`](crate::postgres::budget()) and [how to
+    /// choose the numbers](crate::postgres::choosing_the_numbers).
     ///
-    /// Default `None`: nothing is compared. Zero is refused by `build`. Nothing is compared by `build_unchecked`, nor by
-    /// [`Pool::resize`](crate::Pool::resize). Behind a pooler, which an [observed](crate::postgres#the-observer) connection can tell,
-    /// the server's numbers are logged and nothing is refused: it is the pooler that opens connections there.
+    /// Default `None`: nothing is compared. Zero is refused by `build`. Nothing is compared by `build_unchecked`, nor
+    /// by [`Pool::resize`](crate::Pool::resize). Behind a pooler, which an [observed](crate::postgres#the-observer)
+    /// connection can tell, the server's numbers are logged and nothing is refused: it is the pooler that opens
+    /// connections there.
     #[must_use]
     pub fn processes(mut self, processes: impl Into<Option<u32>>) -> Self {
         self.processes = processes.into();
         self
     }
 
-    /// What `build` does if [`processes`](PostgresManager::processes) together may open more connections than the server
-    /// allows. Default [`Budget::Warn`].
+    /// What `build` does if [`processes`](PostgresManager::processes) together may open more connections than the
+    /// server allows. Default [`Budget::Warn`].
     #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.budget = budget;
         self
     }
 
-    /// What the server is to do if this client dies or vanishes, set with every connection. Default: nothing of the kind.
-    /// Not for a pooler in transaction mode. See [`ServerGuards`].
+    /// What the server is to do if this client dies or vanishes, set with every connection. Default: nothing of the
+    /// kind. Not for a pooler in transaction mode. See [`ServerGuards`].
     ///
-    /// `build` and `get` fail if the server does not know one of them, and say which. `build` also fails if one would end
-    /// connections that the pool means to keep.
+    /// `build` and `get` fail if the server does not know one of them, and say which. `build` also fails if one would
+    /// end connections that the pool means to keep.
     #[must_use]
     pub fn server_guards(mut self, guards: ServerGuards) -> Self {
         self.guards = guards;
@@ -268,9 +271,10 @@ impl<T: Connector> PostgresManager<T> {
     }
 }
 
-/// Logs a notice as `postgres` does it, but escaped and shortened: anybody who can run SQL can raise one. It is a record of
-/// the client's and not of the pool's, so it stays on the thread that uses the client, where `postgres` logs it too: nothing
-/// of the pool's is held there, and the configuration that has this callback may serve several pools, or none.
+/// Logs a notice as `postgres` does it, but escaped and shortened: anybody who can run SQL can raise one. It is a
+/// record of the client's and not of the pool's, so it stays on the thread that uses the client, where `postgres` logs
+/// it too: the pool waits for nothing there, and the configuration that has this callback may serve several pools, or
+/// none.
 fn log_notice(notice: DbError) {
     let text = brief(format_args!("{}: {}", notice.severity(), notice.message()), CAUSE);
     log::info!(target: "postgres::config", "{text}");
@@ -349,8 +353,8 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 }
 
-/// Shows neither the password nor the configuration as a whole. Of a password that is not escaped in a URL the parts behind
-/// an `@`, `/` or `,` are taken for hosts, or for a database; so whatever stands before an `@` is left out.
+/// Shows neither the password nor the configuration as a whole. Of a password that is not escaped in a URL the parts
+/// behind an `@`, `/` or `,` are taken for hosts, or for a database; so whatever stands before an `@` is left out.
 impl<T> fmt::Debug for PostgresManager<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));

@@ -1,11 +1,12 @@
-//! Under which `application_name` the server knows a pool's connections, and which names are those of the same application.
+//! Under which `application_name` the server knows a pool's connections, and which names are those of the same
+//! application.
 
 /// PostgreSQL shortens a longer `application_name`.
 const MAX_APPLICATION_NAME: usize = 63;
 
-/// The pool's name and the process id; the name is shortened where both would be too long for PostgreSQL. What is not printable
-/// ASCII is replaced here: the server would do it by `?` or, since PostgreSQL 16, by something longer, which might push out
-/// the process id.
+/// The pool's name and the process id; the name is shortened where both would be too long for PostgreSQL. What is not
+/// printable ASCII is replaced here: the server would do it by `?` or, since PostgreSQL 16, by something longer, which
+/// might push out the process id.
 pub(super) fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
     let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
@@ -48,8 +49,8 @@ impl Names {
     }
 }
 
-/// What servers make of a name: bytes that are not printable ASCII become `?` until PostgreSQL 15, `\xc3` since; then it is
-/// shortened.
+/// What servers make of a name: bytes that are not printable ASCII become `?` until PostgreSQL 15, `\xc3` since; then
+/// it is shortened.
 fn as_servers_say(name: &str) -> Vec<String> {
     let shortened = |mut name: String| {
         name.truncate(MAX_APPLICATION_NAME);

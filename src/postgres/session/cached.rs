@@ -9,9 +9,9 @@ use ::postgres::{Client, Error, Row, Statement};
 impl Connection {
     /// [`Client::prepare`], unless this connection has prepared the same SQL before: then nothing is sent.
     ///
-    /// The shortcuts, such as [`query_cached`](Connection::query_cached), do this by themselves, and renew a statement that
-    /// has gone stale. A statement that you keep cannot be renewed: a stale one fails with SQLSTATE 0A000 or 26000, and is
-    /// forgotten if the connection is [observed](Connection::is_observed); if not, call
+    /// The shortcuts, such as [`query_cached`](Connection::query_cached), do this by themselves, and renew a statement
+    /// that has gone stale. A statement that you keep cannot be renewed: a stale one fails with SQLSTATE 0A000 or
+    /// 26000, and is forgotten if the connection is [observed](Connection::is_observed); if not, call
     /// [`clear_statement_cache`](Connection::clear_statement_cache). With the cache off every call prepares.
     ///
     /// # Errors
@@ -21,8 +21,8 @@ impl Connection {
         self.prepare_typed_cached(sql, &[])
     }
 
-    /// [`Client::prepare_typed`], as [`prepare_cached`](Connection::prepare_cached) does it. The same SQL with other types is
-    /// another statement.
+    /// [`Client::prepare_typed`], as [`prepare_cached`](Connection::prepare_cached) does it. The same SQL with other
+    /// types is another statement.
     ///
     /// # Errors
     ///
@@ -69,7 +69,8 @@ impl Connection {
         self.run_cached::<QueryOpt>(sql, params)
     }
 
-    /// [`Client::execute`], as [`query_cached`](Connection::query_cached) does it. Returns the number of rows it changed.
+    /// [`Client::execute`], as [`query_cached`](Connection::query_cached) does it. Returns the number of rows it
+    /// changed.
     ///
     /// # Errors
     ///
@@ -83,8 +84,8 @@ impl Connection {
         self.statements.stats()
     }
 
-    /// Forgets all statements; the server is told with the next request. Where types were dropped and made again, call
-    /// [`Client::clear_type_cache`] first.
+    /// Forgets all statements; the server closes them with the next request. Where types were dropped and made again,
+    /// call [`Client::clear_type_cache`] first.
     pub fn clear_statement_cache(&mut self) {
         self.client.reach();
         self.statements.clear_all();

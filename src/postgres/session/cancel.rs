@@ -18,8 +18,9 @@ pub(in crate::postgres) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
 /// What a server takes to act on a cancel request, at best.
 const REACTION: Duration = Duration::from_millis(1);
 
-/// The time from a checkout to its return, in which what the connection does may be cancelled. Who cancels marks it before
-/// anything is sent, and who returns the connection ends it: one of the two is first, and neither waits for the other.
+/// The time from a checkout to its return, in which what the connection does may be cancelled. A canceller marks the
+/// scope before it sends anything, and the return of the connection ends it: one of the two is first, and neither waits
+/// for the other.
 #[derive(Debug, Default)]
 pub(super) struct CancelScope(AtomicU8);
 
@@ -74,13 +75,13 @@ impl Canceller {
     /// request arrives. The connection is closed when it is returned.
     ///
     /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (Where connections are not
-    /// observed the request is sent as the `postgres` crate does it, which hangs up at once instead. PgBouncer 1.18 then does
-    /// not pass it on, and may end itself.)
+    /// observed the request is sent as the `postgres` crate does it, which hangs up at once instead. PgBouncer 1.18
+    /// then does not pass it on, and may end itself.)
     ///
     /// # Errors
     ///
-    /// If the connection has been returned: nothing was done. If the request could not be sent. Success does not say that
-    /// the request had an effect.
+    /// If the connection has been returned: nothing was done. If the request could not be sent. Success does not say
+    /// that the request had an effect.
     pub fn cancel(&self) -> Result<(), Error> {
         if !self.scope.cancel() {
             return Err(Error::own("nothing was cancelled: the connection has been returned", false));
@@ -95,8 +96,8 @@ impl fmt::Debug for Canceller {
     }
 }
 
-/// Asks the server to cancel what the connection behind `watch` is doing, and waits until it is done or the limit is over.
-/// The pool does this before it aborts a connection: an abort must not wait for a server that is silent.
+/// Asks the server to cancel what the connection behind `watch` is doing, and waits until it is done or the limit is
+/// over. The pool does this before it aborts a connection: an abort must not wait for a server that is silent.
 pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, watch: &Watch) {
     if !watch.is_waiting() {
         return;
@@ -111,8 +112,8 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
     thread::sleep(REACTION);
 }
 
-/// Sends a cancel request on a thread of its own, since a TCP connect cannot be aborted, and waits for it. At the limit the
-/// request is abandoned, by `abandon`.
+/// Sends a cancel request on a thread of its own, since a TCP connect cannot be aborted, and waits for it. At the limit
+/// the request is abandoned, by `abandon`.
 pub(in crate::postgres) fn send_within(
     limit: Duration,
     send: impl FnOnce() -> Result<(), ::postgres::Error> + Send + 'static,

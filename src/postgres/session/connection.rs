@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// A PostgreSQL connection: it derefs to [`postgres::Client`](::postgres::Client).
 ///
-/// For what is generic over [`postgres::GenericClient`](::postgres::GenericClient), hand over the client itself: of a
+/// Code that is generic over [`postgres::GenericClient`](::postgres::GenericClient) takes the client itself: of a
 /// [`PooledConnection`](crate::postgres::PooledConnection) named `client` that is `&mut **client`, of a
 /// [`Transaction`](super::Transaction) `&mut *tx`.
 ///
@@ -38,7 +38,7 @@ pub struct Connection {
     cancel_limit: Duration,
     /// Of the present checkout, if a [`Canceller`] was made in it.
     cancel_scope: OnceLock<Arc<CancelScope>>,
-    /// How long what is left of an answer may take to be read: no longer than a new connection takes.
+    /// How long the rest of an answer may take to be read: about as long as a new connection takes.
     drain: Duration,
     lookup: Lookup,
     /// What the last reset found, to be logged.
@@ -55,12 +55,12 @@ pub(in crate::postgres) struct Opened {
     pub(in crate::postgres) took: Duration,
 }
 
-/// How long the rest of an answer is read before its query is cancelled, if to connect is quicker than this. (A cancelled
-/// connection is closed, so a cancel costs two connects: its own, and that of the connection's replacement.)
+/// How long the rest of an answer is read before its query is cancelled, if to connect is quicker than this. (A
+/// cancelled connection is closed, so a cancel costs two connects: its own, and that of the connection's replacement.)
 const DRAIN: Duration = Duration::from_millis(50);
 
-/// The same where nobody watches. There it is not known whether an answer is left at all: a busy network or server is silent
-/// too, and is not to be given more work.
+/// The same where nobody watches. There it is not known whether an answer is left at all: a busy network or server is
+/// silent too, and is not to be given more work.
 const DRAIN_UNOBSERVED: Duration = Duration::from_millis(500);
 
 /// Whether the server has the statement with which `postgres` looks up types, as far as is known where nobody watches.
@@ -74,9 +74,9 @@ enum Lookup {
     Hidden,
 }
 
-/// What `DISCARD ALL` does, as PostgreSQL documents it, but for `DEALLOCATE ALL`: the `postgres` crate keeps statements of
-/// its own, by which it looks up types, and does not notice when they are gone. A type that it has not met before would
-/// fail from then on.
+/// What `DISCARD ALL` does, as PostgreSQL documents it, but for `DEALLOCATE ALL`: the `postgres` crate keeps statements
+/// of its own, by which it looks up types, and does not notice when they are gone. A type that it has not met before
+/// would fail from then on.
 const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
     SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
 
@@ -108,18 +108,18 @@ impl Connection {
 
     /// Something that can cancel what this connection does, to be given to another thread: a watchdog, say.
     ///
-    /// It works until the connection is returned. From then on it does nothing but fail, for it must not cancel the next
-    /// caller's query. If it was used, the connection is closed when it is returned, since the request may arrive late; if
-    /// not, it costs nothing.
+    /// It works until the connection is returned. From then on it does nothing but fail, for it must not cancel the
+    /// next caller's query. If it was used, the connection is closed when it is returned, since the request may arrive
+    /// late; if not, it costs nothing.
     ///
-    /// (Of `cancel_token()`, which is the `postgres` crate's own, the pool learns nothing: it may cancel the next
+    /// (Of `cancel_token()`, which is the `postgres` crate's own, the pool does not know: it may cancel the next
     /// caller's query.)
     pub fn canceller(&self) -> Canceller {
         let scope = self.cancel_scope.get_or_init(Arc::default);
         Canceller::new(Arc::clone(scope), Arc::clone(&self.cancel), self.cancel_limit)
     }
 
-    /// The process id of its backend. Behind a pooler it is the pooler's own, if anything.
+    /// The process id of its backend. Behind a pooler it is a number of the pooler's, or none.
     pub fn backend_pid(&self) -> Option<i32> {
         self.pid
     }
@@ -134,7 +134,7 @@ impl Connection {
 
     /// Gathers what is found of a connection that comes back, and ends what belongs to its checkout.
     fn facts(&mut self, reset: Reset, writes: bool) -> Facts {
-        // Before anything else: from here on no caller can cancel what it does.
+        // Before anything else: from here on the caller cannot cancel what the connection does.
         let cancelled = self.end_cancel_scope();
         if self.client.peek().is_closed() {
             return Facts::Dead;
@@ -145,7 +145,7 @@ impl Connection {
         if self.statements.has_lost_lookups() {
             return Facts::LookupsLost;
         }
-        // They were for the caller, and also come with calls that leave nothing else behind.
+        // Notifications were for the caller, and come with calls that leave nothing else behind, too.
         self.client.drop_notifications();
         let Some(watch) = &self.watch else { return Facts::Unobserved };
         // The usual case, which needs no flush. With `DiscardAll` a reset follows in any case.
@@ -165,7 +165,7 @@ impl Connection {
             watch.forget_failures();
         }
         let ended = watch.fatal().is_some();
-        // The question takes the refusal with it, so it is asked only where the answer counts, and first.
+        // The question takes the refusal away, so it is asked only where the answer counts, and before the other one.
         let read_only_node = !ended && writes && {
             let refused_write = watch.take_refused_write();
             refused_write && !watch.takes_writes()
@@ -267,17 +267,18 @@ impl Connection {
         }
     }
 
+    /// What the last [`clean`](Connection::clean) found, if it is to be logged.
     pub(in crate::postgres) fn take_remark(&mut self) -> Option<String> {
         self.remark.take().map(String::from)
     }
 
-    /// Closes it, within the limit where that can be done.
+    /// Closes the connection, within the limit where that can be done.
     pub(in crate::postgres) fn close(mut self, limit: Duration) {
         self.finish(limit);
     }
 
-    /// Prepares the connection for its drop. A query that still runs is cancelled first, for the backend would go on with it.
-    /// If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
+    /// Prepares the connection for its drop. A query that still runs is cancelled first, for the backend would go on
+    /// with it. If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
     fn finish(&mut self, limit: Duration) {
         self.end_cancel_scope();
         if self.may_be_at_work() {
@@ -294,7 +295,8 @@ impl Connection {
         self.cancel_scope.take().is_some_and(|scope| scope.end())
     }
 
-    /// Whether the backend may be at work for a caller that has gone. (In a COPY to the server it is the backend that waits.)
+    /// Whether the backend may be at work for a caller that has gone. (In a COPY to the server it is the backend that
+    /// waits.)
     fn may_be_at_work(&self) -> bool {
         match &self.watch {
             Some(watch) => watch.is_waiting() && !watch.in_copy(),
@@ -303,8 +305,8 @@ impl Connection {
         }
     }
 
-    /// Brings the query that runs to an end: reads the rest of its answer for a moment, and where that does not help has the
-    /// server cancel it. Takes three quarters of `limit` at most, and not much more than a second.
+    /// Brings the query that runs to an end: reads the rest of its answer for a moment, and where that does not help
+    /// has the server cancel it. Takes three quarters of `limit` at most, and not much more than a second.
     ///
     /// `false`: the query was cancelled, or could not be, and the connection can only be closed.
     fn stop(&mut self, limit: Duration) -> bool {
@@ -336,7 +338,8 @@ impl Connection {
         false
     }
 
-    /// Where nobody watches: whether a transaction is open or has failed. Fails if the answer is not the one to this question.
+    /// Where nobody watches: whether a transaction is open or has failed. Fails if the answer is not the one to this
+    /// question.
     fn ask_unobserved(&mut self) -> Result<bool, Error> {
         // If the caller may have removed `postgres`'s own statements, that is asked as well.
         let lookup = self.client.is_marked() && self.lookup != Lookup::Hidden && !self.statements.is_off();
@@ -354,8 +357,9 @@ impl Connection {
         }
     }
 
-    /// Where nobody watches, a caller's `DISCARD ALL` does not show, nor that `postgres` fails from then on to look up types.
-    /// But the statement with which it looks them up is there, or not; and if it was never seen, `postgres` is made to use it.
+    /// Where nobody watches, a caller's `DISCARD ALL` does not show, nor that `postgres` fails from then on to look up
+    /// types. But the statement with which it looks them up is there, or not; and if it was never seen, `postgres` is
+    /// made to use it.
     fn check_lookup(&mut self, there: bool) -> Result<(), Error> {
         match (there, self.lookup) {
             (true, _) => self.lookup = Lookup::Seen,

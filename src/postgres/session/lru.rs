@@ -1,7 +1,7 @@
 //! [`Lru`]: a small map that forgets what was least recently used.
 //!
-//! By hand: the crate `lru` is asked with an owned key of both parts, SQL and types, which would be an allocation for each query;
-//! and here room must be made before a statement is prepared, not when it is inserted.
+//! By hand: the crate `lru` is asked with an owned key of both parts, SQL and types, which would be an allocation for
+//! each query; and here room must be made before a statement is prepared, not when it is inserted.
 
 use ::postgres::types::Type;
 use std::borrow::Cow;

@@ -3,9 +3,9 @@
 use crate::postgres::wire;
 use ::postgres::Client;
 
-/// A `Client`, marked by every call that reaches it. Nobody can ask a client for what is queued and not yet written (the end
-/// of a COPY that the server refused, say), or written and not yet answered. So every way to the client marks it, and a
-/// caller need not remember to. A call that leaves nothing behind has to say so, and to succeed
+/// A `Client`, marked by every call that reaches it. Nobody can ask a client for what is queued and not yet written
+/// (the end of a COPY that the server refused, say), or written and not yet answered. So every way to the client marks
+/// it, and a caller need not remember to. A call that leaves nothing behind has to say so, and to succeed
 /// ([`completed`](Marked::completed)).
 pub(super) struct Marked {
     client: Client,

@@ -1,4 +1,5 @@
-//! One connection, from its login to its end: what callers can do with it, and how the pool checks, cleans and closes it.
+//! One connection, from its login to its end: what callers can do with it, and how the pool checks, cleans and closes
+//! it.
 
 mod cached;
 mod cancel;

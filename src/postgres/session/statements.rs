@@ -1,9 +1,10 @@
 //! The statement cache: what is prepared is remembered, so that the same SQL next time takes one round trip.
 //!
-//! A prepared statement may end without notice: by DDL, by `DISCARD ALL`, by a pooler that changes the server. Its next use
-//! then fails, and two questions decide what is done about that. *Had it begun to run?* Only a statement that was refused
-//! before may be tried again ([`Statements::take_refusal`]). *Was it in a transaction?* Then the transaction has failed, and
-//! no part of it may be repeated. In every case the statement is forgotten, so that the next call begins anew.
+//! A prepared statement may end without notice: by DDL, by `DISCARD ALL`, by a pooler that changes the server. Its next
+//! use then fails, and two questions decide what is done about that. *Had it begun to run?* Only a statement that was
+//! refused before may be tried again ([`Statements::take_refusal`]). *Was it in a transaction?* Then the transaction
+//! has failed, and no part of it may be repeated. In every case the statement is forgotten, so that the next call
+//! begins anew.
 //!
 //! A dropped [`Statement`] sends a `Close` with the next request. So room is made before a statement is prepared, not
 //! after: nothing is left queued when the call returns, which the drop of the connection would have to wait for.
@@ -27,13 +28,14 @@ pub(super) struct Statements {
     /// The capacity that was asked for.
     capacity: usize,
     prepared: Lru<Statement>,
-    /// With the cache off, what is remembered of a statement is the types of its parameters. They are all that is needed to
-    /// run it in one message, and they are true on every server behind a pooler.
+    /// With the cache off, what is remembered of a statement is the types of its parameters. They are all that is
+    /// needed to run it in one message, and they hold on every server behind a pooler.
     types: Lru<Arc<[Type]>>,
     pub(super) watch: Option<Arc<Watch>>,
     hits: u64,
     misses: u64,
-    /// The server has lost the statements with which `postgres` looks up types, and `postgres` will not prepare them again.
+    /// The server has lost the statements with which `postgres` looks up types, and `postgres` will not prepare them
+    /// again.
     lookups_lost: bool,
 }
 
@@ -124,8 +126,8 @@ impl Statements {
         Ok(types)
     }
 
-    /// Runs it on a connection of which it is not known whether a transaction is open, and again if it was refused for its
-    /// statement alone.
+    /// Runs an operation on a connection of which it is not known whether a transaction is open, and runs it again if
+    /// it was refused for its statement alone.
     pub(super) fn run_outside<O: Operation>(
         &mut self,
         client: &mut Client,
@@ -151,7 +153,8 @@ impl Statements {
         if !self.take_refusal(&error, sql) {
             return Err(error);
         }
-        // A transaction that was open has failed by now. The status tells: all requests before the refusal are answered.
+        // A transaction that was open has failed by now. The status tells: all requests before the refusal are
+        // answered.
         let in_transaction = match &self.watch {
             Some(watch) => watch.status() != Status::Idle,
             None => ask_for_transaction(client).unwrap_or(true),
@@ -162,7 +165,7 @@ impl Statements {
         self.run::<O, _>(client, sql, params)
     }
 
-    /// Runs it in a transaction, which a refusal ends.
+    /// Runs an operation in a transaction, in which a refusal is final.
     pub(super) fn run_inside<O: Operation, C: GenericClient>(
         &mut self,
         client: &mut C,
@@ -177,7 +180,7 @@ impl Statements {
         })
     }
 
-    /// Runs it once, with a statement.
+    /// Runs an operation once, with a prepared statement.
     fn run<O: Operation, C: GenericClient>(
         &mut self,
         client: &mut C,
@@ -197,7 +200,7 @@ impl Statements {
         result.inspect_err(|e| self.forget_what(e, sql))
     }
 
-    /// Runs it once, in one message, with types that are remembered or else learned.
+    /// Runs an operation once, in one message, with types that are remembered or else learned.
     fn run_typed<O: Operation, C: GenericClient>(
         &mut self,
         client: &mut C,
@@ -245,8 +248,8 @@ impl Statements {
         self.types.remove(sql);
     }
 
-    /// Whether the call that just failed failed because of its statement, before anything of it ran: the server had no such
-    /// statement, or one whose result has changed.
+    /// Whether the call that just failed failed because of its statement, before anything of it ran: the server had no
+    /// such statement, or one whose result has changed.
     fn take_refusal(&self, e: &Error, sql: &str) -> bool {
         match &self.watch {
             // The order of the server's messages tells.
@@ -256,21 +259,21 @@ impl Statements {
     }
 }
 
-/// Whether a parameter does not fit its type, in which case nothing was sent. The type may have changed since the statement
-/// was prepared.
+/// Whether a parameter does not fit its type, in which case nothing was sent. The type may have changed since the
+/// statement was prepared.
 fn does_not_fit(e: &Error) -> bool {
     e.source().is_some_and(|source| source.is::<WrongType>())
 }
 
-/// 0A000 (a cached plan's result has changed, or something else), class 42 (no such table, column, function, type...) and
-/// XX000 (a type that was dropped and made again).
+/// 0A000 (a cached plan's result has changed, or something else), class 42 (no such table, column, function, type...)
+/// and XX000 (a type that was dropped and made again).
 fn is_about_statements(code: &SqlState) -> bool {
     *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INTERNAL_ERROR || code.code().starts_with("42")
 }
 
 /// Whether a statement was refused before it ran, as far as the error tells. The same two errors may come from within a
-/// statement that already runs: from a function, which leaves its trace in the context, or from SQL's own `EXECUTE`, which
-/// has computed its arguments by then and leaves no trace.
+/// statement that already runs: from a function, which leaves its trace in the context, or from SQL's own `EXECUTE`,
+/// which has computed its arguments by then and leaves no trace.
 fn is_refusal(e: &Error, sql: &str) -> bool {
     let Some(db) = e.as_db_error() else { return false };
     let of_protocol = match db.routine() {

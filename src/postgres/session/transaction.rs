@@ -13,8 +13,8 @@ use std::ops::{Deref, DerefMut};
 
 /// Transactions with the statement cache at hand.
 impl Connection {
-    /// [`Client::transaction`], with the statement cache at hand, and with a [`commit`](Transaction::commit) that fails if
-    /// nothing is kept.
+    /// [`Client::transaction`], with the statement cache at hand, and with a [`commit`](Transaction::commit) that fails
+    /// if nothing is kept.
     ///
     /// ```no_run
     /// # fn f(mut client: millpond::postgres::PooledConnection) -> Result<(), postgres::Error> {
@@ -59,8 +59,8 @@ impl Connection {
 /// A transaction with the connection's statement cache at hand, begun by [`Connection::begin`]. It derefs to
 /// [`postgres::Transaction`](::postgres::Transaction), and like that one rolls back when dropped.
 ///
-/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten, but not tried again: its
-/// failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
+/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten, but not tried
+/// again: its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
 pub struct Transaction<'a> {
     transaction: ::postgres::Transaction<'a>,
     statements: &'a mut Statements,
@@ -69,16 +69,18 @@ pub struct Transaction<'a> {
 }
 
 impl Transaction<'_> {
-    /// Ends it, and keeps what it did. One round trip.
+    /// Commits the transaction. One round trip.
     ///
     /// # Errors
     ///
-    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit). Also if nothing is kept because a statement of
-    /// it has failed, even if that was overlooked: with SQLSTATE 25P02. (`postgres` itself says `Ok` then, since to PostgreSQL
-    /// the `COMMIT` of a failed transaction is a successful `ROLLBACK`.) It has ended in any case.
+    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit). Also if nothing is kept because a
+    /// statement of it has failed, even if that was overlooked: with SQLSTATE 25P02. (`postgres` itself says `Ok` then,
+    /// since to PostgreSQL the `COMMIT` of a failed transaction is a successful `ROLLBACK`.) The transaction has ended
+    /// in any case.
     pub fn commit(self) -> Result<(), Error> {
         match &self.statements.watch {
-            // The release of a savepoint fails by itself, and what became of it shows when the transaction is committed.
+            // The release of a savepoint reports its own failure, and a lost one shows when the transaction is
+            // committed.
             _ if self.nested => self.transaction.commit(),
             Some(watch) if watch.has_failed_request() => ask_and_commit(self.transaction),
             // The transaction is known not to have failed.
@@ -87,7 +89,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// Ends it, as if it had not been.
+    /// Rolls the transaction back.
     ///
     /// # Errors
     ///
@@ -196,9 +198,9 @@ impl<'a> DerefMut for Transaction<'a> {
     }
 }
 
-/// A `COMMIT` where a request has failed before. After a COPY that the server refused, `postgres` returns to each call the
-/// answer to the one before it, or ends the connection (rust-postgres #789), and what became of a commit would not be known.
-/// So the commit is sent only when it is certain that its answer will be its own.
+/// A `COMMIT` where a request has failed before. After a COPY that the server refused, `postgres` returns to each call
+/// the answer to the one before it, or ends the connection (rust-postgres #789), and what became of a commit would not
+/// be known. So the commit is sent only when it is certain that its answer will be its own.
 fn ask_and_commit(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
     let nonce = nonce();
     let answer = transaction.simple_query(&format!("SELECT '{nonce}'"))?;
@@ -213,9 +215,9 @@ const UNKNOWN: &str = "it is not known whether it was committed: its answers no 
 /// How many answers to other questions may come before the expected one: one for each COPY that was refused.
 const MOST_STALE_ANSWERS: usize = 1000;
 
-/// A `COMMIT` where it is not known whether a request has failed before. In front of it stands a question that fails in a
-/// transaction that has failed, and by whose answer the commit's is known. After any other answer it asks on, until it is
-/// certain what became of the commit (or until `postgres` ends the connection over it). As a rule one round trip.
+/// A `COMMIT` where it is not known whether a request has failed before. In front of it stands a question that fails in
+/// a transaction that has failed, and by whose answer the commit's is known. After any other answer it asks on, until
+/// it is certain what became of the commit (or until `postgres` ends the connection over it). As a rule one round trip.
 fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
     let (nonce, end) = (nonce(), nonce());
     let mut asked = format!("SELECT '{nonce}'; COMMIT");

@@ -18,7 +18,8 @@ pub(super) enum Facts {
     Unobserved,
     /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean).
     Clean,
-    /// The caller has gone while an answer was under way, in a COPY to the server or not. To read the answer may take long.
+    /// The caller has gone while an answer was under way, in a COPY to the server or not. To read the answer may take
+    /// long.
     Answering { in_copy: bool },
     /// No answer is under way, and nothing is queued.
     AtRest(AtRest),

@@ -8,8 +8,6 @@ pub(super) const STARTUP: u8 = 0;
 pub(super) struct BadLength;
 
 /// One direction of a connection, message by message: a tag, a length that counts itself, a body.
-///
-/// By hand: `postgres-protocol` parses whole messages out of a buffer, and here they are neither buffered nor parsed.
 #[derive(Debug)]
 pub(super) struct Frames {
     header: [u8; 5],
@@ -31,8 +29,8 @@ impl Frames {
         Frames { header: [STARTUP; 5], header_filled: 1, ..Frames::new() }
     }
 
-    /// Takes bytes up to the end of a message, and returns its tag if the end was among them. `prefix` says how many bytes
-    /// of the body are wanted of each kind of message. No body may have more than `longest` bytes.
+    /// Takes bytes up to the end of a message, and returns its tag if the end was among them. `prefix` says how many
+    /// bytes of the body are wanted of each kind of message. No body may have more than `longest` bytes.
     pub(super) fn next(
         &mut self,
         bytes: &mut &[u8],

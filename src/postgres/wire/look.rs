@@ -1,5 +1,5 @@
-//! What can be learned from a `postgres::Client` without asking its server anything: what has arrived by now, the end of
-//! the connection above all.
+//! What can be learned from a `postgres::Client` without asking its server anything: what has arrived by now, the end
+//! of the connection above all.
 
 use super::watch::Watch;
 use ::postgres::Client;
@@ -12,8 +12,8 @@ const LONGEST_LOOK: Duration = Duration::from_millis(1);
 const MANY: usize = 1000;
 
 /// Sends what `client` has queued but not yet written, without waiting for anything. A dropped statement or COPY leaves
-/// such a message, and before it is written its [`Watch`] cannot know of it. It reads, once, what has arrived: not to be
-/// called where that may be much. Notifications are dropped: they were for whoever used the client until now.
+/// such a message, and before it is written its [`Watch`] cannot know of it. It reads, once, what has arrived: not to
+/// be called where that may be much. Notifications are dropped: they were for whoever used the client until now.
 ///
 /// # Errors
 ///
@@ -33,13 +33,13 @@ pub(in crate::postgres) fn drop_notifications(client: &mut Client) {
     }
 }
 
-/// Looks whether `client` is alive, as far as can be seen from here. Sends what it has queued, and drops the notifications
-/// that have arrived. `Ok(false)`: it cannot be seen, or the stream has ended.
+/// Looks whether `client` is alive, as far as can be seen from here. Sends what it has queued, and drops the
+/// notifications that have arrived. `Ok(false)`: it cannot be seen, or the stream has ended.
 ///
-/// A `postgres::Client` reads what the system has told its runtime, and the runtime asks the system only when it has
-/// nothing else to do, which is when somebody waits. So this waits for a notification, which the stream makes up once there
-/// is nothing (more) to be read. Before that, the stream's first "nothing" wakes the runtime at once, which makes it ask the
-/// system. All of that takes a few microseconds.
+/// A `postgres::Client` reads what its runtime has learned from the system, and the runtime asks the system only when
+/// it has nothing else to do, which is when a caller waits. So this waits for a notification, which the stream makes up
+/// once there is nothing (more) to be read. Before that, the stream's first "nothing" wakes the runtime at once, which
+/// makes it ask the system. All of that takes a few microseconds.
 ///
 /// # Errors
 ///

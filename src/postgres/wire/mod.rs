@@ -1,8 +1,10 @@
-//! The bytes of one connection: who reads along with them, what is known from them, and how they are stopped.
+//! The bytes of one connection: how they are watched, what is known from them, and how the connection is aborted.
 //!
-//! From the bottom up: [`frames`] cuts bytes into messages, [`scanner`] follows the protocol, [`watch`] shares what is known
-//! between stream and pool, [`negotiation`] and [`tap`] make the stream, [`observer`] opens connections over it, and [`look`]
-//! says what can be seen of a client without asking its server.
+//! By hand, since `postgres` has no hook for any of this, and `postgres-protocol` parses whole messages out of buffers.
+//!
+//! From the bottom up: [`frames`] cuts bytes into messages, [`scanner`] follows the protocol, [`watch`] shares what is
+//! known between stream and pool, [`negotiation`] and [`tap`] make the stream, [`observer`] opens connections over it,
+//! and [`look`] says what can be seen of a client without asking its server.
 
 mod frames;
 mod look;

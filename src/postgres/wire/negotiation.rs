@@ -1,9 +1,10 @@
-//! What stands between the TCP connect and the startup packet: the choice between clear text and TLS, by the user's terms.
+//! What stands between the TCP connect and the startup packet: the choice between clear text and TLS, by the user's
+//! terms.
 //!
 //! `postgres` believes that the stream is encrypted, so nothing behind this file would notice a mistake in it.
 //!
-//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it, in so
-//!   many words (`N`); never after an error, never after the server said yes.
+//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it, in
+//!   so many words (`N`); never after an error, never after the server said yes.
 //! * One byte is read before the TLS handshake, not more: what a man in the middle slips in behind it must fail the
 //!   handshake, not be believed.
 
@@ -29,8 +30,9 @@ pub(super) struct Terms {
     /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
     /// connector; no certificate may be compared with it.
     pub(super) nameless: bool,
-    /// How long each of several hosts may take from TCP's connect to the end of the login: `connect_timeout`, as in libpq.
-    /// (To `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried for ever.)
+    /// How long each of several hosts may take from TCP's connect to the end of the login: `connect_timeout`, as in
+    /// libpq. (To `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried
+    /// for ever.)
     pub(super) host_limit: Option<Duration>,
 }
 
@@ -83,8 +85,8 @@ where
     }
 }
 
-/// Whether a handshake failed because the answer was no TLS at all, by the words of rustls and of OpenSSL. A server that has
-/// no process for a client answers in clear, whatever it was asked.
+/// Whether a handshake failed because the answer was no TLS at all, by the words of rustls and of OpenSSL. A server
+/// that has no process for a client answers in clear, whatever it was asked.
 pub(in crate::postgres) fn is_answer_in_clear(error: &(dyn StdError + 'static)) -> bool {
     let text = error.to_string();
     ["InvalidContentType", "wrong version number", "packet length too long"].iter().any(|words| text.contains(words))
@@ -96,11 +98,11 @@ const LONGEST_ERROR: usize = 1024;
 /// For how long that error is waited for at most.
 const ERROR_LIMIT: Duration = Duration::from_secs(1);
 
-/// The text of an error that came in answer to the request for TLS, of which the tag has been read. Anybody on the way may
-/// have sent it: it is for people, and nothing is concluded from it.
+/// The text of an error that came in answer to the request for TLS, of which the tag has been read. Anybody on the way
+/// may have sent it: it is for people, and nothing is concluded from it.
 ///
-/// A server that has no process for a client sends the error of the second version of the protocol, a text that ends with a
-/// NUL; others might send that of the third, fields behind a length. No text begins as such a length does.
+/// A server that has no process for a client sends the error of the second version of the protocol, a text that ends
+/// with a NUL; others might send that of the third, fields behind a length. No text begins as such a length does.
 async fn error_text(socket: &mut Socket) -> String {
     let (mut received, mut piece) = (Vec::new(), [0; LONGEST_ERROR]);
     let is_whole = |error: &[u8]| match error {
@@ -155,8 +157,8 @@ impl NegotiationError {
         error.source()?.downcast_ref()
     }
 
-    /// Whether the same attempt may succeed in a moment: the connection failed, not the agreement. A failed handshake is
-    /// taken for a disagreement unless an I/O error in it says that the stream ended.
+    /// Whether the same attempt may succeed in a moment: the connection failed, not the agreement. A failed handshake
+    /// is taken for a disagreement unless an I/O error in it says that the stream ended.
     pub(in crate::postgres) fn is_transient(&self) -> bool {
         match self {
             NegotiationError::Aborted

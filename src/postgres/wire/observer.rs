@@ -7,8 +7,8 @@
 //! # How
 //!
 //! The only door to the stream is the TLS connector. [`Observer`] wraps the user's, and on a private copy of the user's
-//! configuration always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest` of its own
-//! and hands the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
+//! configuration always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest` of its
+//! own and hands the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
 //! ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a scanner beside it. A test fails
 //! should `postgres` ever stop working this way.
 //!
@@ -16,15 +16,15 @@
 //!
 //! * What [`negotiation`](super::negotiation) promises of plaintext and TLS.
 //! * Channel binding is the TLS stream's own; plaintext has none.
-//! * `postgres` reserves as much memory as a message claims to be long, and keeps all that comes. So until the login is over
-//!   what is too long or too much is refused in [`Tap`], before it is passed on.
+//! * `postgres` reserves as much memory as a message claims to be long, and keeps all that comes. So until the login is
+//!   over what is too long or too much is refused in [`Tap`], before it is passed on.
 //! * The rewritten configuration stays in here.
 //!
 //! # Limits
 //!
-//! A unix socket does not pass through the connector. TCP's own connect and the name lookup happen before it: the former
-//! is bounded by `connect_timeout` for each address, and only then is an abort seen; the latter by the system's resolver.
-//! `cancel_token().cancel_query(NoTls)` fails on an observed client; [`Observer::cancel`] does it.
+//! A unix socket does not pass through the connector. TCP's own connect and the name lookup happen before it: the
+//! former is bounded by `connect_timeout` for each address, and only then is an abort seen; the latter by the system's
+//! resolver. `cancel_token().cancel_query(NoTls)` fails on an observed client; [`Observer::cancel`] does it.
 
 use super::negotiation::{NegotiationError, Terms, negotiate};
 use super::tap::{Tap, is_over, too_slow};
@@ -38,8 +38,8 @@ use std::sync::Arc;
 use std::task::Poll;
 use tokio::time::sleep;
 
-/// What a TLS connector must be: any [`MakeTlsConnect`] that can be cloned and sent to other threads, which the usual ones
-/// can. The bounds are those of `r2d2_postgres`; there is nothing to implement.
+/// What a TLS connector must be: any [`MakeTlsConnect`] that can be cloned and sent to other threads, which the usual
+/// ones can. The bounds are those of `r2d2_postgres`; there is nothing to implement.
 pub trait Connector:
     MakeTlsConnect<Socket, TlsConnect: TlsConnect<Socket, Future: Send> + Send, Stream: Send>
     + Clone
@@ -102,8 +102,9 @@ impl<T: Connector> Observer<T> {
         self.config.connect(self.watched_by(watch))
     }
 
-    /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a new
-    /// one, and can abort this call. Returns when the server has hung up, by which it says that it has taken the request.
+    /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a
+    /// new one, and can abort this call. Returns when the server has hung up, by which it says that it has taken the
+    /// request.
     ///
     /// # Errors
     ///

@@ -38,8 +38,8 @@ impl Probe {
         true
     }
 
-    /// The stream has nothing to be read at the moment, and stands between two messages or not. `true`: there is something
-    /// to be [fed](Probe::feed) now.
+    /// The stream has nothing to be read at the moment, and stands between two messages or not. `true`: there is
+    /// something to be [fed](Probe::feed) now.
     pub(super) fn on_nothing(&self, cx: &Context<'_>, between_messages: bool) -> bool {
         match self.0.load(Ordering::Relaxed) {
             BEGUN => {

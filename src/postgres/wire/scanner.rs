@@ -2,12 +2,12 @@
 //!
 //! A [`Scanner`] is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
 //! messages and at the bodies of four short kinds from the server; nothing that the user sends is kept. It cannot fail:
-//! bytes that are not the protocol only make it [poisoned](Scanner::is_poisoned). Until the login is over anybody may be
-//! at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
+//! bytes that are not the protocol only make it [poisoned](Scanner::is_poisoned). Until the login is over anybody may
+//! be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
 //!
 //! It rests on two facts of the protocol. Answers come in the order of the requests, so a queue of requests tells which
-//! one a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is under
-//! way.
+//! one a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is
+//! under way.
 
 use super::frames::{BadLength, Frames, STARTUP};
 use crate::leaf::text::CUT;
@@ -17,8 +17,8 @@ use std::fmt;
 #[cfg(test)]
 mod tests;
 
-/// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of an
-/// error; a notice of a trigger on login may be longer.
+/// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of
+/// an error; a notice of a trigger on login may be longer.
 const LONGEST_LOGIN_MESSAGE: usize = 64 * 1024;
 /// The most that a server may send before the login is over, in bytes: its parameters and notices are many, and short.
 const LONGEST_LOGIN: usize = 1024 * 1024;
@@ -108,8 +108,8 @@ pub(super) enum LoginFault {
     TooLong(u8, usize),
     /// Message after message.
     TooMuch,
-    /// An error by the second version of the protocol: a text without a length. A server that cannot even start a process
-    /// for a client speaks like that.
+    /// An error by the second version of the protocol: a text without a length. A server that cannot even start a
+    /// process for a client speaks like that.
     PlainText(String),
     /// A transaction status with which no session begins.
     Status(u8),
@@ -178,7 +178,8 @@ impl Scanner {
         }
     }
 
-    /// These bytes went to the server. Only the bytes that the stream accepted belong here, or a retry is counted twice.
+    /// These bytes went to the server. Only the bytes that the stream accepted belong here, or a retry is counted
+    /// twice.
     pub(super) fn sent(&mut self, mut bytes: &[u8]) {
         while !self.unreadable {
             match self.frontend.next(&mut bytes, |_| 0, usize::MAX) {
@@ -246,9 +247,9 @@ impl Scanner {
             b'C' if self.batch == Batch::Empty => self.batch = Batch::Closes,
             b'C' => {}
             b'B' if matches!(self.batch, Batch::Empty | Batch::Closes) => self.batch = Batch::BindFirst,
-            // Poison, rule 1. `postgres` queues the end of a COPY even when the server refused the COPY. The server skips
-            // it but answers the `Sync` that follows, and from then on every call gets the answer to the one before it
-            // (rust-postgres #789).
+            // Poison, rule 1. `postgres` queues the end of a COPY even when the server refused the COPY. The server
+            // skips it but answers the `Sync` that follows, and from then on every call gets the answer to the one
+            // before it (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
             _ if self.batch == Batch::BindFirst => {}
             _ => self.batch = Batch::Other,
@@ -340,7 +341,8 @@ impl Scanner {
         self.status
     }
 
-    /// What the server, or a pooler in its place, calls this backend: a name for logs. PgBouncer's are its own and may be negative.
+    /// What the server, or a pooler in its place, calls this backend: a name for logs. PgBouncer's are its own and may
+    /// be negative.
     pub(super) fn pid(&self) -> Option<i32> {
         self.pid
     }
@@ -362,8 +364,8 @@ impl Scanner {
         self.poisoned
     }
 
-    /// Something is under way that may still change the status: a request is [unanswered](Scanner::has_unanswered), or the
-    /// beginning of a message has come.
+    /// Something is under way that may still change the status: a request is [unanswered](Scanner::has_unanswered), or
+    /// the beginning of a message has come.
     pub(super) fn is_busy(&self) -> bool {
         self.has_unanswered() || self.is_mid_message()
     }
@@ -373,8 +375,8 @@ impl Scanner {
         self.backend.is_inside()
     }
 
-    /// A request is half sent or not yet answered to its end, or there is a COPY. The closing of a dropped statement does
-    /// not count, for it cannot fail.
+    /// A request is half sent or not yet answered to its end, or there is a COPY. The closing of a dropped statement
+    /// does not count, for it cannot fail.
     pub(super) fn has_unanswered(&self) -> bool {
         let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
@@ -395,7 +397,7 @@ impl Scanner {
         self.failed_request = false;
     }
 
-    /// Nothing more can come of it: it is poisoned, or the server has hung up or said that it will.
+    /// Nothing more can come of it: it is poisoned, or the server has hung up, or sent an error by which it does.
     pub(super) fn is_lost(&self) -> bool {
         self.poisoned || self.ended || self.fatal.is_some()
     }
@@ -436,8 +438,8 @@ impl Scanner {
         std::mem::take(&mut self.refused_statement)
     }
 
-    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have removed
-    /// those of the `postgres` crate as well, which does not notice.
+    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have
+    /// removed those of the `postgres` crate as well, which does not notice.
     pub(super) fn has_missed_a_statement(&self) -> bool {
         self.missed_statement
     }

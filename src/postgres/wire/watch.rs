@@ -16,7 +16,8 @@ use std::task::{Context, Waker};
 pub(in crate::postgres) struct Watch {
     scanner: Mutex<Scanner>,
     aborted: AtomicBool,
-    /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream goes.
+    /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream
+    /// goes.
     waker: Mutex<Option<Waker>>,
     pub(super) probe: Probe,
 }
@@ -71,8 +72,8 @@ impl Watch {
         self.scanner.lock().is_mid_message()
     }
 
-    /// Somebody may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may remain
-    /// unread while nobody uses the connection.)
+    /// A caller may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may
+    /// remain unread while nobody uses the connection.)
     pub(in crate::postgres) fn is_waiting(&self) -> bool {
         let scanner = self.scanner.lock();
         scanner.has_unanswered() && !scanner.has_oldest_failed() && !scanner.is_lost() && !self.is_aborted()
@@ -83,13 +84,13 @@ impl Watch {
         self.is_aborted() || self.scanner.lock().is_lost()
     }
 
-    /// Fit for any caller: nothing under way, no transaction, not lost. A request that is queued and not yet written is not
-    /// seen: [`flush`](super::flush) first.
+    /// Fit for any caller: nothing under way, no transaction, not lost. A request that is queued and not yet written is
+    /// not seen: [`flush`](super::flush) first.
     pub(in crate::postgres) fn is_idle(&self) -> bool {
         self.scanner.lock().is_idle() && !self.is_aborted()
     }
 
-    /// See [`Scanner::is_clean`]. What is said of [`is_idle`](Watch::is_idle) holds here too.
+    /// See [`Scanner::is_clean`]. As [`is_idle`](Watch::is_idle), it does not see what is queued.
     pub(in crate::postgres) fn is_clean(&self) -> bool {
         self.scanner.lock().is_clean() && !self.is_aborted()
     }
@@ -131,8 +132,8 @@ impl Watch {
         self.scanner.lock().take_refused_statement()
     }
 
-    /// The node says that it takes writes, as of the last answer: a refused one was refused for its transaction. Servers
-    /// before 14 and poolers say nothing.
+    /// The node says that it takes writes, as of the last answer: a refused one was refused for its transaction.
+    /// Servers before 14 and poolers say nothing.
     pub(in crate::postgres) fn takes_writes(&self) -> bool {
         let scanner = self.scanner.lock();
         let node = (scanner.in_hot_standby(), scanner.read_only_by_default());

@@ -5,7 +5,8 @@ use crate::stats::Connections;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-/// What the server knows of the backends of this application, and what the pool knows of them. Made by [`audit`](crate::postgres::audit()).
+/// What the server knows of the backends of this application, and what the pool knows of them. Made by
+/// [`audit`](crate::postgres::audit()).
 ///
 /// [`Display`](std::fmt::Display) prints a table:
 ///
@@ -26,13 +27,14 @@ pub struct Audit {
     pub role: String,
     /// The database in which.
     pub database: String,
-    /// The `application_name` of this process's connections, by which others were looked for. If it ends in this process's
-    /// id in brackets, as that of this manager does, others may have theirs there; otherwise it must be the same.
+    /// The `application_name` of this process's connections, by which others were looked for. If it ends in this
+    /// process's id in brackets, as that of this manager does, others may have theirs there; otherwise it must be the
+    /// same.
     pub application_name: String,
     /// What the server has, the oldest first.
     pub backends: Vec<Backend>,
-    /// Connections of the pool of which the server knows nothing: they were ended and the pool has not noticed yet, or lead
-    /// to another server.
+    /// Connections of the pool of which the server knows nothing: they were ended and the pool has not noticed yet, or
+    /// lead to another server.
     pub missing: Connections,
     /// What could not be known, and why.
     pub notes: Vec<String>,
@@ -53,8 +55,8 @@ pub struct Backend {
     pub pid: i32,
     /// As its client set it.
     pub application_name: String,
-    /// The process id of its client, as its `application_name` has it. A hint: the process may be on another machine, or in
-    /// a container with numbers of its own, and a pooler passes on its client's.
+    /// The process id of its client, as its `application_name` has it. A hint: the process may be on another machine,
+    /// or in a container with numbers of its own, and a pooler passes on its client's.
     pub process: Option<u32>,
     /// Its client's address, as the server sees it. `None`: a unix socket, or hidden.
     pub client: Option<SocketAddr>,
@@ -106,16 +108,16 @@ impl Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Owner {
-    /// This pool's: its own row is in [`Backend::connection`]. The server told the pool this very pid for it, and this
-    /// process holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network behind
-    /// translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may have
-    /// passed it on since. Where connections are not [observed](crate::postgres#the-observer), a pooler cannot be seen, and a
-    /// [note](Audit::notes) says so.)
+    /// This pool's: its own row is in [`Backend::connection`]. The server gave the pool this very pid for it, and this
+    /// process holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network
+    /// behind translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may
+    /// have passed it on since. Where connections are not [observed](crate::postgres#the-observer), a pooler cannot be
+    /// seen, and a [note](Audit::notes) says so.)
     Pool,
     /// The connection that the audit itself was made on.
     Audit,
-    /// This process's, but not in the pool: detached, being opened or closed, abandoned, or of another pool of the same name;
-    /// or of a proxy or tunnel within this process, whoever is behind it.
+    /// This process's, but not in the pool: detached, being opened or closed, abandoned, or of another pool of the same
+    /// name; or of a proxy or tunnel within this process, whoever is behind it.
     ThisProcess,
     /// Another process's, on this host: a pool of the same name, a pooler, or the end of a tunnel. Somebody holds it.
     Other,

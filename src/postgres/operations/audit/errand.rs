@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// Runs `ask` on a connection of its own, or on one of the pool's if the server has no room for one more. `ask` also gets the
-/// pid that the connection was told of its backend when it was opened, if that is known.
+/// Runs `ask` on a connection of its own, or on one of the pool's if the server has no room for one more. `ask` also
+/// gets the backend's pid as the login gave it to the connection, if that is known.
 #[track_caller]
 pub(super) fn on_a_connection<T: Connector, R>(
     pool: &Pool<T>,

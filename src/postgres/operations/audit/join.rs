@@ -14,13 +14,13 @@ use crate::{ConnectionInfo, ConnectionState};
 use ::postgres::Client;
 use std::collections::{BTreeMap, HashSet};
 
-/// Looks at the server for the backends of this application, and at the pool for its own: same role, same database, and an
-/// `application_name` of the pool's name with any process id. (If you set `application_name` yourself: that very name,
-/// whoever has it. If yours ends in the process id as ` [4711]`: with any process id.)
+/// Looks at the server for the backends of this application, and at the pool for its own: same role, same database, and
+/// an `application_name` of the pool's name with any process id. (If you set `application_name` yourself: that very
+/// name, whoever has it. If yours ends in the process id as ` [4711]`: with any process id.)
 ///
-/// It opens a connection of its own, with the pool's manager and within its `open_timeout`, which covers the questions as
-/// well: a pool that is exhausted is exactly when one wants to know. Only if the server has no room for one more does it check
-/// one out of the pool, waiting as [`get`](crate::Pool::get) does.
+/// It opens a connection of its own, with the pool's manager and within its `open_timeout`, which covers the questions
+/// as well: a pool that is exhausted is exactly when one wants to know. Only if the server has no room for one more
+/// does it check one out of the pool, waiting as [`get`](crate::Pool::get) does.
 ///
 /// Give your pools names: `millpond-1`, the default, is the same in every application.
 ///
@@ -37,24 +37,24 @@ use std::collections::{BTreeMap, HashSet};
 ///
 /// # What an orphan is, and what cannot be known
 ///
-/// A backend is called [orphaned](Owner::Orphaned) if it is busy and this host's kernel (Linux, by its `/proc`) says of both
-/// ends of its connection that nobody can use it any more. All of this has to hold; otherwise [`note`](Backend::note) says
-/// what does not:
+/// A backend is called [orphaned](Owner::Orphaned) if it is busy and this host's kernel (Linux, by its `/proc`) says of
+/// both ends of its connection that nobody can use it any more. All of this has to hold; otherwise
+/// [`note`](Backend::note) says what does not:
 ///
-/// * the server runs on this host, in the same namespaces of network and processes, and the audit reached it over TCP with
-///   nothing in between: the other end of the audit's own connection is held by the very backend that answered;
+/// * the server runs on this host, in the same namespaces of network and processes, and the audit reached it over TCP
+///   with nothing in between: the other end of the audit's own connection is held by the very backend that answered;
 /// * this process may see what the server's processes hold, which takes root or the server's user;
-/// * the backend came over TCP, holds the server's end of its connection, and that end has been told that the other closed;
-/// * the client's end is on this host, and closed: no process holds it. (The kernel forgets a closed end after a minute;
-///   later on, only for loopback addresses, its absence counts, as long as `route_localnet` is off.)
+/// * the backend came over TCP, holds the server's end of its connection, and that end knows that the other closed;
+/// * the client's end is on this host, and closed: no process holds it. (The kernel forgets a closed end after a
+///   minute; later on, only for loopback addresses, its absence counts, as long as `route_localnet` is off.)
 ///
-/// So nothing is ever called orphaned that came through a unix socket, whose ends cannot be joined; nor from a container or
-/// a machine that is not the server's. A backend that a pooler or a tunnel on this host holds is
-/// [another process's](Owner::Other), whoever is behind it.
+/// So nothing is ever called orphaned that came through a unix socket, whose ends cannot be joined; nor from a
+/// container or a machine that is not the server's. A backend that a pooler or a tunnel on this host holds is [another
+/// process's](Owner::Other), whoever is behind it.
 ///
-/// Without an audit nothing is lost for good: the server itself notices a client that is gone, at the latest when its query
-/// ends. [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval) has it look while the
-/// query runs, from wherever the client came: set that, and there is little left to end.
+/// Without an audit nothing is lost for good: the server itself notices a client that is gone, at the latest when its
+/// query ends. [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval)
+/// has it look while the query runs, from wherever the client came: set that, and there is little left to end.
 ///
 /// Behind a pooler the pids that the pool has are the pooler's: nothing can be joined. With several hosts in the
 /// configuration only one of them is asked.
@@ -67,8 +67,8 @@ pub fn audit<T: Connector>(pool: &Pool<T>) -> Result<Audit, Error> {
     on_a_connection(pool, |connection, pid| look(pool, connection, pid, None))
 }
 
-/// [`audit`](audit()) with a connection of yours, which can be one of the pool's, or an administrator's, who sees more. It must
-/// lead to the same server, and past any pooler.
+/// [`audit`](audit()) with a connection of yours, which can be one of the pool's, or an administrator's, who sees more.
+/// It must lead to the same server, and past any pooler.
 ///
 /// It looks for the role and database of the manager's configuration; for those of `client`, if that names none.
 ///
@@ -81,7 +81,7 @@ pub fn audit_with<T: Connector>(pool: &Pool<T>, client: &mut Client) -> Result<A
     look(pool, client, None, role.map(|role| (role, config.get_dbname().unwrap_or(role))))
 }
 
-/// Asks the server over `client`, and joins. `pid` is what `client` was told of its backend when it was opened, `whose` the role
+/// Asks the server over `client`, and joins. `pid` is the backend's as the login gave it to `client`, `whose` the role
 /// and database to look for, if they are not those of `client`.
 fn look<T: Connector>(
     pool: &Pool<T>,

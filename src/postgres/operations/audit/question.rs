@@ -10,8 +10,8 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-/// The condition that a backend is busy. An idle one that has lost its client notices at once; one whose state is not tracked
-/// may be idle.
+/// The condition that a backend is busy. An idle one that has lost its client notices at once; one whose state is not
+/// tracked may be idle.
 pub(super) const BUSY: &str = "AND state IN ('active', 'fastpath function call')";
 
 pub(super) const LEAVING: &str = "its client has closed, and it is about to end";
@@ -71,8 +71,9 @@ pub(super) fn socket_address(ip: Option<IpAddr>, port: Option<i32>) -> Option<So
     Some(SocketAddr::new(ip?.to_canonical(), u16::try_from(port?).ok()?))
 }
 
-/// Asks once more whether the orphans are busy. What looks like one may have been about to end: busy when the server was asked,
-/// closed when the host was. Closed is closed for ever; so if a backend is busy still, both are true at once.
+/// Asks once more whether the orphans are busy. What looks like one may have been about to end: busy when the server
+/// was asked, closed when the host was. Closed is closed for ever; so if a backend is busy still, both are true at
+/// once.
 pub(super) fn still_busy(client: &mut Client, backends: &mut [Backend]) -> Result<(), Error> {
     let orphans: Vec<i32> = backends.iter().filter(|b| b.owner == Owner::Orphaned).map(|b| b.pid).collect();
     if orphans.is_empty() {

@@ -18,12 +18,13 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 impl Audit {
-    /// Ends the [orphaned](Owner::Orphaned) backends that this audit has found, and no others, with `pg_terminate_backend`,
-    /// on a connection got as [`audit`](crate::postgres::audit()) gets its own. What they were doing is rolled back.
+    /// Ends the [orphaned](Owner::Orphaned) backends that this audit has found, and no others, with
+    /// `pg_terminate_backend`, on a connection got as [`audit`](crate::postgres::audit()) gets its own. What they were
+    /// doing is rolled back.
     ///
-    /// Each is proven once more before, from that connection; and the server, in the statement that ends it, looks whether
-    /// the pid is still that backend (`backend_start`, `application_name`) and busy. It waits for at most 2 seconds until
-    /// they are gone.
+    /// Each is proven once more before, from that connection; and the server, in the statement that ends it, looks
+    /// whether the pid is still that backend (`backend_start`, `application_name`) and busy. It waits for at most 2
+    /// seconds until they are gone.
     ///
     /// # Errors
     ///
@@ -66,8 +67,9 @@ impl Audit {
     }
 
     /// Ends those backends of this audit that you name by their pids, whatever is known of them: for what is
-    /// [unknown](Owner::Unknown) to the audit and not to you. Otherwise as [`terminate_orphans`](Audit::terminate_orphans):
-    /// the server looks whether each is still the backend that the audit saw, but neither whether it is busy nor whose it is.
+    /// [unknown](Owner::Unknown) to the audit and not to you. Otherwise as
+    /// [`terminate_orphans`](Audit::terminate_orphans): the server looks whether each is still the backend that the
+    /// audit saw, but neither whether it is busy nor whose it is.
     ///
     /// ```no_run
     /// # fn f(pool: millpond::postgres::Pool) -> Result<(), millpond::postgres::Error> {
@@ -93,8 +95,8 @@ impl Audit {
     ///
     /// # Errors
     ///
-    /// If the connection is lost. That the server refuses one of them, or that the audit has no such backend, stands in the
-    /// account.
+    /// If the connection is lost. That the server refuses one of them, or that the audit has no such backend, stands in
+    /// the account.
     pub fn terminate_with(&self, client: &mut Client, pids: &[i32]) -> Result<Terminations, Error> {
         let done = self.end_named(client, pids)?;
         done.record(|text| self.record(text));
@@ -107,7 +109,8 @@ impl Audit {
         self.end(client, pids, spared, "")
     }
 
-    /// Ends these backends, except where `against` gives an outcome instead; and only if the server finds `condition` true.
+    /// Ends these backends, except where `against` gives an outcome instead; and only if the server finds `condition`
+    /// true.
     fn end(
         &self,
         client: &mut Client,
@@ -121,7 +124,7 @@ impl Audit {
             let backend = self.backends.iter().find(|b| b.pid == pid);
             let outcome = match backend.map(|backend| (backend, backend.backend_start)) {
                 None => Outcome::Spared("the audit has no such backend".into()),
-                // It could not be told from a later backend with its number.
+                // A later backend with its number could not be recognised as another.
                 Some((_, None)) => Outcome::Spared("the server hid it from the role that made the audit".into()),
                 Some((backend, Some(start))) => match against(backend) {
                     Some(outcome) => outcome,
@@ -185,9 +188,9 @@ pub struct Termination {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outcome {
-    /// It was told to end, and has.
+    /// It was signalled to end, and has.
     Ended,
-    /// It was told to end, and was still there after 2 seconds.
+    /// It was signalled to end, and was still there after 2 seconds.
     Signalled,
     /// It was no longer there; or, an orphan, no longer busy: nothing was done.
     Gone,
@@ -197,7 +200,7 @@ pub enum Outcome {
     Refused(String),
 }
 
-/// Tells one backend to end.
+/// Signals one backend to end.
 fn terminate(client: &mut Client, backend: &Backend, start: SystemTime, condition: &str) -> Result<Outcome, Error> {
     let statement = format!(
         "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \

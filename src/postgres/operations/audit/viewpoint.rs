@@ -1,4 +1,6 @@
-//! [`Viewpoint`]: from where the server was asked, and what can be said from there of whose a backend is.
+//! [`Viewpoint`]: from where the server was asked, and whose a backend is as far as that can be known from there.
+//!
+//! Whatever is not proven is [`Owner::Unknown`], with a reason.
 
 use super::backend::{Backend, Owner};
 use super::question::{LEAVING, QUESTION, fresh, socket_address};
@@ -28,8 +30,9 @@ pub(super) struct Viewpoint {
 }
 
 impl Viewpoint {
-    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), of which only those that are
-    /// `wanted`, and the one that answers, count; and then this host for their connections. Whose they are is not said yet.
+    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), of which only those that
+    /// are `wanted`, and the one that answers, count; and then this host for their connections. Whose they are is left
+    /// open.
     pub(super) fn look(
         client: &mut Client,
         pid: Option<i32>,
@@ -75,7 +78,7 @@ impl Viewpoint {
         }
     }
 
-    /// Whose a backend is whose pid the pool was told for one of its connections, by this server or by another one.
+    /// Whose a backend is whose pid the pool has for one of its connections, from this server or from another one.
     ///
     /// The kernel's word goes first. Without it the backend must have begun when the pool opened the connection: two
     /// servers may give the same number, and containers the same name.

@@ -179,7 +179,8 @@ proptest! {
         prop_assert_eq!(scanner.is_poisoned(), answers > requests.len());
     }
 
-    /// Nothing that arrives may panic, and how it was cut never matters. Bytes are either plain noise or noise in frames.
+    /// Nothing that arrives may panic, and how it was cut never matters. Bytes are either plain noise or noise in
+    /// frames.
     #[test]
     fn noise_is_harmless_and_its_cuts_do_not_matter(
         frames in prop::collection::vec(

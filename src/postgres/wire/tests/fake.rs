@@ -64,8 +64,8 @@ pub(super) fn read_message(stream: &mut TcpStream) -> Option<String> {
     })
 }
 
-/// Reads everything, as a server without TLS or with a wrong idea of it: answers the request for TLS with `reply` (or hangs
-/// up if that is empty), the startup packet by asking for the password in clear, and hangs up on what comes then.
+/// Reads everything, as a server without TLS or with a wrong idea of it: answers the request for TLS with `reply` (or
+/// hangs up if that is empty), the startup packet by asking for the password in clear, and hangs up on what comes then.
 pub(super) fn interrogate(mut stream: TcpStream, reply: &[u8]) -> Vec<String> {
     let mut received = Vec::new();
     while let Some(message) = read_message(&mut stream) {

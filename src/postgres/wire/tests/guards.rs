@@ -69,8 +69,8 @@ fn a_lying_server_gets_what_the_plain_crate_would_give_it() {
     }
 }
 
-/// Everything but yes and no, and of an error the words: by the second version of the protocol, as PostgreSQL speaks when
-/// it has no process for a client, and by the third.
+/// Everything but yes and no, and of an error the words: by the second version of the protocol, as PostgreSQL speaks
+/// when it has no process for a client, and by the third.
 #[test]
 fn what_is_neither_yes_nor_no_to_tls_is_a_failure_and_gives_nothing_away() {
     let cannot_fork = b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0";

@@ -1,5 +1,5 @@
-//! The observer against servers that lie and fall silent ([`guards`], [`switch`]), and against PostgreSQL beside the plain
-//! crate ([`real`]).
+//! The observer against servers that lie and fall silent ([`guards`], [`switch`]), and against PostgreSQL beside the
+//! plain crate ([`real`]).
 
 mod fake;
 mod guards;
