@@ -79,8 +79,7 @@ impl Transaction<'_> {
     /// in any case.
     pub fn commit(self) -> Result<(), Error> {
         match &self.statements.watch {
-            // The release of a savepoint reports its own failure, and a lost one shows when the transaction is
-            // committed.
+            // The release of a savepoint reports its own failure. What becomes of it in the end shows at the commit.
             _ if self.nested => self.transaction.commit(),
             Some(watch) if watch.has_failed_request() => ask_and_commit(self.transaction),
             // The transaction is known not to have failed.
