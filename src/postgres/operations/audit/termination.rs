@@ -150,7 +150,7 @@ impl Audit {
         Ok(Terminations { pool: self.pool.clone(), done: done.into_iter().map(|(_, done)| done).collect() })
     }
 
-    /// Logs where there is no pool at hand whose thread could do it: on the caller's, as the pool would.
+    /// Logs as the pool would, but on the thread of the caller: there is no pool at hand whose thread could do it.
     fn record(&self, text: impl FnOnce() -> String) {
         log::warn!(target: "millpond", "{}", Shown(format_args!("pool '{}': {}", self.pool, text())));
     }
