@@ -59,11 +59,12 @@ pub(in crate::postgres) struct Opened {
 /// cancelled connection is closed, so a cancel costs two connects: its own, and that of the connection's replacement.)
 const DRAIN: Duration = Duration::from_millis(50);
 
-/// The same where nobody watches. There it is not known whether an answer is left at all: a busy network or server is
-/// silent too, and is not to be given more work.
+/// The same on a connection that is not observed. There it is not known whether an answer is left at all: a busy
+/// network or server is silent too, and is not to be given more work.
 const DRAIN_UNOBSERVED: Duration = Duration::from_millis(500);
 
-/// Whether the server has the statement with which `postgres` looks up types, as far as is known where nobody watches.
+/// Whether the server has the statement with which `postgres` looks up types, as far as is known on a connection that
+/// is not observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lookup {
     /// There may be none yet, or none any more.
@@ -338,8 +339,8 @@ impl Connection {
         false
     }
 
-    /// Where nobody watches: whether a transaction is open or has failed. Fails if the answer is not the one to this
-    /// question.
+    /// On a connection that is not observed: whether a transaction is open or has failed. Fails if the answer is not
+    /// the one to this question.
     fn ask_unobserved(&mut self) -> Result<bool, Error> {
         // If the caller may have removed `postgres`'s own statements, that is asked as well.
         let lookup = self.client.is_marked() && self.lookup != Lookup::Hidden && !self.statements.is_off();
@@ -357,9 +358,9 @@ impl Connection {
         }
     }
 
-    /// Where nobody watches, a caller's `DISCARD ALL` does not show, nor that `postgres` fails from then on to look up
-    /// types. But the statement with which it looks them up is there, or not; and if it was never seen, `postgres` is
-    /// made to use it.
+    /// On a connection that is not observed a caller's `DISCARD ALL` does not show, nor that `postgres` fails from then
+    /// on to look up types. But the statement with which it looks them up is there, or not; and if it was never seen,
+    /// `postgres` is made to use it.
     fn check_lookup(&mut self, there: bool) -> Result<(), Error> {
         match (there, self.lookup) {
             (true, _) => self.lookup = Lookup::Seen,

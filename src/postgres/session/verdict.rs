@@ -14,7 +14,7 @@ pub(super) enum Facts {
     CancelSent,
     /// The server has lost the statements with which `postgres` looks up types.
     LookupsLost,
-    /// Nobody watches the connection, so the server has to be asked.
+    /// The connection is not observed, so the server has to be asked.
     Unobserved,
     /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean).
     Clean,
@@ -32,7 +32,7 @@ pub(super) struct AtRest {
     pub(super) ended: bool,
     /// The node has refused a write, and does not say that it takes writes, where a node that does was asked for.
     pub(super) read_only_node: bool,
-    /// Nobody may use the connection again: it is lost, in a COPY, or has missed a prepared statement.
+    /// The connection must not be used again: it is lost, in a COPY, or has missed a prepared statement.
     pub(super) unusable: bool,
     /// The connection is idle, outside of a transaction.
     pub(super) idle: bool,
