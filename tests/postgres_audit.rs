@@ -125,7 +125,7 @@ fn the_pool_s_own_are_joined() {
     let own = waiting.connection.as_ref().unwrap();
     assert_eq!((own.state, own.server_id), (ConnectionState::InUse, pids[0].map(|pid| pid as u64)));
     let line = text.lines().find(|l| l.starts_with(&pids[0].unwrap().to_string())).unwrap();
-    assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" out by "), "{line}");
+    assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" in use by "), "{line}");
     assert!(line.contains("tests/postgres_audit.rs:"), "{line}");
 
     let open = (row(&audit, pids[1]), open);

@@ -55,6 +55,16 @@ fn logged(pool: &str) -> Vec<String> {
     LOG.lock().iter().filter(|line| line.contains(&pool) && line.contains(" x ")).cloned().collect()
 }
 
+/// The same, once the pool has logged it, which it does on a thread of its own.
+fn logged_soon(pool: &str) -> Vec<String> {
+    assert!(wait_until(Instant::now() + Duration::from_secs(5), || !logged(pool).is_empty()), "{:?}", LOG.lock());
+    logged(pool)
+}
+
+fn is_logged_soon(text: &str) -> bool {
+    wait_until(Instant::now() + Duration::from_secs(5), || LOG.lock().iter().any(|line| line.contains(text)))
+}
+
 fn listen() {
     let _ = log::set_logger(&Logger);
     log::set_max_level(log::LevelFilter::Info);
@@ -81,7 +91,7 @@ fn too_much_is_warned_of() {
     sql("CREATE ROLE warned LOGIN");
     let pool = manager("warned", "postgres").processes(2).builder().name("warned").max_size(9).open().unwrap();
     let sum = "2 processes x 9 = 18, but the server allows warned 17 (max_connections 20 less 3 reserved)";
-    assert_eq!(logged("warned"), [format!("WARN millpond pool 'warned': {sum}")]);
+    assert_eq!(logged_soon("warned"), [format!("WARN millpond pool 'warned': {sum}")]);
     assert!(pool.get().is_ok());
 }
 
@@ -91,11 +101,8 @@ fn exactly_enough_is_enough() {
     sql("CREATE ROLE enough LOGIN");
     let manager = manager("enough", "postgres").processes(1).budget(Budget::Refuse);
     let _pool = manager.clone().builder().name("enough").max_size(17).open().unwrap();
-    assert!(
-        logged("enough")[0].starts_with("INFO millpond pool 'enough': 1 process x 17 = 17, and"),
-        "{:?}",
-        logged("enough")
-    );
+    let logged = logged_soon("enough");
+    assert!(logged[0].starts_with("INFO millpond pool 'enough': 1 process x 17 = 17, and"), "{logged:?}");
     let e = manager.builder().name("enough").max_size(18).open().unwrap_err();
     assert!(e.to_string().contains("1 process x 18 = 18, but"), "{e}");
 }
@@ -103,8 +110,12 @@ fn exactly_enough_is_enough() {
 #[test]
 fn nothing_is_compared_unasked() {
     listen();
-    let _pool =
+    let pool =
         manager("postgres", "postgres").budget(Budget::Refuse).builder().name("unasked").max_size(500).open().unwrap();
+    // The pool logs in order, so what it logs of its end comes last.
+    drop(pool);
+    let ended = is_logged_soon("pool 'unasked': closing");
+    assert!(ended, "{:?}", LOG.lock());
     assert_eq!(logged("unasked"), [""; 0]);
 }
 
@@ -174,9 +185,8 @@ fn a_server_that_does_not_say() {
     drop(owner);
     let manager = manager("blind", "mute").processes(1);
     assert!(manager.clone().builder().name("mute").open().is_ok());
-    let told =
-        LOG.lock().iter().any(|l| l.contains("'mute': cannot tell how many connections the server allows: ERROR"));
-    assert!(told, "{:?}", LOG.lock());
+    let warned = is_logged_soon("'mute': cannot tell how many connections the server allows: ERROR");
+    assert!(warned, "{:?}", LOG.lock());
     let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
     assert!(e.to_string().contains("permission denied for view pg_roles"), "{e}");
 }
@@ -203,8 +213,8 @@ fn a_server_that_answers_something_else() {
         let manager = manager("odd", database).processes(1);
         let pool = manager.clone().builder().name(database).open().unwrap();
         assert!(pool.get().is_ok());
-        let told = format!("'{database}': cannot tell how many connections the server allows: the server's answer");
-        assert!(LOG.lock().iter().any(|l| l.contains(&told)), "{:?}", LOG.lock());
+        let warning = format!("'{database}': cannot tell how many connections the server allows: the server's answer");
+        assert!(is_logged_soon(&warning), "{:?}", LOG.lock());
         let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
         assert!(e.to_string().contains("the server's answer is not what was asked for"), "{e}");
         let e = budget(&mut pool.get().unwrap()).unwrap_err();
