@@ -168,10 +168,17 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.slots(|_| true)))
     }
 
-    /// Has a record logged about this pool, from a thread that the logger may block.
+    /// Logs records about this pool, from a thread that the logger may block, for as long as there is one: it does not keep
+    /// the pool. Afterwards it logs on the thread that calls it.
     #[cfg(feature = "postgres")]
-    pub(crate) fn record(&self, level: Level, text: impl FnOnce() -> String) {
-        self.shared().record(level, text);
+    pub(crate) fn recorder(&self) -> impl Fn(Level, String) + Send + Sync + 'static {
+        let (shared, name) = (Arc::downgrade(self.shared()), self.name().to_string());
+        move |level, text| match shared.upgrade() {
+            Some(shared) => shared.record(level, || text),
+            None => {
+                log::log!(target: "millpond", level, "{}", crate::leaf::text::Shown(format_args!("pool '{name}': {text}")))
+            }
+        }
     }
 
     /// The settings the pool was built with.

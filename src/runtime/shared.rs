@@ -306,7 +306,7 @@ impl<M: Manage> Shared<M> {
     /// done at all.
     pub(crate) fn abort(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let Some(opening) = self.openings.get(id) else { return false };
-        let can_be_aborted = opening.condemn();
+        let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
             // The job drops it, too: what it holds is the user's. (If there is nothing to be done, it holds nothing.)
             self.post(Job::Abort(opening, cancel));

@@ -1,8 +1,13 @@
 //! What an audit found: [`Audit`], its [`Backend`]s, and whose each is.
 
 use crate::ConnectionInfo;
+use crate::postgres::operations::manager::Pool;
+use crate::postgres::wire::Connector;
 use crate::stats::Connections;
+use log::Level;
+use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 /// What the server knows of the backends of this application, and what the pool knows of them. Made by
@@ -38,12 +43,33 @@ pub struct Audit {
     pub missing: Connections,
     /// What could not be known, and why.
     pub notes: Vec<String>,
+    pub(super) log: Log,
 }
 
 impl Audit {
     /// The backends that are proven to be nobody's. See [`audit`](crate::postgres::audit()) for what that takes.
     pub fn orphans(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|b| b.owner == Owner::Orphaned)
+    }
+}
+
+/// The log of the pool that was audited, which an audit may outlive.
+#[derive(Clone)]
+pub(super) struct Log(Arc<dyn Fn(Level, String) + Send + Sync>);
+
+impl Log {
+    pub(super) fn of<T: Connector>(pool: &Pool<T>) -> Log {
+        Log(Arc::new(pool.recorder()))
+    }
+
+    pub(super) fn warn(&self, text: String) {
+        (self.0)(Level::Warn, text);
+    }
+}
+
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Log")
     }
 }
 

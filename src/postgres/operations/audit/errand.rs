@@ -45,7 +45,7 @@ impl Timer {
         let (stop, stopped) = bounded::<()>(0);
         let thread = thread::Builder::new().name("millpond-audit".into()).spawn(move || {
             if stopped.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                opening.condemn();
+                opening.abort_from_now_on();
                 opening.abort();
             }
         });

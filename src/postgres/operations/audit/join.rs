@@ -1,6 +1,6 @@
 //! The join of the server's view with the pool's own: [`audit`] and [`audit_with`].
 
-use super::backend::{Audit, Backend, Owner};
+use super::backend::{Audit, Backend, Log, Owner};
 use super::errand::on_a_connection;
 use super::question::still_busy;
 use super::viewpoint::Viewpoint;
@@ -174,5 +174,6 @@ fn look<T: Connector>(
         backends,
         missing: Connections(if viewpoint.pooled { Vec::new() } else { missing }),
         notes,
+        log: Log::of(pool),
     })
 }

@@ -11,7 +11,6 @@ use crate::postgres::session::column;
 use crate::postgres::wire::Connector;
 use ::postgres::Client;
 use ::postgres::types::Type;
-use log::Level;
 use std::collections::HashSet;
 use std::fmt;
 use std::thread;
@@ -31,9 +30,7 @@ impl Audit {
     /// If no connection can be had, or it is lost. That the server refuses one of them stands in the account.
     #[track_caller]
     pub fn terminate_orphans<T: Connector>(&self, pool: &Pool<T>) -> Result<Terminations, Error> {
-        let done = on_a_connection(pool, |connection, _| self.end_orphans(connection))?;
-        done.record(|text| pool.record(Level::Warn, text));
-        Ok(done)
+        on_a_connection(pool, |connection, _| self.terminate_orphans_with(connection))
     }
 
     /// [`terminate_orphans`](Audit::terminate_orphans) with a connection of yours, to the same server, over TCP.
@@ -42,12 +39,6 @@ impl Audit {
     ///
     /// If the connection is lost. That the server refuses one of them stands in the account.
     pub fn terminate_orphans_with(&self, client: &mut Client) -> Result<Terminations, Error> {
-        let done = self.end_orphans(client)?;
-        done.record(|text| self.record(text));
-        Ok(done)
-    }
-
-    fn end_orphans(&self, client: &mut Client) -> Result<Terminations, Error> {
         let pids: Vec<i32> = self.orphans().map(|b| b.pid).collect();
         if pids.is_empty() {
             return self.end(client, &[], |_| None, BUSY);
@@ -86,9 +77,7 @@ impl Audit {
     /// backend, stands in the account.
     #[track_caller]
     pub fn terminate<T: Connector>(&self, pool: &Pool<T>, pids: &[i32]) -> Result<Terminations, Error> {
-        let done = on_a_connection(pool, |connection, _| self.end_named(connection, pids))?;
-        done.record(|text| pool.record(Level::Warn, text));
-        Ok(done)
+        on_a_connection(pool, |connection, _| self.terminate_with(connection, pids))
     }
 
     /// [`terminate`](Audit::terminate) with a connection of yours, to the same server.
@@ -98,12 +87,6 @@ impl Audit {
     /// If the connection is lost. That the server refuses one of them, or that the audit has no such backend, stands in
     /// the account.
     pub fn terminate_with(&self, client: &mut Client, pids: &[i32]) -> Result<Terminations, Error> {
-        let done = self.end_named(client, pids)?;
-        done.record(|text| self.record(text));
-        Ok(done)
-    }
-
-    fn end_named(&self, client: &mut Client, pids: &[i32]) -> Result<Terminations, Error> {
         let own: i32 = column(&client.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[])?, 0)?;
         let spared = |backend: &Backend| (backend.pid == own).then(|| Outcome::Spared(ASKING.into()));
         self.end(client, pids, spared, "")
@@ -147,12 +130,11 @@ impl Audit {
                 }
             }
         }
-        Ok(Terminations { pool: self.pool.clone(), done: done.into_iter().map(|(_, done)| done).collect() })
-    }
-
-    /// Logs as the pool would, but on the thread of the caller: there is no pool at hand whose thread could do it.
-    fn record(&self, text: impl FnOnce() -> String) {
-        log::warn!(target: "millpond", "{}", Shown(format_args!("pool '{}': {}", self.pool, text())));
+        let done = Terminations { pool: self.pool.clone(), done: done.into_iter().map(|(_, done)| done).collect() };
+        if !done.done.is_empty() {
+            self.log.warn(done.line());
+        }
+        Ok(done)
     }
 }
 
@@ -236,15 +218,10 @@ impl fmt::Display for Terminations {
 }
 
 impl Terminations {
-    /// Has the account logged, in one line, if there is anything in it.
-    fn record(&self, record: impl FnOnce(&dyn Fn() -> String)) {
-        let text = || {
-            let all = std::iter::once(self.sum()).chain(self.done.iter().map(Termination::line));
-            all.collect::<Vec<_>>().join("; ")
-        };
-        if !self.done.is_empty() {
-            record(&text);
-        }
+    /// The account in one line, for the log.
+    fn line(&self) -> String {
+        let all = std::iter::once(self.sum()).chain(self.done.iter().map(Termination::line));
+        all.collect::<Vec<_>>().join("; ")
     }
 
     fn sum(&self) -> String {
