@@ -2,10 +2,9 @@
 
 use crate::error::Error;
 use crate::event::HandleEvent;
-use crate::ledger::Validate;
 use crate::manage::Manage;
 use crate::pool::Pool;
-use crate::settings::Settings;
+use crate::settings::{Settings, Validate};
 use r2d2::{CustomizeConnection, HandleError};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,24 +57,7 @@ impl<M: Manage> Builder<M> {
         Builder {
             name: None,
             manager: None,
-            settings: Settings {
-                name: String::new(),
-                max_size: 10,
-                min_idle: 0,
-                max_idle: Some(Duration::from_secs(10 * 60)),
-                max_lifetime: Some(Duration::from_secs(30 * 60)),
-                lifetime_jitter: 0.1,
-                connection_timeout: Duration::from_secs(30),
-                validate: Validate::AfterIdle(Duration::from_secs(1)),
-                validation_timeout: Duration::from_secs(2),
-                open_timeout: Duration::from_secs(10),
-                close_timeout: Duration::from_secs(5),
-                parallel_opens: 4,
-                max_waiting: None,
-                keepalive: None,
-                leak_threshold: None,
-                fair_after: Duration::from_micros(700),
-            },
+            settings: Settings::default(),
             hooks: Hooks { customizer: None, errors: None, events: None },
         }
     }

@@ -364,7 +364,7 @@ impl<M: Manage> Pool<M> {
         };
         let mut out = shared.rows(|row| row.as_seen() == ConnectionState::InUse);
         let me = threads::tag();
-        let checked_out_here = out.iter().filter(|row| row.caller.is_some_and(|h| h.thread == me)).count() as u32;
+        let checked_out_here = out.iter().filter(|row| row.caller().is_some_and(|h| h.thread == me)).count() as u32;
         out.sort_by_key(|row| row.since);
         out.truncate(Timeout::MOST_SHOWN);
         let mut longest_in_use = shared.describe(out);

@@ -168,7 +168,7 @@ impl<M: Manage> Shared<M> {
             keeps_limits: manager.keeps_limits(),
             core: Arc::new(Core {
                 home,
-                ledger: Mutex::new(Ledger::new(settings.rules(clock.resolution()))),
+                ledger: Mutex::new(Ledger::new(settings.clone(), clock.resolution())),
                 crowd: AtomicU32::new(0),
                 pool: Weak::clone(pool),
             }),
@@ -463,8 +463,8 @@ impl<M: Manage> Shared<M> {
             since: now.since(row.since),
             age: now.since(row.born),
             uses: row.uses,
-            location: row.caller.map(|h| h.at),
-            thread: row.caller.map(|h| threads::name(h.thread)),
+            location: row.caller().map(|h| h.at),
+            thread: row.caller().map(|h| threads::name(h.thread)),
         };
         rows.into_iter().map(describe).collect()
     }
