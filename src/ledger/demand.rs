@@ -304,7 +304,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let is_stuck = |state| matches!(state, State::Closing(Close::Stuck, _));
         if let Some(stuck) = self.slots.iter().position(|slot| is_stuck(slot.state)) {
-            // The slot could not be given up before.
+            // Its slot could not be freed before.
             self.give_up(stuck as u32);
             return true;
         }

@@ -25,7 +25,7 @@ mod reports;
 #[cfg(test)]
 mod tests;
 
-// (The runtime does not ask yet why the last open failed.)
+// The runtime does not ask yet why the last open failed.
 #[allow(unused_imports)]
 pub(crate) use demand::FailedOpen;
 pub(crate) use effects::{Caller, Condition, Counts, Effects, Join, Order, Outcome, Take, Ticket, Token};

@@ -52,7 +52,7 @@ fn an_ordered_open_asks_again_before_it_dials() {
     let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
     let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
-    assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "nobody wants it any longer");
+    assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "no caller wants it any longer");
     assert_eq!(l.counts().total(), 0);
 }
 
@@ -105,10 +105,10 @@ fn while_no_caller_waits_the_pause_grows_and_the_first_waiter_ends_it() {
     w.apply();
     w.run(secs(300));
     let before = w.dials.len();
-    assert!(before < 25, "{before} dials in five minutes with nobody asking");
+    assert!(before < 25, "{before} dials in five minutes with no caller");
     w.refuse = None;
     let a = w.get();
-    assert!(w.has(a), "kicked");
+    assert!(w.has(a), "the waiter shortened the back-off");
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn a_permanent_refusal_fails_all_waiters_at_once_and_is_remembered() {
     w.takes.open = ms(3);
     let threads: Vec<_> = (0..8).map(|_| w.get()).collect();
     w.run(ms(3));
-    assert_eq!(w.refused, threads, "one round trip, everybody");
+    assert_eq!(w.refused, threads, "one round trip, every waiter");
     let dialled = w.dials.len();
     for _ in 0..490 {
         w.run(ms(10));
@@ -222,7 +222,7 @@ fn a_reset_or_a_keepalive_that_hangs_holds_up_no_caller() {
         assert!(!w.has(b) && w.dials.len() == 1, "it may come any moment");
         w.run(ms(11));
         assert!(w.has(b), "there is room for another");
-        assert_eq!(w.counts().checking, 1, "which is not written off for that");
+        assert_eq!(w.counts().checking, 1, "which is not abandoned for that");
         w.returned(b);
     }
 }
@@ -271,7 +271,7 @@ fn beside_an_open_that_hangs_one_more_is_dialled() {
     assert_eq!(w.dials.len(), 1, "it may come any moment");
     w.takes.open = ms(10);
     w.run(ms(11));
-    assert!(w.has(a), "long before the first is given up");
+    assert!(w.has(a), "long before the first is abandoned");
     assert_eq!((w.abandoned, w.dials.len()), (0, 2));
 }
 
@@ -315,19 +315,19 @@ fn the_close_of_a_recycled_connection_that_hangs_is_abandoned_for_a_waiter() {
     w.run(ms(1));
     assert!(threads.iter().all(|thread| w.has(*thread)), "a tenth of the limit of a close");
     assert_eq!((w.abandoned, w.counts().abandoned, w.counts().closing), (2, 2, 1), "no more than are waited for");
-    // Nobody waits for the third.
+    // No caller waits for the third.
     w.run(secs(4));
     assert_eq!(w.abandoned, 2);
 }
 
 #[test]
 fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
-    // As many would be lost as the pool has slots: while opens fail, the next dial is a minute after the last.
+    // As many would be abandoned as the pool has slots: while opens fail, the next dial is a minute after the last.
     for fails in [true, false] {
         let mut w = World::new(Settings { max_size: 2, ..settings() });
         w.burst(1);
         w.takes.close = secs(2);
-        let held = w.get();
+        let kept = w.get();
         if fails {
             w.refuse = Some(false);
             w.ledger.prepare(w.now);
@@ -336,7 +336,7 @@ fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
         w.run(secs(40));
         w.refuse = None;
         w.ledger.resize(w.now, 1);
-        w.returned_as(held, Condition::Outdated);
+        w.returned_as(kept, Condition::Outdated);
         let a = w.get();
         w.run(ms(500));
         assert_eq!(w.has(a), !fails);
@@ -355,7 +355,7 @@ fn a_reset_that_hangs_does_not_block_a_pool_of_one_for_a_minute() {
     w.run(secs(5));
     assert!(w.has(b), "the server answers to connects");
     assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
-    // A second one keeps its slot: as many are lost as may be.
+    // A second one keeps its slot: as many are abandoned as may be.
     let c = w.get();
     w.returned_as(b, Condition::Reset);
     w.run(secs(5));
@@ -379,4 +379,28 @@ fn a_wish_that_shortens_the_pause_is_carried_out() {
     w.apply();
     w.run(ms(50));
     assert_eq!((w.dials.len(), w.counts().idle), (dials + 1, 1), "50 ms after the last failure");
+}
+
+#[test]
+fn the_ledger_says_why_the_last_open_failed() {
+    let mut w = World::new(settings());
+    assert_eq!(w.ledger.failing(), None);
+    w.refuse = Some(false);
+    w.get();
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported));
+    w.refuse = None;
+    w.run(ms(50));
+    assert_eq!(w.ledger.failing(), None, "the next open has succeeded");
+
+    w = World::new(Settings { max_lifetime: Some(secs(5)), ..settings() });
+    w.takes.open = secs(6);
+    w.get();
+    w.run(secs(6));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::TooOld { took: secs(6) }));
+
+    w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(secs(10));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
 }

@@ -59,7 +59,7 @@ fn with_max_idle_zero_nothing_is_kept() {
     let mut w = World::new(Settings { max_idle: Some(Duration::ZERO), ..settings() });
     w.use_once(ms(5));
     assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 1));
-    // But the one who waits gets it.
+    // But a waiter gets it.
     w = World::new(Settings { max_idle: Some(Duration::ZERO), max_size: 1, ..settings() });
     let (a, b) = (w.get(), w.get());
     w.returned(a);
@@ -85,7 +85,7 @@ fn expired_connections_are_closed_on_time() {
     assert_eq!(w.server.len(), 1, "the idle ones at the deadline, which counts from before the connect");
     w.run(secs(10));
     w.returned(kept);
-    assert_eq!((w.server.len(), w.closed_for(CloseReason::Lifetime)), (0, 3), "the busy one when it came back");
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Lifetime)), (0, 3), "the one in use on return");
     assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
 }
 
@@ -164,7 +164,7 @@ fn a_job_past_its_limit_loses_its_slot() {
     w.takes.open = ms(1);
     w.run(secs(2));
     assert!(w.has(a), "the next attempt came through");
-    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the lost ones are still there");
+    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the abandoned ones are still there");
     w.run(secs(60));
     assert_eq!((w.server.len(), w.counts().abandoned), (1, 0), "and gone when it came back");
 }

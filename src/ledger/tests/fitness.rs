@@ -84,7 +84,7 @@ fn what_was_checked_for_one_caller_serves_the_next() {
     let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("checked in vain") };
     w.checked_out(1, token, conn);
     w.returned(1);
-    // By somebody who gave up.
+    // By a waiter that left.
     w.run(secs(5));
     let impatient = w.get();
     assert!(w.leave(impatient));

@@ -7,13 +7,13 @@ fn recycle_replaces_what_was_opened_before() {
     let mut w = World::new(settings());
     w.takes.open = ms(10);
     w.burst(2);
-    let busy = w.get();
+    let used = w.get();
     w.ledger.recycle(w.now);
     w.apply();
     w.run(Duration::ZERO);
     assert_eq!(w.closed_for(CloseReason::Recycled), 1, "the idle one at once");
-    w.returned(busy);
-    assert_eq!(w.closed_for(CloseReason::Recycled), 2, "the busy one on return");
+    w.returned(used);
+    assert_eq!(w.closed_for(CloseReason::Recycled), 2, "the one in use on return");
     let a = w.get();
     w.run(ms(5));
     w.ledger.recycle(w.now);
@@ -48,7 +48,7 @@ fn resize_closes_the_longest_unused_at_once_and_those_in_use_on_return() {
     assert_eq!((w.counts().idle, w.counts().in_use), (0, 6));
     let waits = w.get();
     w.returned(threads[0]);
-    assert!(!w.has(waits), "the excess goes as it returns, even though somebody waits");
+    assert!(!w.has(waits), "the excess goes as it returns, even though a caller waits");
     w.returned(threads[1]);
     assert!(w.has(waits));
     assert_eq!(w.closed_for(CloseReason::Resized), 5);

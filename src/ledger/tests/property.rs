@@ -6,25 +6,25 @@ use proptest::prelude::*;
 #[derive(Clone, Debug)]
 enum Op {
     Get,
-    /// By a worker that checks for itself what needs it.
+    /// By a caller that checks for itself what needs it.
     GetHere,
     TryGet,
-    /// Return the nth that is out.
+    /// The nth connection in use is returned.
     Return(usize, Condition),
     Detach(usize),
-    /// The nth that waits gives up.
+    /// The nth waiter leaves.
     Leave(usize),
     Run(u64),
-    /// Microseconds pass, in which those who are called come or do not come yet.
+    /// Microseconds pass, in which notified waiters come or do not come yet.
     Blink(u64),
-    /// How long those who are called take to come, in microseconds.
+    /// How long notified waiters take to come, in microseconds.
     Sleepy(u64),
     Resize(u32),
     Recycle,
     Close,
     /// The grace of a close is over.
     Abandon,
-    /// From now on the server takes connections, is away, or refuses.
+    /// From now on the server accepts connections, is away, or refuses.
     Server(Option<bool>),
     /// Whether an open that fails leaves a connection behind, for its job to close.
     Leaves(bool),
@@ -107,7 +107,7 @@ fn some_settings() -> impl Strategy<Value = Settings> {
 }
 
 impl World {
-    /// The idle connections as a naive pool would reckon them: all that the server sees and nobody has, by last use.
+    /// The idle connections as a naive pool would reckon them: all that the server sees and no caller or job has, by last use.
     fn naive_idle(&self) -> Vec<Moment> {
         let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
         let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));
@@ -130,10 +130,10 @@ impl World {
         }
         // P2: nothing idle is past its end.
         assert!(l.slots().all(|r| r.as_seen() != ConnectionState::Idle || r.dies > self.now), "too old");
-        // P5: the server sees what is counted, and `lost` at most; those are bounded.
+        // P5: the server sees at most what is counted and what is abandoned, and both are bounded.
         let counts = self.counts();
         assert!(self.server.len() <= (counts.total() + counts.abandoned) as usize);
-        // Whoever waits has something to wait for: room that will come back, a job, or a time to dial.
+        // A waiter has something to wait for: room that will come back, a job, or a time to dial.
         if counts.waiting > 0 {
             let hope = counts.total() > 0 || l.alarm < Moment::NEVER;
             assert!(hope, "waiting for nothing: {counts:?}");
@@ -228,7 +228,7 @@ fn live(settings: Settings, ops: Vec<Op>) {
         w.check_against_naive();
         w.check_nobody_is_forgotten();
     }
-    // The server is well again, nothing takes long, what hung goes on, and everybody returns what they have.
+    // The server is well again, nothing takes long, what hung goes on, and every caller returns what it has.
     (w.refuse, w.leaves_one, w.spawns, w.skew) = (None, false, true, Duration::ZERO);
     w.takes = Takes { open: ms(1), ..QUICK };
     w.release();
@@ -239,24 +239,24 @@ fn live(settings: Settings, ops: Vec<Op>) {
         }
         w.run(secs(1));
     }
-    assert_eq!(w.counts().waiting, 0, "somebody was forgotten");
+    assert_eq!(w.counts().waiting, 0, "a waiter was forgotten");
     assert!(w.counts().total() <= max.max(w.ledger.settings.max_size));
     assert!(w.ledger.closed || w.counts().idle >= floor.min(w.ledger.settings.max_size));
     w.ledger.close(w.now);
     w.apply();
     w.run(secs(60));
-    assert_eq!(w.counts().total(), 0, "every slot comes back");
+    assert_eq!(w.counts().total(), 0, "every slot is freed");
     assert_eq!(w.counts().abandoned, 0);
     assert!(w.server.is_empty());
     assert_eq!(w.ledger.lifetimes.len() + w.ledger.limits.len(), 0);
-    assert!(w.posted.is_empty() && w.closers.is_empty() && w.backlog.is_empty(), "the crew has nothing left to do");
+    assert!(w.posted.is_empty() && w.closers.is_empty() && w.backlog.is_empty(), "the executor has nothing left to do");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
-    /// Whatever happens, in whatever order: the rules hold after each step, every slot comes back, nobody is
-    /// forgotten, and a pool whose server is well again serves all who wait.
+    /// Whatever happens, in whatever order: the rules hold after each step, every slot is freed, no waiter is
+    /// forgotten, and a pool whose server is well again serves every waiter.
     #[test]
     fn anything_goes(settings in some_settings(), ops in prop::collection::vec(op(), 1..120)) {
         live(settings, ops);

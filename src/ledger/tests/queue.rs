@@ -39,7 +39,7 @@ fn no_more_callers_wait_than_max_waiting() {
     assert_eq!(w.ledger.tally.rejected, 1);
 }
 
-/// A pool of `size`, all lent to the first of the threads, and threads that take a while to wake.
+/// A pool of `size`, all of it in use by the threads returned, and threads that take a while to wake.
 fn busy(size: u32) -> (World, Vec<Thread>) {
     let mut w = World::new(Settings { max_size: size, fair_after: ms(1), ..settings() });
     let threads = (0..size).map(|_| w.get()).collect();
@@ -56,11 +56,11 @@ fn a_running_thread_may_barge_four_times_in_twenty_microseconds() {
         assert_eq!(w.ledger.front.unwrap().barged, barged);
         w.run(us(1));
         w.returned(running);
-        assert!(!w.has(first), "left to whoever runs, {barged}");
+        assert!(!w.has(first), "left to the running thread, {barged}");
         running = w.get();
         assert!(w.has(running));
     }
-    assert_eq!(w.awake.len(), 1, "called once, however often it was there");
+    assert_eq!(w.awake.len(), 1, "notified once, however often a connection was there");
     w.returned(running);
     assert!(!w.has(first), "barged often enough, but in no time");
     running = w.get();
@@ -82,7 +82,7 @@ fn barges_are_counted_anew_for_the_next_first_waiter() {
     }
     w.returned(running);
     w.returned(first);
-    assert!(!w.has(second), "nobody has barged it since it became the first");
+    assert!(!w.has(second), "no caller has barged it since it became the first");
     for _ in 0..MAX_BARGES {
         running = w.get();
         w.run(us(3));
@@ -110,8 +110,8 @@ fn no_caller_barges_a_waiter_after_fair_after() {
     assert!(!w.has(later), "though one is idle");
     assert_eq!(w.counts().idle, 1);
     w.returned(threads[1]);
-    assert!(w.has(first), "what comes back is handed over");
-    // And the idle one is for the next, who has not waited for so long.
+    assert!(w.has(first), "what is returned is handed off");
+    // And the idle one is for the next waiter, which has not waited for so long.
     w.run(secs(1));
     assert!(w.has(later));
 }
@@ -164,7 +164,7 @@ fn when_a_notified_waiter_is_handed_a_connection_the_next_is_notified() {
     w.returned(threads[0]);
     w.run(us(10));
     w.returned(threads[1]);
-    assert!(w.has(first), "handed over, on its way to the other one");
+    assert!(w.has(first), "handed off, on its way to the other one");
     w.run(us(30));
     assert!(w.has(second));
     assert_eq!(w.in_vain, 0);
@@ -175,7 +175,7 @@ fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
     let (mut w, threads) = busy(2);
     let (first, second) = (w.get(), w.get());
     w.run(us(995));
-    // Both are called, and somebody is faster than both.
+    // Both are notified, and others are faster.
     w.returned(threads[0]);
     w.returned(threads[1]);
     let faster = [w.get(), w.get()];
@@ -197,10 +197,10 @@ fn the_first_waiter_is_notified_again_for_what_is_left_to_it() {
     w.oversleeps(second, ms(2));
     let faster = [w.get(), w.get()];
     w.run(us(30));
-    assert_eq!(w.in_vain, 1, "the first was called in vain, and is asleep again");
+    assert_eq!(w.in_vain, 1, "the first was notified in vain, and is asleep again");
     w.returned(faster[0]);
     w.run(ms(2));
-    assert_eq!(w.in_vain, 2, "the second came, and the first had the right of way");
+    assert_eq!(w.in_vain, 2, "the second came, and the first had waited for `fair_after`");
     assert!(w.has(first) && !w.has(second));
 }
 
@@ -228,9 +228,12 @@ fn what_became_suspect_is_checked_for_notified_waiters() {
     w.returned(threads[0]);
     w.run(us(1));
     w.returned_as(threads[1], Condition::Broken);
-    assert!(matches!(w.ledger.take(w.now, here(), true), Take::Nothing), "nor taken out by one who came later");
+    assert!(
+        matches!(w.ledger.take(w.now, here(), true), Take::Nothing),
+        "nor is it checked by a caller that came later"
+    );
     w.run(us(4));
-    assert!(!w.has(first), "called, and it must not be had");
+    assert!(!w.has(first), "notified, and it must not have a suspect connection");
     w.run(us(1));
     assert!(w.has(first), "checked at once, not when it comes and finds nothing");
 }
@@ -281,5 +284,5 @@ fn a_caller_that_comes_from_its_own_check_has_waited_all_the_while() {
     w.run(us(10));
     w.get();
     w.run(ms(1));
-    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so nobody passes it, nor those behind it");
+    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so no caller barges it, nor those behind it");
 }

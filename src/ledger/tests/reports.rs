@@ -11,7 +11,7 @@ fn a_connection_that_arrives_expired_is_a_failed_open() {
     assert!(!w.has(a));
     assert_eq!(w.ledger.tally.opens, 0);
     assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
-    // The books balance: what was not opened is not closed.
+    // The counts balance: what was not opened is not closed.
     assert_eq!(w.ledger.tally.closes.iter().sum::<u64>(), 0);
     assert_eq!(w.closed_for(CloseReason::Lifetime), w.ledger.tally.failed_opens as usize);
 }

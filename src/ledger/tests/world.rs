@@ -79,18 +79,18 @@ pub(super) enum Task {
     Close,
 }
 
-/// A job that the world's crew carries out.
+/// A job that the world's executor carries out.
 pub(super) struct Job {
     pub(super) token: Token,
     pub(super) conn: Conn,
     pub(super) begun: Moment,
     /// The event with which it began.
     pub(super) event: u64,
-    /// Whether it is the crew's: not if it waits for a thread, nor if it is a close on a thread that is not the crew's.
+    /// Whether it is the executor's: not if it waits for a thread, nor if it is a close on a thread of another.
     pub(super) counted: bool,
 }
 
-/// A check that a worker makes for itself.
+/// A check that a caller makes for itself.
 pub(super) struct Own {
     pub(super) thread: Thread,
     pub(super) token: Token,
@@ -100,7 +100,7 @@ pub(super) struct Own {
     pub(super) event: u64,
 }
 
-/// How long the world takes for each part of a job. `Duration::MAX`: for ever.
+/// How long the world takes for each part of a job. `Duration::MAX`: it hangs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Takes {
     /// From an order until a thread takes it up.
@@ -126,15 +126,15 @@ pub(super) struct World {
     pub(super) jobs: BTreeMap<(Moment, u64), (Event, Job)>,
     pub(super) own: BTreeMap<(Moment, u64), Own>,
     pub(super) serial: u64,
-    /// What the server sees: every connection dialled and not yet closed, with its birth and its last use.
+    /// What the server sees: every connection dialled and not yet closed, with the moments of its connect and of its last use.
     pub(super) server: BTreeMap<Conn, (Moment, Moment)>,
-    /// Connection connections, and to whom.
+    /// The connections in use, and by which thread.
     pub(super) in_use: HashMap<Thread, (Token, Conn)>,
-    /// Who waits, in order of arrival, and since when.
+    /// The waiters, in order of arrival, and since when.
     pub(super) waiting: VecDeque<(Thread, Ticket, Moment)>,
-    /// Who has been called, and is on the way.
+    /// The waiters that are notified, and are on the way.
     pub(super) awake: BTreeMap<(Moment, u64), Thread>,
-    /// How often somebody came and found nothing.
+    /// How often a waiter was notified in vain.
     pub(super) in_vain: u32,
     pub(super) refused: Vec<Thread>,
     pub(super) dismissed: Vec<Thread>,
@@ -144,7 +144,7 @@ pub(super) struct World {
     pub(super) dials: Vec<Moment>,
     pub(super) next_thread: Thread,
     pub(super) takes: Takes,
-    /// How long one who is called takes to come.
+    /// How long a notified waiter takes to come.
     pub(super) wake_time: Duration,
     /// How far behind the true time is what the ledger is told, except by the reaper.
     pub(super) skew: Duration,
@@ -173,7 +173,7 @@ pub(super) struct World {
     /// The greatest size there ever was.
     pub(super) greatest: u32,
     pub(super) most: usize,
-    /// What was given to the crew, has not ended, and is not written off.
+    /// The jobs that the executor has, and that are neither over nor abandoned.
     pub(super) posted: BTreeMap<u64, Task>,
     /// Those of the closes among them that count as running side by side, and the closes that wait for one to end.
     pub(super) closers: BTreeSet<u64>,
@@ -185,13 +185,13 @@ pub(super) struct World {
     pub(super) slowest_open: Duration,
     /// On the reaper's thread, which runs no job.
     pub(super) reaping: bool,
-    /// Whether it is held against the ledger if somebody is forgotten.
+    /// Whether the world fails if a waiter is forgotten.
     pub(super) strict: bool,
-    /// Whether every job was taken up by a thread as soon as it was given to the crew.
+    /// Whether every job was taken up by a thread as soon as the executor had it.
     pub(super) starts_at_once: bool,
 }
 
-/// How long a thread waits that cannot be started, until it is tried again.
+/// How long a job waits whose thread cannot be started, until it is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
 
 /// How many closes run side by side that do not take longer than usual.
@@ -316,9 +316,9 @@ impl World {
             self.ledger.effects.wake_reaper = false;
             self.ledger.effects.changed = false;
             for (thread, outcome) in std::mem::take(&mut self.ledger.effects.served) {
-                // First come, first served, whatever is granted.
-                let (first, ..) = self.waiting.pop_front().expect("a outcome without a waiter");
-                assert_eq!(first, thread, "barged over");
+                // First come, first served, whatever the outcome.
+                let (first, ..) = self.waiting.pop_front().expect("an outcome without a waiter");
+                assert_eq!(first, thread, "served out of turn");
                 match outcome {
                     Outcome::Connection(token, conn) => self.checked_out(thread, token, conn),
                     Outcome::Closed => self.dismissed.push(thread),
@@ -339,15 +339,15 @@ impl World {
     }
 
     pub(super) fn checked_out(&mut self, thread: Thread, token: Token, conn: Conn) {
-        let (_, used) = self.server.get_mut(&conn).expect("lent, but not on the server");
+        let (_, used) = self.server.get_mut(&conn).expect("checked out, but not on the server");
         *used = self.now;
         let slot = &self.ledger.slots[token.index as usize];
         assert!(slot.dies > self.now, "handed out past its lifetime");
-        assert!(self.dialled[&conn] > self.replaced, "replaced, and lent");
+        assert!(self.dialled[&conn] > self.replaced, "replaced, and checked out");
         // P9: what proves this one well began after any other was found dead.
         assert!(
             self.proven[&conn] > self.suspect || self.ledger.settings.validate == Validate::Never,
-            "suspect, and lent"
+            "suspect, and checked out"
         );
         assert!(self.in_use.insert(thread, (token, conn)).is_none());
     }
@@ -412,7 +412,7 @@ impl World {
         }
     }
 
-    /// A job is over, or is given up.
+    /// A job is over, or abandoned.
     pub(super) fn over(&mut self, id: u64) {
         self.posted.remove(&id);
         self.closers.remove(&id);
@@ -467,14 +467,14 @@ impl World {
         self.later(takes, event, job);
     }
 
-    /// P5: with those that are lost and those that are dialled the server sees as many more as the pool has slots, at
-    /// most; and one more, if the last that was dialled came through. Beyond that one is dialled in a minute.
+    /// P5: at most as many jobs as the pool has slots are abandoned or dial, and one more if the last dial came through.
+    /// Beyond that the server is dialled once a minute.
     pub(super) fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().abandoned + dialled.count() as u32;
         let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
         let most = self.greatest.max(self.ledger.settings.max_size) + u32::from(self.ledger.failure.is_none());
-        assert!(others < most || probe, "{others} may be lost, and one more is dialled");
+        assert!(others < most || probe, "{others} may be abandoned, and one more is dialled");
     }
 
     /// Whether the job has its slot.
@@ -521,7 +521,7 @@ impl World {
                 let reason = if event == Event::Reset { CloseReason::ResetFailed } else { CloseReason::Invalid };
                 let was_abandoned = !self.is_counted_on(&job);
                 if reason == CloseReason::Invalid && !was_abandoned {
-                    self.suspect = self.event(); // or it was written off, which was the news
+                    self.suspect = self.event(); // if the job was abandoned, that was the event
                 }
                 self.ledger.check_failed(now, &job.token, reason);
                 self.apply();
@@ -553,13 +553,13 @@ impl World {
         if takes == Duration::ZERO { self.report(event, job) } else { self.later(takes, event, job) }
     }
 
-    /// What a job brings that was written off is closed by that very job.
+    /// What an abandoned job brings is closed by that very job.
     pub(super) fn close_late(&mut self, job: Job) {
         self.apply();
         self.report(Event::Handled(true), job);
     }
 
-    /// A worker's own check has come to its end.
+    /// A caller's own check has come to its end.
     pub(super) fn own_check(&mut self, own: Own) {
         let Own { thread, token, conn, ticket, begun, event } = own;
         let now = self.read();
@@ -644,7 +644,7 @@ impl World {
         }
     }
 
-    /// One who was called comes, if it has not been served or given up since.
+    /// A notified waiter comes, if it has not been served, and has not left, since.
     pub(super) fn come(&mut self, thread: Thread) {
         if let Some(at) = self.waiting.iter().position(|w| w.0 == thread) {
             match self.ledger.take_notified(self.read(), self.waiting[at].1) {
@@ -652,7 +652,7 @@ impl World {
                     self.waiting.remove(at);
                     // Not if it took from the first what there is: that one was first when it came.
                     if at > 0 && self.ledger.idle.is_empty() {
-                        self.assert_passable();
+                        self.assert_may_barge();
                     }
                     self.checked_out(thread, token, conn);
                 }
@@ -662,22 +662,22 @@ impl World {
         }
     }
 
-    /// One who was called comes only after `time`.
+    /// The notified waiter comes only after `time`.
     pub(super) fn oversleeps(&mut self, thread: Thread, time: Duration) {
-        self.awake.retain(|_, &mut called| called != thread);
+        self.awake.retain(|_, &mut notified| notified != thread);
         self.serial += 1;
         self.awake.insert((self.now.plus(time), self.serial), thread);
     }
 
-    /// P7: nobody is served before one who has waited for longer than that.
-    pub(super) fn assert_passable(&self) {
+    /// P7: no caller is served before a waiter that has waited for `fair_after`.
+    pub(super) fn assert_may_barge(&self) {
         if let Some(&(first, _, since)) = self.waiting.front() {
             let waited = self.ledger.now.since(since);
             assert!(waited < self.ledger.settings.fair_after, "{first} was barged after {waited:?}");
         }
     }
 
-    /// One thread asks for a connection: it has one at once (and is then in `out`), or waits, or is turned away.
+    /// A thread asks for a connection: it has one at once (and is then in `in_use`), or waits, or is rejected.
     pub(super) fn get(&mut self) -> Thread {
         self.get_or_check(false)
     }
@@ -688,7 +688,7 @@ impl World {
         let thread = self.next_thread;
         match self.ledger.take(self.read(), self::here(), here) {
             Take::Ready(token, conn) => {
-                self.assert_passable();
+                self.assert_may_barge();
                 self.checked_out(thread, token, conn);
             }
             Take::Check(token, conn, ticket) => {
@@ -705,17 +705,17 @@ impl World {
         thread
     }
 
-    /// One thread asks for a connection, and waits for none.
+    /// A thread asks for a connection, and does not wait.
     pub(super) fn try_get(&mut self) -> Option<Thread> {
         let taken = match self.ledger.take_at_once(self.read(), here()) {
             Take::Ready(token, conn) => Some((token, conn)),
             Take::Check(token, conn, _) => self.ledger.looked_at(self.read(), token, conn, here(), self.sees),
             Take::Nothing => None,
         };
-        let lent = match taken {
+        let checked_out = match taken {
             Some((token, conn)) => {
                 self.next_thread += 1;
-                self.assert_passable();
+                self.assert_may_barge();
                 self.checked_out(self.next_thread, token, conn);
                 Some(self.next_thread)
             }
@@ -727,7 +727,7 @@ impl World {
         };
         self.apply();
         self.run(Duration::ZERO);
-        lent
+        checked_out
     }
 
     pub(super) fn returned(&mut self, thread: Thread) {
@@ -790,8 +790,8 @@ impl World {
 
     // ------------------------------------------------------------------------------------------ who waits for what
 
-    /// How long those who wait count on an open that has begun. (Nobody could blame them for it: three times as long as
-    /// any has taken.)
+    /// How long waiters count on an open that has begun, as a naive account has it: three times as long as any has
+    /// taken.
     pub(super) fn open_patience(&self) -> Duration {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
@@ -812,7 +812,7 @@ impl World {
     }
 
     /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the back-off, and
-    /// the bound of those written off.
+    /// the bound of abandoned jobs.
     pub(super) fn has_room(&self, now: Moment) -> bool {
         let (l, counts) = (&self.ledger, self.counts());
         let alone = counts.opening == 0;
@@ -823,9 +823,9 @@ impl World {
                 || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
-    /// At rest, when whatever is due has been done. One who waits has been called and is on its way, or has something
-    /// under way that may come any moment, one for each who waits. Or else there is nothing that could be done for it:
-    /// no idle connection to check or to hand over, no room to open another.
+    /// At rest, when whatever is due has been done: each waiter is notified and on its way, or a job that may bring a
+    /// connection any moment is under way for it. Or else nothing could be done for it: there is no idle connection to
+    /// check or to hand off, and no room to open another.
     pub(super) fn check_nobody_is_forgotten(&self) {
         if !self.strict || self.ledger.closed || self.waiting.is_empty() {
             return;
@@ -840,12 +840,12 @@ impl World {
             return;
         }
         let hope = format!("{unserved} wait, {coming} come: {counts:?} at {:?}", self.now);
-        // (One who comes has first choice: what it leaves is seen to when it has come.)
-        assert!(on_the_way > 0 || l.idle.is_empty(), "somebody waits beside an idle connection: {hope}");
-        assert!(!self.has_room(self.now), "somebody waits beside room for another: {hope}");
+        // (A notified waiter has first choice: the plan sees to what it leaves.)
+        assert!(on_the_way > 0 || l.idle.is_empty(), "a waiter waits beside an idle connection: {hope}");
+        assert!(!self.has_room(self.now), "a waiter waits beside room for another: {hope}");
     }
 
-    /// After one who does not wait has asked for a connection to be made ready.
+    /// After a caller that does not wait has asked for a connection to be made ready.
     pub(super) fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
         let ordered = l.effects.orders.iter().any(|order| matches!(order, Order::Open(_) | Order::Check(..)));
@@ -895,7 +895,7 @@ impl World {
             l.patience.len(),
             l.slots().filter(|slot| slot.job().is_some_and(|job| job.patience != Moment::NEVER)).count()
         );
-        // The stack is sorted, and where somebody waits beside it, they are called, or something is under way for each.
+        // The stack is sorted, and where a waiter waits beside it, they are called, or something is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         assert!(since.is_sorted());
         assert_eq!(
@@ -903,15 +903,15 @@ impl World {
             self.waiting.front().map(|&(_, ticket, since)| (ticket, since))
         );
         if counts.waiting > 0 && !l.idle.is_empty() {
-            let called = l.notified.len() as u32;
+            let notified = l.notified.len() as u32;
             assert!(
-                called > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
-                "idle, while somebody waits"
+                notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
+                "idle, while a caller waits"
             );
         }
         for ticket in l.notified.keys() {
             let thread = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
-            assert!(self.awake.values().any(|&s| Some(s) == thread), "called, and nobody comes");
+            assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and on no way");
         }
         // What is due has an alarm not later than itself.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
