@@ -17,7 +17,8 @@ impl<M: Manage> Shared<M> {
         };
         let mut in_use = self.slots(|slot| slot.as_seen() == ConnectionState::InUse);
         let me = threads::id();
-        let checked_out_here = in_use.iter().filter(|slot| slot.caller.is_some_and(|c| c.thread == me)).count() as u32;
+        let checked_out_here =
+            in_use.iter().filter(|slot| slot.caller().is_some_and(|c| c.thread == me)).count() as u32;
         in_use.sort_by_key(|slot| slot.since);
         in_use.truncate(Timeout::MOST_SHOWN);
         let mut longest_in_use = self.describe(in_use);

@@ -129,7 +129,7 @@ impl<M: Manage> Shared<M> {
             executor: Executor::new(settings.name.clone()),
             core: Arc::new(Core {
                 home: time.home(),
-                ledger: Mutex::new(Ledger::new(settings.rules(time.resolution()))),
+                ledger: Mutex::new(Ledger::new(settings.clone(), time.resolution())),
                 pool: Weak::clone(pool),
             }),
             reaper: Reaper::new(),
@@ -390,8 +390,8 @@ impl<M: Manage> Shared<M> {
             since: now.since(slot.since),
             age: now.since(slot.born),
             uses: slot.uses,
-            location: slot.caller.map(|caller| caller.at),
-            thread: slot.caller.map(|caller| threads::name(caller.thread)),
+            location: slot.caller().map(|caller| caller.at),
+            thread: slot.caller().map(|caller| threads::name(caller.thread)),
         };
         slots.into_iter().zip(server_ids).map(describe).collect()
     }
