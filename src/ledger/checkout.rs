@@ -1,7 +1,7 @@
 //! Checkout and return: what a caller may take from the idle stack, and what becomes of what it returns.
 
 use super::Ledger;
-use super::effects::{Caller, Condition, Order, Take, Token};
+use super::effects::{Caller, Condition, Order, SlotJob, Take, Token};
 use super::slots::Check;
 use crate::leaf::clock::Moment;
 use crate::settings::Validate;
@@ -163,7 +163,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let index = token.index;
             l.debug_assert_in_use(&token);
-            l.tally.hold.record(now.nanos_since(l.slots[index as usize].since));
+            l.tally.usage_time.record(now.nanos_since(l.slots[index as usize].since));
             let mut reason = l.unfit(index, now);
             match back {
                 Condition::Keep => {}
@@ -172,7 +172,7 @@ impl<C, W: Clone> Ledger<C, W> {
                     slot.unused_since = now;
                     let caller = slot.caller();
                     l.start_check(index, now, Check::Reset);
-                    return l.effects.orders.push(Order::Reset(token, conn, caller));
+                    return l.effects.orders.push(Order::Job(SlotJob::Reset(token, conn, caller)));
                 }
                 Condition::Reset => {}
                 Condition::Discard(why) => reason = Some(why),
@@ -202,7 +202,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn detach(&mut self, now: Moment, token: Token) {
         self.step(now, |l, now| {
             l.debug_assert_in_use(&token);
-            l.tally.hold.record(now.nanos_since(l.slots[token.index as usize].since));
+            l.tally.usage_time.record(now.nanos_since(l.slots[token.index as usize].since));
             l.tally.detached += 1;
             l.release(token.index);
         });

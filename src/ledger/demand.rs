@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Ledger;
-use super::effects::{Order, Outcome};
+use super::effects::{Order, Outcome, SlotJob};
 use super::slots::{Check, Close, State};
 use crate::leaf::clock::Moment;
 
@@ -56,11 +56,6 @@ pub(crate) enum FailedOpen {
 }
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// Whether opens fail at present.
-    pub(crate) fn is_failing(&self) -> bool {
-        self.failure.is_some()
-    }
-
     /// Why the last open failed, if opens fail at present.
     // The runtime does not ask yet.
     #[allow(dead_code)]
@@ -169,14 +164,14 @@ impl<C, W: Clone> Ledger<C, W> {
         let (_, conn) = self.idle.remove(self.idle.len() - 1 - ready);
         let token = self.token(index);
         self.start_check(index, now, Check::Executor);
-        self.effects.orders.push(Order::Check(token, conn));
+        self.effects.orders.push(Order::Job(SlotJob::Check(token, conn)));
         true
     }
 
     fn order_open(&mut self, now: Moment) {
         let token = self.occupy(now);
         self.count_on(token.index, now.plus(self.open_patience()));
-        self.effects.orders.push(Order::Open(token));
+        self.effects.orders.push(Order::Job(SlotJob::Open(token)));
     }
 
     /// A job that takes longer than usual is no longer counted on.

@@ -47,14 +47,32 @@ pub(crate) enum Outcome<C> {
     Refused,
 }
 
-/// What the executor is to do.
+/// A job of the executor's that has a slot.
 #[derive(Debug)]
-pub(crate) enum Order<C> {
+pub(crate) enum SlotJob<C> {
     Open(Token),
     Check(Token, C),
     /// With the caller that had it last.
     Reset(Token, C, Option<Caller>),
     Close(Token, C, CloseReason),
+}
+
+impl<C> SlotJob<C> {
+    /// The number of the connection, or of the attempt to open one.
+    pub(crate) fn id(&self) -> u64 {
+        match self {
+            SlotJob::Open(token) | SlotJob::Check(token, _) | SlotJob::Reset(token, ..) | SlotJob::Close(token, ..) => {
+                token.id
+            }
+        }
+    }
+}
+
+/// What is to be done about jobs, and told.
+#[derive(Debug)]
+pub(crate) enum Order<C> {
+    /// The executor is to do this.
+    Job(SlotJob<C>),
     /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread. `was`: what
     /// the job was doing, for words only.
     Abandon {
@@ -65,15 +83,9 @@ pub(crate) enum Order<C> {
         cancel: bool,
     },
     /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by side.
-    Slow {
-        id: u64,
-    },
+    Slow { id: u64 },
     /// A connection was in use for longer than `leak_threshold`.
-    Leak {
-        id: u64,
-        caller: Option<Caller>,
-        held: Duration,
-    },
+    Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },
 }
 
 /// What is to be done for others than the caller of a method. The caller empties it before it releases the lock.
@@ -142,16 +154,4 @@ pub(crate) enum Condition {
     Broken,
     /// Every connection that is older than now is to be replaced, itself included.
     Outdated,
-}
-
-/// How many slots are in each state, how many callers wait, and how many jobs were abandoned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    pub(crate) idle: u32,
-    pub(crate) in_use: u32,
-    pub(crate) checking: u32,
-    pub(crate) opening: u32,
-    pub(crate) closing: u32,
-    pub(crate) waiting: u32,
-    pub(crate) abandoned: u32,
 }

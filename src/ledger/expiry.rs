@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::demand::FailedOpen;
-use super::effects::Order;
+use super::effects::{Order, SlotJob};
 use super::slots::{Check, Close, Job, State};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
@@ -139,7 +139,7 @@ impl<C, W: Clone> Ledger<C, W> {
             self.start_check(index, now, Check::Executor);
             let token = self.token(index);
             self.keepalive = Some(token.id);
-            self.effects.orders.push(Order::Check(token, conn));
+            self.effects.orders.push(Order::Job(SlotJob::Check(token, conn)));
         }
     }
 
@@ -157,7 +157,7 @@ impl<C, W: Clone> Ledger<C, W> {
         for index in 0..self.slots.len() as u32 {
             let slot = &self.slots[index as usize];
             if matches!(slot.state, State::InUse { warned: false, .. }) && slot.since.plus(threshold) <= now {
-                let leak = Order::Leak { id: slot.id, caller: slot.caller(), held: now.since(slot.since) };
+                let leak = Order::Leak { id: slot.id, caller: slot.caller(), in_use_for: now.since(slot.since) };
                 self.effects.orders.push(leak);
                 self.tally.leaks += 1;
                 self.set_warned(index);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::leaf::clock::Moment;
 use crate::settings::{Settings, Validate};
-use crate::stats::Tally;
+use crate::stats::{Counts, Tally};
 
 // From the bottom to the top: each file uses types of those above it in this list only. What a rule of one file needs of
 // another it asks of the `Ledger`, on which all of them have methods; that is why the struct stands here, above them all.
@@ -25,10 +25,8 @@ mod reports;
 #[cfg(test)]
 mod tests;
 
-// The runtime does not ask yet why the last open failed.
-#[allow(unused_imports)]
 pub(crate) use demand::FailedOpen;
-pub(crate) use effects::{Caller, Condition, Counts, Effects, Join, Order, Outcome, Take, Ticket, Token};
+pub(crate) use effects::{Caller, Condition, Effects, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 pub(crate) use slots::Slot;
 
 use demand::Failure;

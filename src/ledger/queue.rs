@@ -119,7 +119,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
                 front.barged += 1;
             }
-            l.tally.wait.record(now.nanos_since(waiter.since));
+            l.tally.wait_time.record(now.nanos_since(waiter.since));
             l.check_out(index, now, caller);
             Some((l.token(index), conn))
         })
@@ -130,7 +130,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let waiter = l.unqueue(now, ticket)?;
             l.tally.timeouts += 1;
-            l.tally.wait.record(now.nanos_since(waiter.since));
+            l.tally.wait_time.record(now.nanos_since(waiter.since));
             Some(waiter.handle)
         })
     }
@@ -150,7 +150,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Empties the queue.
     pub(super) fn dismiss_queue(&mut self, now: Moment, outcome: impl Fn() -> Outcome<C>) {
         while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
-            self.tally.wait.record(now.nanos_since(waiter.since));
+            self.tally.wait_time.record(now.nanos_since(waiter.since));
             self.effects.served.push((waiter.handle, outcome()));
         }
     }
@@ -193,7 +193,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if well && (fresh || !lasts || self.is_handed_off(front, now)) {
             if let Some(waiter) = self.unqueue(now, front.ticket) {
                 let token = self.token(index);
-                self.tally.wait.record(now.nanos_since(waiter.since));
+                self.tally.wait_time.record(now.nanos_since(waiter.since));
                 self.check_out(index, now, waiter.caller);
                 return self.effects.served.push((waiter.handle, Outcome::Connection(token, conn)));
             }

@@ -95,7 +95,7 @@ impl<C, W: Clone> Ledger<C, W> {
             slot.unused_since = now;
             let (dies, born) = (slot.dies, slot.born);
             let took = now.since(born);
-            l.tally.open.record(now.nanos_since(born));
+            l.tally.open_time.record(now.nanos_since(born));
             if l.is_expired(&l.slots[index as usize], now) {
                 l.tally.failed_opens += 1;
                 l.failed(now, born, FailedOpen::TooOld { took }, false, 0.5);

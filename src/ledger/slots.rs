@@ -1,22 +1,13 @@
 //! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot changes
 //! its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! | from \ to | idle | in use | checking | opening | closing | free |
-//! |---|---|---|---|---|---|---|
-//! | **free** | | | | `occupy` | | |
-//! | **opening** | `push_idle` | `check_out` | | `dial` | `order_close`, `open_failed`, | `begin`, `free`, `give_up` |
-//! | **idle** | `mark_expiring_soon` | `check_out` | `start_check` | | `order_close` | |
-//! | **in use** | `push_idle` | `check_out`, `report_leaks` | `start_check` | | `order_close` | `detach` |
-//! | **checking** | `push_idle` | `check_out` | `stop_counting_on` | | `order_close`, `check_failed`, `abandon` | `free`, `give_up` |
-//! | **closing** | | | | | `close_begins`, `abandon` | `free`, `give_up` |
-//!
-//! Every other transition is a mistake. Whoever has the slot's [`Token`] may ask for one; the reaper may for what is idle,
-//! and, at a job's limit, for a job's slot.
+//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. Whoever has the slot's
+//! [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the slot of that job.
 
 use std::time::Duration;
 
 use super::Ledger;
-use super::effects::{Caller, Order, Token};
+use super::effects::{Caller, Order, SlotJob, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -493,7 +484,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(super) fn order_close(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
         self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
         let token = self.token(index);
-        self.effects.orders.push(Order::Close(token, conn, reason));
+        self.effects.orders.push(Order::Job(SlotJob::Close(token, conn, reason)));
     }
 
     /// A job goes on to close what it has, if anything: it has another limit from now on.

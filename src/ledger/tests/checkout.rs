@@ -42,7 +42,7 @@ fn the_caller_of_an_own_check_is_known() {
     let mut l: Ledger<Conn, Thread> =
         Ledger::new(Settings { validate: Validate::Always, ..settings() }, Duration::ZERO);
     l.prepare(Moment::BIRTH);
-    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
     let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };

@@ -50,7 +50,7 @@ fn demand_that_is_gone_is_not_dialled() {
 fn an_ordered_open_asks_again_before_it_dials() {
     let mut l: Ledger<Conn, Thread> = Ledger::new(settings(), Duration::ZERO);
     let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
-    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
     assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "no caller wants it any longer");
     assert_eq!(l.counts().total(), 0);
@@ -62,8 +62,8 @@ fn an_ordered_open_may_serve_a_caller_that_does_not_wait() {
     let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
     assert!(l.leave(Moment::BIRTH, ticket).is_some());
     l.prepare(Moment::BIRTH);
-    let [Order::Open(_)] = l.effects.orders[..] else { panic!("{:?}", l.effects.orders) };
-    let Some(Order::Open(token)) = l.effects.orders.pop() else { panic!() };
+    let [Order::Job(SlotJob::Open(_))] = l.effects.orders[..] else { panic!("{:?}", l.effects.orders) };
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
     assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));

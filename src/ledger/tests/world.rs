@@ -7,11 +7,12 @@ use std::panic::Location;
 pub(super) use crate::leaf::clock::Moment;
 pub(super) use crate::ledger::Ledger;
 pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
-pub(super) use crate::ledger::effects::{Caller, Condition, Counts, Join, Order, Outcome, Take, Ticket, Token};
+pub(super) use crate::ledger::effects::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 pub(super) use crate::ledger::queue::{HANDED_OFF_AFTER, MAX_BARGES};
 pub(super) use crate::ledger::reports::CLOSE_PATIENCE;
 pub(super) use crate::ledger::slots::{CHECK_PATIENCE, Check, Close, Slot, State, StateCounts};
 pub(super) use crate::settings::{Settings, Validate};
+pub(super) use crate::stats::Counts;
 pub(super) use crate::stats::{CloseReason, ConnectionState};
 pub(super) use std::time::Duration;
 
@@ -290,14 +291,14 @@ impl World {
             Order::Abandon { id, .. } => !l.slots().any(|slot| slot.id == *id),
             _ => false,
         };
-        let opens = orders.iter().filter(|order| matches!(order, Order::Open(_))).count() as i64;
+        let opens = orders.iter().filter(|order| matches!(order, Order::Job(SlotJob::Open(_)))).count() as i64;
         let given_up = orders.iter().filter(|order| gave_up(order)).count() as i64;
         // What was freed, but not by giving up a job, was freed before anything was ordered.
         let freed = before + opens - after - given_up;
         assert!(freed >= 0, "{} slots in use that nobody ordered", -freed);
         let mut total = before - freed;
         for order in orders {
-            if let Order::Open(token) = order {
+            if let Order::Job(SlotJob::Open(token)) = order {
                 total += 1;
                 assert!(total <= max, "#{} was ordered as number {total} of {max}", token.id());
             } else if gave_up(order) {
@@ -354,13 +355,13 @@ impl World {
 
     pub(super) fn carry_out(&mut self, order: Order<Conn>) {
         let (task, token, conn) = match order {
-            Order::Open(token) => {
+            Order::Job(SlotJob::Open(token)) => {
                 let id = token.id();
                 (Task::Open, token, id)
             }
-            Order::Check(token, conn) => (Task::Check, token, conn),
-            Order::Reset(token, conn, _) => (Task::Reset, token, conn),
-            Order::Close(token, conn, reason) => {
+            Order::Job(SlotJob::Check(token, conn)) => (Task::Check, token, conn),
+            Order::Job(SlotJob::Reset(token, conn, _)) => (Task::Reset, token, conn),
+            Order::Job(SlotJob::Close(token, conn, reason)) => {
                 self.closes.push((self.now, conn, reason));
                 (Task::Close, token, conn)
             }
@@ -848,7 +849,11 @@ impl World {
     /// After a caller that does not wait has asked for a connection to be made ready.
     pub(super) fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
-        let ordered = l.effects.orders.iter().any(|order| matches!(order, Order::Open(_) | Order::Check(..)));
+        let ordered = l
+            .effects
+            .orders
+            .iter()
+            .any(|order| matches!(order, Order::Job(SlotJob::Open(_)) | Order::Job(SlotJob::Check(..))));
         if !self.strict
             || l.closed
             || ordered
