@@ -1,13 +1,13 @@
-//! What a get and a return cost, on connections without I/O: `cargo bench --bench checkout`.
+//! What a checkout and its return cost, on connections without I/O: `cargo bench --bench checkout`.
 //!
-//! Times are per get and return, all threads together: 4 threads that need 100 ns each at the same time show 25 ns.
-//! Criterion runs one subject after the other. Ratios from interleaved rounds are `track`'s, waiting times `waits`'.
+//! Times are per checkout and return, all threads together: 4 threads that need 100 ns each at the same time show 25 ns.
+//! Criterion runs one subject after the other. `track` has ratios from interleaved rounds, `waits` has the waiting times.
 
 mod common;
 
 use common::peers;
 use common::report::Agenda;
-use common::{Hold, Load, Subject, ms, us};
+use common::{Load, Subject, Usage, ms, us};
 use criterion::{Criterion, SamplingMode};
 use millpond::event::NopEventHandler;
 use std::time::Duration;
@@ -46,44 +46,44 @@ fn measure(bench: &mut Bench, title: &str, load: &Load, subjects: &[Box<dyn Subj
     }
 }
 
-/// So many threads on so many connections, with hold times of nothing, of work and of waiting.
+/// So many threads on so many connections, which use them for nothing, for work and for waiting.
 fn threads(bench: &mut Bench) {
     let mut one = peers::everybody(1);
     one.push(peers::bare(1));
     one.push(peers::entering());
-    measure(bench, "1 thread", &Load { threads: 1, hold: Hold::Nothing }, &one);
+    measure(bench, "1 thread", &Load { threads: 1, usage: Usage::Nothing }, &one);
 
-    let nothing = ("", Hold::Nothing);
-    let work = (", 20 us of work", Hold::Spin(us(20)));
-    let asleep = (", 50 us asleep", Hold::Sleep(us(50)));
-    let longer = (", 1 ms asleep", Hold::Sleep(ms(1)));
+    let nothing = ("", Usage::Nothing);
+    let work = (", 20 us of work", Usage::Spin(us(20)));
+    let asleep = (", 50 us asleep", Usage::Sleep(us(50)));
+    let longer = (", 1 ms asleep", Usage::Sleep(ms(1)));
     let shapes: [(usize, u32, &[_]); 4] = [
         (2, 2, &[nothing, work, asleep]),
         (4, 4, &[nothing, work, asleep]),
         (16, 4, &[nothing, work, asleep, longer]),
         (64, 4, &[asleep]),
     ];
-    for (threads, size, holds) in shapes {
+    for (threads, size, usages) in shapes {
         let mut subjects = peers::everybody(size);
         if threads <= size as usize {
             subjects.push(peers::bare(size));
         }
-        for &(held, hold) in holds {
-            measure(bench, &format!("{threads} threads on {size}{held}"), &Load { threads, hold }, &subjects);
+        for &(what, usage) in usages {
+            measure(bench, &format!("{threads} threads on {size}{what}"), &Load { threads, usage }, &subjects);
         }
     }
 }
 
-/// One thread, and so many connections that lie idle under the one it uses.
+/// One thread, and so many idle connections under the one that it uses.
 fn sizes(bench: &mut Bench) {
     for size in [1, 100, 10_000] {
         let subjects = [peers::millpond("millpond", size, |b| b), peers::r2d2("r2d2 untested", size, false)];
         subjects.iter().for_each(|subject| subject.fill(size as usize));
-        measure(bench, &format!("size {size}"), &Load { threads: 1, hold: Hold::Nothing }, &subjects);
+        measure(bench, &format!("size {size}"), &Load { threads: 1, usage: Usage::Nothing }, &subjects);
     }
 }
 
-/// What it costs Millpond to look closer. Its counts cannot be turned off; what can is somebody who reads them.
+/// What observation costs Millpond. Its counts cannot be turned off; what can be turned on is a reader of them.
 fn knobs(bench: &mut Bench) {
     let subjects = [
         peers::millpond("off", 4, |b| b),
@@ -97,7 +97,7 @@ fn knobs(bench: &mut Bench) {
     subjects.iter().for_each(|subject| subject.fill(4));
     for threads in [1, 4] {
         let title = if threads == 1 { "knobs, 1 thread" } else { "knobs, 4 threads" };
-        let load = Load { threads, hold: Hold::Nothing };
+        let load = Load { threads, usage: Usage::Nothing };
         measure(bench, title, &load, &subjects);
 
         let pool = peers::millpond_pool(4, |b| b);

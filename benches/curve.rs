@@ -1,19 +1,19 @@
 //! What the bound of barging costs, and what it buys: `cargo bench --bench curve [-- --quick] [words of a
 //! scenario]`.
 //!
-//! A connection that comes back while others wait is handed over to the first of them, or may be taken by whoever runs.
-//! The more is handed over, the shorter are the longest waits, and the longer lies a connection unused until its new
-//! holder runs. `fair_after` sets how much of each. Its default is one point of a curve. Here are others.
+//! A connection that is returned while threads wait is handed off to the first waiter, or a running thread may take it
+//! (barging). The more is handed off, the shorter are the longest waits, and the longer a connection is idle until the
+//! waiter runs. `fair_after` sets how much of each. Its default is one point of a curve. Here are others.
 //!
-//! Costs and waits are from runs of their own: the clock around a get costs more than some of the gets.
+//! Costs and waits are from runs of their own: the clock around a checkout costs more than some of the checkouts.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use common::plot::{self, Axis, Dot};
 use common::report::Part;
-use common::svg::{Axis, Dot, dots, number, seconds};
-use common::{Hold, Load, Outcome, Subject, is_picked, is_quick, median, ms, peers, rounds, sessions, short, us};
+use common::{Load, Outcome, Subject, Usage, is_picked, is_quick, median, ms, peers, rounds, sessions, short, us};
 use millpond::{Builder, Manage};
 use std::time::{Duration, Instant};
 use support::Server;
@@ -29,20 +29,21 @@ fn main() {
     let Plan(n, short, long) = plan;
     let mut part = Part::new("curve", "What the bound of barging costs");
     part.say(&format!(
-        "Millpond with other values of `fair_after`: for how long the first waiter may be barged. Costs are per get and return, all threads together, and their ratio to r2d2 without its test; medians of {n} \
-         interleaved rounds of {} ms in which nobody looks at the clock. Waits and fairness are of one more run of {} \
-         ms. Where some starve while the others take it thousands of times, p99.9 does not show it, but the greatest wait \
-         and the fairness do.\n",
+        "Millpond with other values of `fair_after`: until when the first waiter may be barged. Costs are per checkout \
+         and return, all threads together, and their ratio to r2d2 without its test; medians of {n} interleaved rounds of \
+         {} ms in which nobody looks at the clock. Waits and fairness are of one more run of {} ms. Where some threads \
+         starve while the others check out thousands of times, p99.9 does not show it, but the greatest wait and the \
+         fairness do.\n",
         short.as_millis(),
         long.as_millis()
     ));
     let scenarios = [
-        ("nothing", "16 on 4, no hold", Hold::Nothing),
-        ("work", "16 on 4, 20 us of work", Hold::Spin(us(20))),
-        ("asleep", "16 on 4, 50 us asleep", Hold::Sleep(us(50))),
+        ("nothing", "16 on 4, no work", Usage::Nothing),
+        ("work", "16 on 4, 20 us of work", Usage::Spin(us(20))),
+        ("asleep", "16 on 4, 50 us asleep", Usage::Sleep(us(50))),
     ];
     let settings = settings();
-    for (name, title, hold) in scenarios.into_iter().filter(|(_, title, _)| is_picked(title)) {
+    for (name, title, usage) in scenarios.into_iter().filter(|(_, title, _)| is_picked(title)) {
         let r2d2 = peers::r2d2("r2d2 untested", SIZE, false);
         r2d2.fill(SIZE as usize);
         let millpond = |setting: &Setting| {
@@ -51,7 +52,7 @@ fn main() {
             pool
         };
         let millponds = settings.iter().map(millpond).collect();
-        compare(&mut part, name, title, hold, &plan, &settings, r2d2, millponds);
+        compare(&mut part, name, title, usage, &plan, &settings, r2d2, millponds);
     }
     const QUERY: &str = "SELECT 1, 16 threads on 4";
     if is_picked(QUERY) {
@@ -60,7 +61,7 @@ fn main() {
         let r2d2 = sessions::r2d2(&config, SIZE, false);
         let millpond = |s: &Setting| sessions::millpond_with(&s.name(), &config, SIZE, |b| s.apply(b));
         let millponds = settings.iter().map(millpond).collect();
-        compare(&mut part, "query", QUERY, Hold::Use, &plan, &settings, r2d2, millponds);
+        compare(&mut part, "query", QUERY, Usage::Use, &plan, &settings, r2d2, millponds);
     }
     part.say(&format!("In {} s.", begun.elapsed().as_secs()));
     part.finish();
@@ -69,7 +70,7 @@ fn main() {
 /// So many rounds of so long for the costs, and so long for the waits.
 struct Plan(usize, Duration, Duration);
 
-/// For how long the first waiter may be barged.
+/// A value of `fair_after`.
 struct Setting(Duration);
 
 /// In the order of the table.
@@ -102,18 +103,18 @@ fn brief(time: Duration) -> String {
     }
 }
 
-#[allow(clippy::too_many_arguments, reason = "a scenario, and those who are in it")]
+#[allow(clippy::too_many_arguments, reason = "a scenario, and its subjects")]
 fn compare(
     part: &mut Part,
     name: &str,
     title: &str,
-    hold: Hold,
+    usage: Usage,
     &Plan(n, short_time, long_time): &Plan,
     settings: &[Setting],
     r2d2: Box<dyn Subject>,
     millponds: Vec<Box<dyn Subject>>,
 ) {
-    let load = Load { threads: 16, hold };
+    let load = Load { threads: 16, usage };
     let subjects: Vec<&dyn Subject> = [&r2d2].into_iter().chain(&millponds).map(|s| &**s).collect();
     let untimed = rounds(&load, &subjects, n, short_time, false);
     let timed = rounds(&load, &subjects, 1, long_time, true);
@@ -141,15 +142,15 @@ fn compare(
 
     let ends = |of: fn(&(f64, f64)) -> f64| {
         let all = || places.iter().map(of);
-        (all().fold(f64::INFINITY, f64::min) * 0.95, all().fold(0.0, f64::max) * 1.05)
+        plot::log(all().fold(f64::INFINITY, f64::min) * 0.95, all().fold(0.0, f64::max) * 1.05)
     };
-    let ((least_wait, most_wait), (least_cost, most_cost)) = (ends(|p| p.0), ends(|p| p.1));
-    let x = Axis::log("p99.9 of the waits", least_wait, most_wait, seconds);
-    let y = Axis::log("cost, to r2d2", least_cost, most_cost, number);
-    let dot = |(wait, cost): (f64, f64), name, marked| Dot { at: (wait.log10(), cost.log10()), name, marked };
+    let x = Axis { name: "p99.9 of the waits", range: ends(|p| p.0), show: |&s| short(s) };
+    let y = Axis { name: "cost, to r2d2", range: ends(|p| p.1), show: |v| format!("{v}") };
     let millponds = settings.iter().zip(&places[1..]);
-    let millponds = millponds.map(|(setting, &place)| dot(place, setting.name(), setting.is_default())).collect();
-    let lines = [millponds, vec![dot(places[0], subjects[0].name().into(), false)]];
-    let title = format!("{title} (large dots: the default)");
-    part.plot(name, &format!("Cost against the longest waits: {title}"), &dots(&title, &x, &y, &lines));
+    let millponds = millponds.map(|(s, &at)| Dot { at, name: s.name(), marked: s.is_default() });
+    let r2d2 = Dot { at: places[0], name: subjects[0].name().into(), marked: false };
+    let dots: Vec<Dot> = millponds.chain([r2d2]).collect();
+    let title = format!("{title} (large dot: the default)");
+    let svg = plot::dots(&title, x, y, &dots, settings.len());
+    part.plot(name, &format!("Cost against the longest waits: {title}"), &svg);
 }

@@ -15,14 +15,14 @@
 //! Millpond runs with its own manager, r2d2 with the stock one, both with their defaults but for what is promised.
 //!
 //! Times are the server's: a connection is born when its backend started, which is a little after the pool began to
-//! open it, unused since its last query ended, and gone when its backend is, which is a little after the pool let go.
+//! open it, unused since its last query ended, and gone when its backend is, which is a little after the pool closed it.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use common::plot::{self, Axis};
 use common::report::Part;
-use common::svg::{Axis, plot};
 use common::{Store, is_quick, ms, short};
 use millpond::postgres::PostgresManager;
 use postgres::{Client, NoTls};
@@ -399,9 +399,10 @@ fn report(seen: &Seen, own: &str, start: f64, psycopg: bool) {
         let fifth = if scenario == Scenario::Steady { "oldest in use" } else { "down to need" };
         part.table(&["", "due", "late, mean", "late, worst", fifth, "opened", "left at the end"], &rows);
         let most = lines.iter().flat_map(|(_, l)| l).map(|p| p.1).fold(1.0, f64::max);
-        let x = Axis::linear("seconds since the pools were built", seen.end);
-        let y = Axis::linear("connections", most);
-        part.plot(scenario.name(), scenario.title(), &plot(scenario.title(), &x, &y, &lines, true));
+        let whole = |v: &f64| format!("{v}");
+        let x = Axis { name: "seconds since the pools were built", range: 0.0..seen.end, show: whole };
+        let y = Axis { name: "connections", range: 0.0..most * 1.05, show: whole };
+        part.plot(scenario.name(), scenario.title(), &plot::lines(scenario.title(), x, y, &lines, true));
     }
     part.say("### Worst of the three\n");
     let verdict = |pool: &str, late: f64| match (pool, late <= EPSILON) {

@@ -2,10 +2,10 @@
 //!
 //! Beside a client per thread, which is what there would be without a pool; with 16 threads that is 16 connections
 //! where the pools have 4. Times are per query, all threads together; ratios are medians over rounds in which the
-//! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Who keeps the
-//! statement, and why bb8 and deadpool are missing, says `common/sessions.rs`.
+//! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Where the
+//! statement is kept, and why bb8 and deadpool are missing, says `common/sessions.rs`.
 //!
-//! A unix socket cannot be observed: there Millpond asks each connection that comes back whether it is in a
+//! A unix socket cannot be observed: there Millpond asks each returned connection whether it is in a
 //! transaction. That is one round trip more, unless it is told not to ("no reset").
 
 mod common;
@@ -13,7 +13,7 @@ mod common;
 mod support;
 
 use common::report::Part;
-use common::{Hold, Load, Outcome, Subject, is_picked, is_quick, median, ms, rounds, sessions, short};
+use common::{Load, Outcome, Subject, Usage, is_picked, is_quick, median, ms, rounds, sessions, short};
 use support::Server;
 
 const SIZE: u32 = 4;
@@ -27,7 +27,7 @@ fn main() {
     let unix = server.unix_conninfo("bench").parse().expect("an address");
     let mut part = Part::new("postgres", "A query");
     part.say(&format!(
-        "A prepared `SELECT 1` per get and return. Costs are per query, all threads together: medians of {n} \
+        "A prepared `SELECT 1` per checkout and return. Costs are per query, all threads together: medians of {n} \
          interleaved rounds of {} ms, the ratios to a client per thread and to r2d2 without its test.\n",
         time.as_millis()
     ));
@@ -43,7 +43,7 @@ fn main() {
             subjects.extend(sessions::millponds(&config, SIZE, network == "TCP"));
             subjects.extend([true, false].map(|test| sessions::stock(&config, SIZE, test)));
             let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
-            let outcomes = rounds(&Load { threads, hold: Hold::Use }, &list, n, time, false);
+            let outcomes = rounds(&Load { threads, usage: Usage::Use }, &list, n, time, false);
             part.say(&format!("### {title}\n"));
             part.table(&["", "cost", "to bare", "to r2d2"], &rows(&list, &outcomes));
         }

@@ -68,7 +68,7 @@ fn memory(part: &mut Part) {
 
     let (_, list) = weigh(|| black_box((0..MANY as u64).map(Nil).collect::<Vec<_>>()));
     row("a list", 0, list);
-    // What a process needs once, however many pools it has. Kept, for what they would free is not to be counted.
+    // What a process needs once, however many pools it has. They are kept, so that what they would free is not counted.
     let _first = (peers::millpond_pool(1, |b| b), peers::r2d2_pool(1, false));
     thread::sleep(ms(200));
 
@@ -105,8 +105,8 @@ fn memory(part: &mut Part) {
 }
 
 fn fill<S: Store>(store: &S, n: usize) {
-    let lent: Vec<_> = (0..n).map(|worker| store.get(worker)).collect();
-    drop(lent);
+    let in_use: Vec<_> = (0..n).map(|worker| store.get(worker)).collect();
+    drop(in_use);
 }
 
 // -------------------------------------------------------------------------------------------------- threads

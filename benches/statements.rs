@@ -1,7 +1,7 @@
 //! What the statement cache saves: `cargo bench --bench statements [-- --quick]`.
 //!
-//! The same SQL text, with a parameter, again and again on one borrowed connection, by everything a user may write. The
-//! floor is a statement prepared by hand on a bare client. Over TCP, once directly and once along a line on which each
+//! The same SQL text, with a parameter, again and again on one connection, by everything that a user may write. All are
+//! compared with a statement prepared by hand on a bare client. Over TCP, once directly and once along a line on which each
 //! answer is under way for a millisecond, and where the round trips are counted.
 
 mod common;
@@ -10,7 +10,7 @@ mod support;
 
 use common::peers::PerThread;
 use common::report::Part;
-use common::{Hold, Load, Outcome, Subject, is_quick, median, ms, rounds, short, using};
+use common::{Load, Outcome, Subject, Usage, is_quick, median, ms, rounds, short, using};
 use millpond::postgres::{PooledConnection, PostgresManager};
 use parking_lot::Mutex;
 use postgres::{Client, Config, NoTls, Row, Statement};
@@ -62,7 +62,7 @@ fn main() {
 
     let mut part = Part::new("statements", "The same SQL again");
     part.say(&format!(
-        "One thread, one borrowed connection, TCP. Times per call and the ratios to a statement prepared by hand: \
+        "One thread, one connection in use all the time, TCP. Times per call and the ratios to a statement prepared by hand: \
          medians of {near} interleaved rounds of {} ms; {far} rounds where each answer is under way for {} ms more. \
          Round trips are counted per call.\n",
         time.as_millis(),
@@ -84,7 +84,7 @@ fn show(
     time: Duration,
 ) {
     const CALLS: u64 = 20;
-    let load = Load { threads: 1, hold: Hold::Use };
+    let load = Load { threads: 1, usage: Usage::Use };
     let run = |subjects: &[Box<dyn Subject>], n| {
         subjects.iter().for_each(|subject| subject.fill(1));
         let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
@@ -94,13 +94,13 @@ fn show(
     let mut lines = Vec::new();
     let distant = subjects(Some(&mut lines));
     let (direct_times, distant_times) = (run(&direct, near), run(&distant, far));
-    let ratio = |mine: &[Outcome], floor: &[Outcome]| {
-        let ratio = median(mine.iter().zip(floor).map(|(m, f)| m.cost() / f.cost()));
+    let ratio = |mine: &[Outcome], by_hand: &[Outcome]| {
+        let ratio = median(mine.iter().zip(by_hand).map(|(m, h)| m.cost() / h.cost()));
         format!("{ratio:.2}")
     };
     let row = |i: usize| {
         let before = lines[i].turns();
-        distant[i].cycles(0, CALLS, Hold::Use);
+        distant[i].cycles(0, CALLS, Usage::Use);
         let turns = (lines[i].turns() - before) as f64 / CALLS as f64;
         let (here, there) = (&direct_times[i], &distant_times[i]);
         vec![
@@ -115,18 +115,18 @@ fn show(
     let rows: Vec<_> = (0..distant.len()).map(row).collect();
     part.say(&format!("### {title}\n\n`{sql}`\n"));
     let away = format!("{} ms away", AWAY.as_millis());
-    part.table(&["", "time", "to floor", &away, "to floor", "round trips"], &rows);
+    part.table(&["", "time", "to by hand", &away, "to by hand", "round trips"], &rows);
 }
 
-// -------------------------------------------------------------------------------------------------- who asks
+// -------------------------------------------------------------------------------------------------- the ways to ask
 
-/// The floor: no pool, and nothing to look up.
+/// No pool, and nothing to look up: the least that can be done.
 struct Prepared {
     client: Client,
     statement: Statement,
 }
 
-/// All ways to ask, the floor first, each directly or along a line of its own.
+/// All ways to ask, the statement prepared by hand first, each directly or along a line of its own.
 fn subjects<const TEXT: usize>(
     config: &Config,
     to: SocketAddr,
@@ -164,7 +164,7 @@ fn subjects<const TEXT: usize>(
     all
 }
 
-/// Kept borrowed for the whole time.
+/// In use for the whole time.
 fn one<C>(connection: C) -> PerThread<C> {
     PerThread(vec![Mutex::new(connection)])
 }

@@ -10,7 +10,7 @@ mod support;
 
 use common::peers;
 use common::report::Part;
-use common::{Hold, Load, Outcome, Subject, is_picked, median, ms, rounds, sessions, short, us};
+use common::{Load, Outcome, Subject, Usage, is_picked, median, ms, rounds, sessions, short, us};
 use millpond::event::NopEventHandler;
 use std::time::{Duration, Instant};
 use support::Server;
@@ -153,10 +153,10 @@ fn uncontended(goals: &mut Goals) {
         if !is_picked(name) {
             continue;
         }
-        let load = Load { threads, hold: Hold::Nothing };
+        let load = Load { threads, usage: Usage::Nothing };
         let size = threads as u32;
-        let ([millpond, r2d2], floors) = (rivals(size), [peers::bare(size), peers::accounted(size)]);
-        let list = [&*millpond, &*r2d2, &*floors[0], &*floors[1]];
+        let ([millpond, r2d2], least) = (rivals(size), [peers::bare(size), peers::accounted(size)]);
+        let list = [&*millpond, &*r2d2, &*least[0], &*least[1]];
         let [mine, theirs, bare, accounted] = &rounds(&load, &list, MANY, BRIEF, false)[..] else {
             unreachable!("four subjects")
         };
@@ -167,9 +167,9 @@ fn uncontended(goals: &mut Goals) {
     }
 }
 
-/// What it costs to look closer, against Millpond itself.
+/// What observation costs, against Millpond itself.
 fn knobs(goals: &mut Goals) {
-    let load = Load { threads: 1, hold: Hold::Nothing };
+    let load = Load { threads: 1, usage: Usage::Nothing };
     let pools = [
         peers::millpond("leak detection on", 4, |b| b.leak_threshold(Duration::from_secs(30))),
         peers::millpond("events on", 4, |b| b.event_handler(Box::new(NopEventHandler))),
@@ -188,7 +188,7 @@ fn knobs(goals: &mut Goals) {
     }
 }
 
-/// Ten thousand connections that nobody needs, against Millpond itself.
+/// Ten thousand connections that are not needed, against Millpond itself.
 fn sizes(goals: &mut Goals) {
     const NAME: &str = "size 10,000";
     if !is_picked(NAME) {
@@ -199,7 +199,7 @@ fn sizes(goals: &mut Goals) {
         pool.fill(size as usize);
         pool
     });
-    let load = Load { threads: 1, hold: Hold::Nothing };
+    let load = Load { threads: 1, usage: Usage::Nothing };
     let [large, small] = &rounds(&load, &[&*pools[0], &*pools[1]], MANY, BRIEF, false)[..] else {
         unreachable!("two subjects")
     };
@@ -220,12 +220,12 @@ struct Contended {
 
 /// More threads than connections.
 fn contended(goals: &mut Goals) {
-    const NOTHING: &str = "16 on 4, no hold";
+    const NOTHING: &str = "16 on 4, no work";
     if is_picked(NOTHING) {
-        let load = Load { threads: 16, hold: Hold::Nothing };
+        let load = Load { threads: 16, usage: Usage::Nothing };
         let [millpond, r2d2] = rivals(4);
         let pair: [&dyn Subject; 2] = [&*millpond, &*r2d2];
-        // The clock around a get costs more than the get: not while costs are compared.
+        // The clock around a checkout costs more than the checkout: not while costs are compared.
         let [mine, theirs] = &rounds(&load, &pair, ROUNDS, ms(120), false)[..] else { unreachable!("two subjects") };
         goals.at_most((NOTHING, "cost"), 0.5, mine, theirs, Outcome::cost);
         let (mine, theirs) = long_rounds(&load, pair);
@@ -237,28 +237,28 @@ fn contended(goals: &mut Goals) {
     let scenarios = [
         Contended {
             name: "16 on 4, 20 us of work",
-            load: Load { threads: 16, hold: Hold::Spin(us(20)) },
+            load: Load { threads: 16, usage: Usage::Spin(us(20)) },
             cost: 1.10,
             tail: ("p99.9", p999, 1.0 / 8.0),
             fairness: 0.85,
         },
         Contended {
             name: "16 on 4, 50 us asleep",
-            load: Load { threads: 16, hold: Hold::Sleep(us(50)) },
+            load: Load { threads: 16, usage: Usage::Sleep(us(50)) },
             cost: 1.00,
             tail: ("p99", p99, 0.35),
             fairness: 0.9,
         },
         Contended {
             name: "64 on 4, 50 us asleep",
-            load: Load { threads: 64, hold: Hold::Sleep(us(50)) },
+            load: Load { threads: 64, usage: Usage::Sleep(us(50)) },
             cost: 1.10,
             tail: ("p99", p99, 0.3),
             fairness: 0.9,
         },
         Contended {
             name: "16 on 4, 1 ms asleep",
-            load: Load { threads: 16, hold: Hold::Sleep(ms(1)) },
+            load: Load { threads: 16, usage: Usage::Sleep(ms(1)) },
             cost: 1.02,
             tail: ("p99", p99, 0.25),
             fairness: 0.95,
@@ -278,7 +278,7 @@ fn contended(goals: &mut Goals) {
     }
 }
 
-/// Of the rival only one, to be seen beside.
+/// One round of the rival, to stand beside.
 fn long_rounds(load: &Load, [mine, theirs]: [&dyn Subject; 2]) -> (Vec<Outcome>, Vec<Outcome>) {
     let once = load.run(theirs, SECOND, true);
     ((0..LONG_ROUNDS).map(|_| load.run(mine, SECOND, true)).collect(), vec![once])
@@ -298,7 +298,7 @@ fn select_one(goals: &mut Goals) {
             continue;
         }
         let ([own, stock], bare) = (millponds(), sessions::bare(&config, threads));
-        let load = Load { threads, hold: Hold::Use };
+        let load = Load { threads, usage: Usage::Use };
         let [mine, on_stock, theirs] = &rounds(&load, &[&*own, &*stock, &*bare], ROUNDS, ms(120), false)[..] else {
             unreachable!("three subjects")
         };
@@ -308,7 +308,7 @@ fn select_one(goals: &mut Goals) {
     let name = names[2];
     if is_picked(name) {
         let ([own, stock], r2d2) = (millponds(), sessions::r2d2(&config, 4, false));
-        let load = Load { threads: 16, hold: Hold::Use };
+        let load = Load { threads: 16, usage: Usage::Use };
         let [mine, on_stock, theirs] = &rounds(&load, &[&*own, &*stock, &*r2d2], ROUNDS, ms(200), true)[..] else {
             unreachable!("three subjects")
         };

@@ -1,20 +1,20 @@
-//! How long a get waits when there are more threads than connections, as distributions, beside how evenly it is shared
-//! out: `cargo bench --bench waits [-- --quick] [words of a scenario]`.
+//! How long a checkout waits when there are more threads than connections, as distributions, and how evenly checkouts are
+//! shared out: `cargo bench --bench waits [-- --quick] [words of a scenario]`.
 //!
-//! Throughput alone rewards starvation: whoever has the connection takes it again without a context switch. Each wait
-//! counts once, so a pool that starves a few shows it in the last of its quantiles, in the greatest, and in the fairness
-//! (fewest over most gets per thread, within one second) rather than in the middle.
+//! Throughput alone rewards starvation: a thread that returns the connection takes it again without a context switch.
+//! Each wait counts once, so a pool that starves a few threads shows it in the last of its quantiles, in the greatest wait,
+//! and in the fairness (fewest over most checkouts per thread, within one second) rather than in the middle.
 //!
-//! The last scenario is on a private PostgreSQL server, of whose processes the machine then has some more to run.
+//! The last scenario is on a private PostgreSQL server, whose processes share the machine.
 
 mod common;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use common::peers;
+use common::plot::{self, Axis};
 use common::report::Part;
-use common::svg::{Axis, plot};
-use common::{Hold, Load, Outcome, Subject, Waits, is_picked, is_quick, median, ms, rounds, sessions, short, us};
+use common::{Load, Outcome, Subject, Usage, Waits, is_picked, is_quick, median, ms, rounds, sessions, short, us};
 use support::Server;
 
 fn main() {
@@ -24,22 +24,22 @@ fn main() {
     let (n, time) = if is_quick() { (1, ms(300)) } else { (5, ms(1000)) };
     let mut part = Part::new("waits", "Waiting for a connection");
     part.say(&format!(
-        "{n} interleaved rounds of {} ms. Costs are per get and return, all threads together, the ratio to r2d2 without its \
-         test; medians of rounds. Waits of all rounds together, the clock read around each get.\n",
+        "{n} interleaved rounds of {} ms. Costs are per checkout and return, all threads together, the ratio to r2d2 without its \
+         test; medians of rounds. Waits of all rounds together, the clock read around each checkout.\n",
         time.as_millis()
     ));
-    let scenarios: [(&str, &str, usize, Hold); 5] = [
-        ("nothing", "16 threads on 4, no hold", 16, Hold::Nothing),
-        ("work", "16 threads on 4, 20 us of work", 16, Hold::Spin(us(20))),
-        ("asleep", "16 threads on 4, 50 us asleep", 16, Hold::Sleep(us(50))),
-        ("crowd", "64 threads on 4, 50 us asleep", 64, Hold::Sleep(us(50))),
-        ("longer", "16 threads on 4, 1 ms asleep", 16, Hold::Sleep(ms(1))),
+    let scenarios: [(&str, &str, usize, Usage); 5] = [
+        ("nothing", "16 threads on 4, no work", 16, Usage::Nothing),
+        ("work", "16 threads on 4, 20 us of work", 16, Usage::Spin(us(20))),
+        ("asleep", "16 threads on 4, 50 us asleep", 16, Usage::Sleep(us(50))),
+        ("crowd", "64 threads on 4, 50 us asleep", 64, Usage::Sleep(us(50))),
+        ("longer", "16 threads on 4, 1 ms asleep", 16, Usage::Sleep(ms(1))),
     ];
-    for (name, title, threads, hold) in scenarios {
+    for (name, title, threads, usage) in scenarios {
         if !is_picked(title) {
             continue;
         }
-        let load = Load { threads, hold };
+        let load = Load { threads, usage };
         compare(&mut part, name, title, &peers::everybody(4), |list| rounds(&load, list, n, time, true));
     }
     const QUERY: &str = "16 threads on 4, a prepared SELECT 1 each";
@@ -48,7 +48,7 @@ fn main() {
         let config = server.config("waits");
         let mut subjects = vec![sessions::millpond(&config, 4), sessions::r2d2(&config, 4, false)];
         subjects.extend([sessions::r2d2(&config, 4, true), sessions::stock(&config, 4, true)]);
-        let load = Load { threads: 16, hold: Hold::Use };
+        let load = Load { threads: 16, usage: Usage::Use };
         compare(&mut part, "query", QUERY, &subjects, |list| rounds(&load, list, n, time, true));
     }
     part.finish();
@@ -89,15 +89,23 @@ fn show(part: &mut Part, name: &str, title: &str, subjects: &[&dyn Subject], out
     part.say(&format!("### {title}\n"));
     part.table(&["", "cost", "to r2d2", "p50", "p99", "p99.9", "max", "fairness"], &rows);
 
-    let highest = lines.iter().flat_map(|(_, points)| points.last()).map(|p| p.1).fold(0.0, f64::max);
-    let nines = [(0.0, "0"), (1.0, "90 %"), (2.0, "99 %"), (3.0, "99.9 %"), (4.0, "99.99 %"), (5.0, "99.999 %")];
-    let x = Axis { label: "part of the gets".into(), ticks: nines.map(|(at, label)| (at, label.into())).into() };
-    let y = Axis::log_seconds("waited at most", 1e-8, 10f64.powf(highest));
-    part.plot(name, &format!("Waiting times: {title}"), &plot(title, &x, &y, &lines, false));
+    let greatest = lines.iter().flat_map(|(_, points)| points.last()).map(|p| p.1).fold(0.0, f64::max);
+    let x = Axis { name: "part of the checkouts", range: plot::tail(5), show: percent };
+    let y = Axis { name: "waited at most", range: plot::log(LEAST, greatest), show: |&s| short(s) };
+    part.plot(name, &format!("Waiting times: {title}"), &plot::lines(title, x, y, &lines, false));
 }
 
-/// A distribution, one point per tenth of a nine, as far as there are enough to tell.
+/// The shortest wait that a plot shows, in seconds.
+const LEAST: f64 = 1e-8;
+
+/// What is not in a tail of `0.01` is 99 %.
+fn percent(tail: &f64) -> String {
+    format!("{} %", (1e5 * (1.0 - tail)).round() / 1e3)
+}
+
+/// A distribution, ten points per power of ten of its tail, as far as there are enough checkouts to tell.
 fn curve(waits: &Waits) -> Vec<(f64, f64)> {
-    let points = (0..=50).map(|i| f64::from(i) / 10.0).filter(|nines| 10f64.powf(*nines) <= waits.count() as f64);
-    points.map(|nines| (nines, waits.quantile(1.0 - 10f64.powf(-nines)).max(1e-8).log10())).collect()
+    let tails = (0..=50).map(|i| 10f64.powf(-f64::from(i) / 10.0));
+    let tails = tails.filter(|tail| 1.0 / tail <= waits.count() as f64);
+    tails.map(|tail| (tail, waits.quantile(1.0 - tail).max(LEAST))).collect()
 }

@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let mut client = pool.get().expect("a connection"); // waits until one is free
                 let row = client.query_one("SELECT $1::int4 * $1", &[&n]).expect("an answer");
                 println!("{n} * {n} = {}", row.get::<_, i32>(0));
-            }); // here the connection goes back
+            }); // here the connection is returned
         }
     });
     println!("{}", pool.stats());

@@ -10,9 +10,9 @@
 //! curl -i -d 'Grease the wheel' localhost:8080/notes   # 201, and the number of the note
 //! curl localhost:8080/notes/1
 //! curl localhost:8080/notes                            # the newest first
-//! curl localhost:8080/pool                             # what the pool is doing, and who holds what
+//! curl localhost:8080/pool                             # what the pool is doing, and what is in use
 //!
-//! # Somebody locks the table, four requests hang with all four connections, and a fifth is turned away:
+//! # A session locks the table, four requests wait with all four connections in use, and a fifth is rejected:
 //! psql "$ADDRESS" -c 'BEGIN; LOCK TABLE notes; SELECT pg_sleep(5)' &   # the address that the server printed
 //! sleep 1; for i in 1 2 3 4; do curl -s localhost:8080/notes & done; sleep 1
 //! curl -i localhost:8080/notes                         # 503, with Retry-After
@@ -80,7 +80,7 @@ fn main() -> Result<ExitCode, Failure> {
     let guard = pool.guard();
     pool.get()?.batch_execute(SCHEMA)?;
 
-    // Before anybody can reach us: a signal from now on waits until it is asked for, below.
+    // Before a client can connect: a signal from now on waits until it is asked for, below.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
 
     let port: u16 = match env::args().nth(1) {
@@ -90,7 +90,7 @@ fn main() -> Result<ExitCode, Failure> {
     let http = Arc::new(Server::http(("127.0.0.1", port))?);
     let workers = (0..number("WORKERS", 8)?).map(|i| {
         let (http, pool) = (Arc::clone(&http), pool.clone());
-        // Each is told of the end by an error, after the requests that came before it.
+        // Each worker learns of the end by an error, after the requests that came before it.
         let work = move || {
             while let Ok(request) = http.recv() {
                 serve(request, &pool);
@@ -124,7 +124,7 @@ fn number<T: std::str::FromStr<Err: Error>>(name: &str, default: T) -> Result<T,
     }
 }
 
-/// Answers one request. Never panics, and has no connection any more while it writes: a slow client holds none.
+/// Answers one request. Never panics, and returns its connection before it writes: a slow client keeps none in use.
 fn serve(mut request: Request, pool: &Db) {
     let begun = Instant::now();
     // A panic costs this request, and the connection it had; the worker and the pool go on.
@@ -159,11 +159,11 @@ fn answer(request: &mut Request, pool: &Db) -> Result<Reply, Failure> {
 }
 
 fn create(request: &mut Request, pool: &Db) -> Result<Reply, Failure> {
-    // Whoever says that it is too large need not send it.
+    // A client that says that its note is too large need not send it.
     if request.body_length().is_some_and(|length| length > MAX_BODY) {
         return Ok(text(413, "too large"));
     }
-    // Read to its end before a connection is taken: a slow client holds none.
+    // Read to its end before the checkout: a slow client keeps no connection in use.
     let mut body = Vec::new();
     request.as_reader().take(MAX_BODY as u64 + 1).read_to_end(&mut body)?;
     if body.len() > MAX_BODY {

@@ -105,14 +105,13 @@ mod stats;
 
 pub use crate::error::{Cause, Error, ErrorKind};
 pub use crate::leaf::histogram::Distribution;
-pub use crate::ledger::Validate;
 pub use crate::manage::{Manage, Opening, Returned, Start};
 pub use crate::pool::Pool;
 pub use crate::pool::builder::Builder;
 pub use crate::pool::close::CloseReport;
 pub use crate::pool::connection::PooledConnection;
 pub use crate::pool::guard::{PoolGuard, Workers};
-pub use crate::settings::Settings;
+pub use crate::settings::{Settings, Validate};
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, State, Stats};
 pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
 

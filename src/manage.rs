@@ -275,7 +275,7 @@ impl Opening {
     }
 
     /// From now on what it registers is called at once. Whether there is something to call by now.
-    pub(crate) fn condemn(&self) -> bool {
+    pub(crate) fn abort_from_now_on(&self) -> bool {
         let mut hooks = self.hooks.lock();
         hooks.aborted = true;
         hooks.abort.is_some() || hooks.cancel.is_some()
@@ -312,7 +312,7 @@ mod tests {
     fn an_abort_that_comes_first_is_not_lost() {
         let opening = Opening::new("p".into(), Duration::from_secs(1));
         let cuts = Arc::new(AtomicU32::new(0));
-        assert!(!opening.condemn());
+        assert!(!opening.abort_from_now_on());
         let seen = Arc::clone(&cuts);
         opening.on_abort(move || {
             seen.fetch_add(1, Ordering::Relaxed);

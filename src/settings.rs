@@ -1,18 +1,29 @@
-//! [`Settings`]: the limits of a pool, and which of them cannot be.
+//! [`Settings`]: the limits of a pool, their defaults, and which of them are refused.
 
 use crate::error::Error;
 use crate::leaf::text::Short;
-use crate::ledger::{Rules, Validate};
 use std::time::Duration;
 
-/// The shortest that the limit of a call may be, and a checkout that is called a leak. Anything shorter would fail every
-/// call before it could be made, or warn of every checkout: a wake-up of a thread alone takes some 50 us.
+/// The least limit of a call, and the shortest checkout that is called a leak. Anything shorter would fail every call before
+/// it could be made, or warn of every checkout: to wake a thread alone takes some 50 us.
 const SHORTEST_LIMIT: Duration = Duration::from_millis(1);
-/// The shortest period of what the pool does over and over by itself. Anything shorter would do nothing else.
+/// The least period of what the pool does over and over by itself. With a shorter one it would do nothing else.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
 /// The most connections that are opened at the same time: each has a thread, and a process that has no thread left for
 /// others ends. Far more than a server lets in at once.
 const MOST_OPENS: u32 = 1024;
+
+/// When a connection is checked before it is handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Validate {
+    /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
+    Always,
+    /// When it was neither used nor checked for at least this long, or when another connection has been found dead since
+    /// it was last known to be well. The default, with one second. Zero is the same as `Always`.
+    AfterIdle(Duration),
+    /// Never, not even on suspicion.
+    Never,
+}
 
 /// The limits of a pool: what the [`Builder`](crate::Builder) was told, checked and complete.
 #[derive(Clone, Debug)]
@@ -53,27 +64,25 @@ pub struct Settings {
 }
 
 impl Settings {
-    pub(crate) fn rules(&self, resolution: Duration) -> Rules {
-        Rules {
-            max_size: self.max_size,
-            // The floor is laid once the first connection is known to work.
+    /// The defaults of every setting. (Not `Default`: a pool without a name is none, and nobody outside makes settings.)
+    pub(crate) fn default() -> Settings {
+        Settings {
+            name: String::new(),
+            max_size: 10,
             min_idle: 0,
-            max_idle: self.max_idle,
-            max_lifetime: self.max_lifetime,
-            lifetime_jitter: self.lifetime_jitter,
-            validate: match self.validate {
-                Validate::AfterIdle(Duration::ZERO) => Validate::Always,
-                validate => validate,
-            },
-            validation_timeout: self.validation_timeout,
-            open_timeout: self.open_timeout,
-            close_timeout: self.close_timeout,
-            parallel_opens: self.parallel_opens,
-            max_waiting: self.max_waiting,
-            keepalive: self.keepalive,
-            leak_threshold: self.leak_threshold,
-            fair_after: self.fair_after,
-            resolution,
+            max_idle: Some(Duration::from_secs(10 * 60)),
+            max_lifetime: Some(Duration::from_secs(30 * 60)),
+            lifetime_jitter: 0.1,
+            connection_timeout: Duration::from_secs(30),
+            validate: Validate::AfterIdle(Duration::from_secs(1)),
+            validation_timeout: Duration::from_secs(2),
+            open_timeout: Duration::from_secs(10),
+            close_timeout: Duration::from_secs(5),
+            parallel_opens: 4,
+            max_waiting: None,
+            keepalive: None,
+            leak_threshold: None,
+            fair_after: Duration::from_micros(700),
         }
     }
 
@@ -100,7 +109,7 @@ impl Settings {
             return Err(Error::config("lifetime_jitter", problem));
         }
         at_least(SHORTEST_PERIOD, "max_lifetime", self.max_lifetime)?;
-        // However short, it gets what is ready.
+        // However short this is, the caller gets what is ready.
         at_least(Duration::from_nanos(1), "connection_timeout", Some(self.connection_timeout))?;
         at_least(SHORTEST_LIMIT, "validation_timeout", Some(self.validation_timeout))?;
         at_least(SHORTEST_LIMIT, "open_timeout", Some(self.open_timeout))?;
@@ -120,7 +129,7 @@ fn at_least(shortest: Duration, setting: &'static str, duration: Option<Duration
     }
 }
 
-/// The one place for this rule, which `resize` keeps as well.
+/// Whether the floor fits under `max_size`. `resize` asks as well.
 pub(crate) fn check_floor(min_idle: u32, max_size: u32) -> Result<(), Error> {
     if min_idle > max_size {
         return Err(Error::config("min_idle", format!("is {min_idle}, and max_size is {max_size}")));

@@ -229,7 +229,50 @@ pub struct Stats {
     pub(crate) closes_by: [u64; CloseReason::ALL.len()],
 }
 
+/// What the stats of a pool say beside its counts.
+pub(crate) struct Facts {
+    pub(crate) name: String,
+    pub(crate) age: Duration,
+    pub(crate) closed: bool,
+    pub(crate) max_size: u32,
+    pub(crate) dropped_records: u64,
+}
+
 impl Stats {
+    pub(crate) fn new(facts: Facts, counts: Counts, tally: Tally) -> Stats {
+        let Facts { name, age, closed, max_size, dropped_records } = facts;
+        let Counts { idle, in_use, checking, opening, closing, waiting, abandoned } = counts;
+        Stats {
+            name,
+            age,
+            closed,
+            max_size,
+            idle,
+            in_use,
+            checking,
+            opening,
+            closing,
+            waiting,
+            abandoned,
+            checkouts: tally.checkouts,
+            waits: tally.waits,
+            timeouts: tally.timeouts,
+            rejected: tally.rejected,
+            opens: tally.opens,
+            failed_opens: tally.failed_opens,
+            closes: tally.closes.iter().sum(),
+            detached: tally.detached,
+            abandonments: tally.abandonments,
+            leaks: tally.leaks,
+            dropped_records,
+            wait_time: tally.wait_time,
+            usage_time: tally.usage_time,
+            open_time: tally.open_time,
+            max_lateness: tally.max_lateness,
+            closes_by: tally.closes,
+        }
+    }
+
     /// How many connections were closed for this reason.
     pub fn closed_for(&self, reason: CloseReason) -> u64 {
         self.closes_by[reason as usize]
@@ -353,6 +396,18 @@ impl fmt::Display for CloseReason {
     }
 }
 
+/// How many slots are in each state, how many callers wait, and how many jobs were abandoned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) idle: u32,
+    pub(crate) in_use: u32,
+    pub(crate) checking: u32,
+    pub(crate) opening: u32,
+    pub(crate) closing: u32,
+    pub(crate) waiting: u32,
+    pub(crate) abandoned: u32,
+}
+
 /// What the ledger counts as it goes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tally {
@@ -366,9 +421,9 @@ pub(crate) struct Tally {
     pub(crate) detached: u64,
     pub(crate) abandonments: u64,
     pub(crate) leaks: u64,
-    pub(crate) wait: Distribution,
-    pub(crate) hold: Distribution,
-    pub(crate) open: Distribution,
+    pub(crate) wait_time: Distribution,
+    pub(crate) usage_time: Distribution,
+    pub(crate) open_time: Distribution,
     pub(crate) max_lateness: Duration,
 }
 

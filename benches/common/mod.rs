@@ -1,15 +1,16 @@
 //! What every bench stands on: one trait in front of all pools, so that each scenario is written once and everybody is
 //! measured on the same work.
 //!
-//! A [`Store`] lends; that is all a pool has to say here. A [`Subject`] is a store that can be kept in a list with
-//! others: whole loops run behind its virtual calls, never one `get`, so the list costs the measured loop nothing.
+//! A [`Store`] is what connections are checked out from; that is all a pool has to do here. A [`Subject`] is a store that
+//! can be kept in a list with others: whole loops run behind its virtual calls, never one `get`, so the list costs the
+//! measured loop nothing.
 
 #![allow(dead_code, unreachable_pub, reason = "compiled into each bench on its own, none of which uses all of it")]
 
 pub mod peers;
+pub mod plot;
 pub mod report;
 pub mod sessions;
-pub mod svg;
 
 use std::hint::black_box;
 use std::ops::DerefMut;
@@ -49,26 +50,26 @@ pub const fn us(us: u64) -> Duration {
 
 /// A pool, or what takes the place of one.
 pub trait Store: Send + Sync {
-    /// What it lends.
+    /// What is in it.
     type Conn;
-    /// The loan, which ends when it is dropped.
-    type Lent<'a>: DerefMut<Target = Self::Conn>
+    /// A connection in use, which is returned when this is dropped.
+    type CheckedOut<'a>: DerefMut<Target = Self::Conn>
     where
         Self: 'a;
 
     /// Waits for a connection. `worker` counts the threads from 0, for a store that gives each its own.
-    fn get(&self, worker: usize) -> Self::Lent<'_>;
+    fn get(&self, worker: usize) -> Self::CheckedOut<'_>;
 }
 
-/// What a worker does with a connection while it has it.
+/// What a worker does with a connection between checkout and return.
 #[derive(Clone, Copy)]
-pub enum Hold {
+pub enum Usage {
     /// Nothing.
     Nothing,
     /// Work on the processor that takes so long on an undisturbed core. Counted, not timed: a preempted worker still
     /// has all of its work to do, as in real life.
     Spin(Duration),
-    /// Sleep, as one who waits for a server. (The system adds its slack, 50 us on Linux, for everybody alike.)
+    /// Sleep, as a worker that waits for a server. (The system adds its slack, 50 us on Linux, for everybody alike.)
     Sleep(Duration),
     /// Use it, as its subject was told to: see [`using`].
     Use,
@@ -78,21 +79,21 @@ pub enum Hold {
 pub trait Subject: Send + Sync {
     fn name(&self) -> &str;
 
-    /// Gets and returns `n` times.
-    fn cycles(&self, worker: usize, n: u64, hold: Hold);
+    /// Checks out and returns `n` times.
+    fn cycles(&self, worker: usize, n: u64, usage: Usage);
 
-    /// Gets and returns until told to stop. Returns how often it got one before that. With `waits`, reads the clock
-    /// around each get.
-    fn work(&self, worker: usize, hold: Hold, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64;
+    /// Checks out and returns until told to stop, and says how often it did before that. With `waits`, reads the clock
+    /// around each checkout.
+    fn work(&self, worker: usize, usage: Usage, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64;
 
-    /// Has `n` connections lent at once, used and returned, so that as many are there and warm from now on.
+    /// Has `n` connections in use at once, uses and returns them, so that as many are there and warm from now on.
     fn fill(&self, n: usize);
 }
 
 struct Named<S: Store> {
     name: String,
     store: S,
-    /// What [`Hold::Use`] does.
+    /// What [`Usage::Use`] does.
     what: fn(&mut S::Conn),
 }
 
@@ -111,19 +112,19 @@ impl<S: Store> Subject for Named<S> {
         &self.name
     }
 
-    fn cycles(&self, worker: usize, n: u64, hold: Hold) {
-        let hold = hold.prepare(self.what);
+    fn cycles(&self, worker: usize, n: u64, usage: Usage) {
+        let usage = usage.prepare(self.what);
         for _ in 0..n {
-            hold.with(&mut self.store.get(worker));
+            usage.with(&mut self.store.get(worker));
         }
     }
 
-    fn work(&self, worker: usize, hold: Hold, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64 {
-        let hold = hold.prepare(self.what);
+    fn work(&self, worker: usize, usage: Usage, stop: &AtomicBool, waits: Option<&mut Waits>) -> u64 {
+        let usage = usage.prepare(self.what);
         let mut gets = 0;
         match waits {
             None => loop {
-                hold.with(&mut self.store.get(worker));
+                usage.with(&mut self.store.get(worker));
                 if stop.load(Ordering::Relaxed) {
                     break gets;
                 }
@@ -131,10 +132,10 @@ impl<S: Store> Subject for Named<S> {
             },
             Some(waits) => loop {
                 let asked = Instant::now();
-                let mut lent = self.store.get(worker);
+                let mut conn = self.store.get(worker);
                 waits.record(asked.elapsed());
-                hold.with(&mut lent);
-                drop(lent);
+                usage.with(&mut conn);
+                drop(conn);
                 if stop.load(Ordering::Relaxed) {
                     break gets;
                 }
@@ -144,13 +145,13 @@ impl<S: Store> Subject for Named<S> {
     }
 
     fn fill(&self, n: usize) {
-        let mut lent: Vec<_> = (0..n).map(|worker| self.store.get(worker)).collect();
-        lent.iter_mut().for_each(|conn| (self.what)(conn));
-        drop(lent);
+        let mut in_use: Vec<_> = (0..n).map(|worker| self.store.get(worker)).collect();
+        in_use.iter_mut().for_each(|conn| (self.what)(conn));
+        drop(in_use);
     }
 }
 
-/// A hold whose work has been counted.
+/// A [`Usage`] whose work has been counted.
 enum Ready<C> {
     Nothing,
     Spin(u64),
@@ -158,13 +159,13 @@ enum Ready<C> {
     Use(fn(&mut C)),
 }
 
-impl Hold {
+impl Usage {
     fn prepare<C>(self, what: fn(&mut C)) -> Ready<C> {
         match self {
-            Hold::Nothing => Ready::Nothing,
-            Hold::Spin(time) => Ready::Spin((time.as_secs_f64() * spins_per_second()) as u64),
-            Hold::Sleep(time) => Ready::Sleep(time),
-            Hold::Use => Ready::Use(what),
+            Usage::Nothing => Ready::Nothing,
+            Usage::Spin(time) => Ready::Spin((time.as_secs_f64() * spins_per_second()) as u64),
+            Usage::Sleep(time) => Ready::Sleep(time),
+            Usage::Use => Ready::Use(what),
         }
     }
 }
@@ -210,7 +211,7 @@ fn spins_per_second() -> f64 {
 /// So many threads do the same to one subject.
 pub struct Load {
     pub threads: usize,
-    pub hold: Hold,
+    pub usage: Usage,
 }
 
 /// What came of a run.
@@ -218,17 +219,17 @@ pub struct Outcome {
     pub time: Duration,
     /// How often each thread got a connection.
     pub gets: Vec<u64>,
-    /// How long they waited; empty if nobody looked.
+    /// How long they waited; empty if that was not timed.
     pub waits: Waits,
 }
 
 impl Outcome {
-    /// Seconds per get and return, all threads together.
+    /// Seconds per checkout and return, all threads together.
     pub fn cost(&self) -> f64 {
         self.time.as_secs_f64() / self.gets.iter().sum::<u64>().max(1) as f64
     }
 
-    /// Fewest over most gets per thread: 1 is even, 0 says that somebody got nothing.
+    /// Fewest over most checkouts per thread: 1 is even, 0 says that one thread got nothing.
     pub fn fairness(&self) -> f64 {
         let most = self.gets.iter().copied().max().unwrap_or(0).max(1);
         self.gets.iter().copied().min().unwrap_or(0) as f64 / most as f64
@@ -236,18 +237,18 @@ impl Outcome {
 }
 
 impl Load {
-    /// Runs for `time`. `timed`: with a look at the clock around each get, 50 ns or so.
+    /// Runs for `time`. `timed`: with a look at the clock around each checkout, 50 ns or so.
     pub fn run(&self, subject: &dyn Subject, time: Duration, timed: bool) -> Outcome {
         let stop = AtomicBool::new(false);
         let start = Barrier::new(self.threads + 1);
         thread::scope(|s| {
             let (stop, start) = (&stop, &start);
-            let hold = self.hold;
+            let usage = self.usage;
             let worker = |worker: usize| {
                 s.spawn(move || {
                     let mut waits = Waits::new();
                     start.wait();
-                    let gets = subject.work(worker, hold, stop, timed.then_some(&mut waits));
+                    let gets = subject.work(worker, usage, stop, timed.then_some(&mut waits));
                     (gets, waits)
                 })
             };
@@ -267,22 +268,22 @@ impl Load {
         })
     }
 
-    /// How long `n` gets and returns take, shared out evenly: for criterion, which counts. One thread is this thread.
+    /// How long `n` checkouts and returns take, shared out evenly: for criterion, which counts. One thread is this thread.
     pub fn time(&self, subject: &dyn Subject, n: u64) -> Duration {
         if self.threads == 1 {
             let begun = Instant::now();
-            subject.cycles(0, n, self.hold);
+            subject.cycles(0, n, self.usage);
             return begun.elapsed();
         }
         let each = n.div_ceil(self.threads as u64);
         let start = Barrier::new(self.threads + 1);
         let time = thread::scope(|s| {
             let start = &start;
-            let hold = self.hold;
+            let usage = self.usage;
             let worker = |worker: usize| {
                 s.spawn(move || {
                     start.wait();
-                    subject.cycles(worker, each, hold);
+                    subject.cycles(worker, each, usage);
                     Instant::now()
                 })
             };

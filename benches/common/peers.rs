@@ -1,6 +1,6 @@
 //! The pools, and what takes the place of one, on connections that are nothing: what a checkout itself costs.
 //!
-//! Everybody waits for at most 30 seconds, and takes the connection used last. bb8 and deadpool are made for tasks; here
+//! Every pool waits for at most 30 seconds, and takes the connection used last. bb8 and deadpool are made for tasks; here
 //! they serve threads, each of which enters their runtime once per `get`. That is what they cost a threaded server, not
 //! what they cost a task: [`entering`] is the part that is tokio's.
 
@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Duration;
 use tokio::runtime::{Handle, Runtime};
 
-/// How long everybody waits for a connection.
+/// How long a checkout may wait.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connection without I/O. Small, so that a pool that moves it about is not charged for its size.
@@ -78,7 +78,7 @@ impl deadpool::managed::Manager for Nils {
 /// Where [`everybody`] has r2d2 without its test, the 1.00 of every comparison.
 pub const R2D2: usize = 1;
 
-/// Everybody that a contended checkout is measured on, each holding `size` connections.
+/// All that a contended checkout is measured on, each with `size` connections.
 pub fn everybody(size: u32) -> Vec<Box<dyn Subject>> {
     let all = vec![
         millpond("millpond", size, |b| b),
@@ -96,10 +96,10 @@ pub fn everybody(size: u32) -> Vec<Box<dyn Subject>> {
 
 impl<M: millpond::Manage> Store for millpond::Pool<M> {
     type Conn = M::Connection;
-    type Lent<'a> = millpond::PooledConnection<M>;
+    type CheckedOut<'a> = millpond::PooledConnection<M>;
 
     #[inline]
-    fn get(&self, _: usize) -> Self::Lent<'_> {
+    fn get(&self, _: usize) -> Self::CheckedOut<'_> {
         millpond::Pool::get(self).expect("a connection")
     }
 }
@@ -122,7 +122,7 @@ pub fn millpond_pool(
     with(builder).build(Nils).expect("a pool")
 }
 
-/// Does it while somebody reads the pool's counts every 10 ms.
+/// Does `what` while another thread reads the pool's counts every 10 ms.
 pub fn watched<R>(pool: &millpond::Pool<Nils>, what: impl FnOnce() -> R) -> R {
     let (stop, stopped) = mpsc::channel::<()>();
     thread::scope(|s| {
@@ -139,10 +139,10 @@ pub fn watched<R>(pool: &millpond::Pool<Nils>, what: impl FnOnce() -> R) -> R {
 
 impl<M: r2d2::ManageConnection> Store for r2d2::Pool<M> {
     type Conn = M::Connection;
-    type Lent<'a> = r2d2::PooledConnection<M>;
+    type CheckedOut<'a> = r2d2::PooledConnection<M>;
 
     #[inline]
-    fn get(&self, _: usize) -> Self::Lent<'_> {
+    fn get(&self, _: usize) -> Self::CheckedOut<'_> {
         r2d2::Pool::get(self).expect("a connection")
     }
 }
@@ -158,7 +158,7 @@ pub fn r2d2_pool(size: u32, test: bool) -> r2d2::Pool<Nils> {
     builder.test_on_check_out(test).build(Nils).expect("a pool")
 }
 
-/// A runtime with one thread of its own, which does next to nothing here: those who enter it run their futures
+/// A runtime with one thread of its own, which does next to nothing here: threads that enter it run their futures
 /// themselves.
 fn runtime() -> &'static Handle {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
@@ -170,9 +170,9 @@ struct Bb8(bb8::Pool<Nils>);
 
 impl Store for Bb8 {
     type Conn = Nil;
-    type Lent<'a> = bb8::PooledConnection<'a, Nils>;
+    type CheckedOut<'a> = bb8::PooledConnection<'a, Nils>;
 
-    fn get(&self, _: usize) -> Self::Lent<'_> {
+    fn get(&self, _: usize) -> Self::CheckedOut<'_> {
         runtime().block_on(self.0.get()).expect("a connection")
     }
 }
@@ -187,9 +187,9 @@ struct Deadpool(deadpool::managed::Pool<Nils>);
 
 impl Store for Deadpool {
     type Conn = Nil;
-    type Lent<'a> = deadpool::managed::Object<Nils>;
+    type CheckedOut<'a> = deadpool::managed::Object<Nils>;
 
-    fn get(&self, _: usize) -> Self::Lent<'_> {
+    fn get(&self, _: usize) -> Self::CheckedOut<'_> {
         runtime().block_on(self.0.get()).expect("a connection")
     }
 }
@@ -204,97 +204,97 @@ pub fn deadpool(name: &str, size: u32) -> Box<dyn Subject> {
     named(name, Deadpool(pool.expect("a pool")))
 }
 
-// -------------------------------------------------------------------------------------------------- the floors
+// -------------------------------------------------------------------------------------------------- the least
 
-/// The least that can lend the same thing to several threads: a lock and a list.
-struct Floor<C> {
-    unused: Mutex<Vec<C>>,
+/// The least that can share connections between threads: a lock and a list.
+struct Least<C> {
+    idle: Mutex<Vec<C>>,
     returned: Condvar,
-    /// Whether those who find it empty wait, and those who return wake them. Otherwise there must be enough.
+    /// Whether a thread that finds it empty waits, and a return wakes one. Otherwise there must be enough.
     waits: bool,
 }
 
-struct Borrowed<'a, C> {
+struct InUse<'a, C> {
     conn: Option<C>,
-    floor: &'a Floor<C>,
+    of: &'a Least<C>,
 }
 
-impl<C: Send> Store for Floor<C> {
+impl<C: Send> Store for Least<C> {
     type Conn = C;
-    type Lent<'a>
-        = Borrowed<'a, C>
+    type CheckedOut<'a>
+        = InUse<'a, C>
     where
         C: 'a;
 
     #[inline]
-    fn get(&self, _: usize) -> Self::Lent<'_> {
-        let mut unused = self.unused.lock();
+    fn get(&self, _: usize) -> Self::CheckedOut<'_> {
+        let mut idle = self.idle.lock();
         let conn = loop {
-            match unused.pop() {
+            match idle.pop() {
                 Some(conn) => break conn,
                 None => {
-                    assert!(self.waits, "a floor that does not wait needs a connection per thread");
-                    self.returned.wait(&mut unused);
+                    assert!(self.waits, "what does not wait needs a connection per thread");
+                    self.returned.wait(&mut idle);
                 }
             }
         };
-        drop(unused);
-        Borrowed { conn: Some(conn), floor: self }
+        drop(idle);
+        InUse { conn: Some(conn), of: self }
     }
 }
 
-impl<C> Drop for Borrowed<'_, C> {
+impl<C> Drop for InUse<'_, C> {
     #[inline]
     fn drop(&mut self) {
         if let Some(conn) = self.conn.take() {
-            self.floor.unused.lock().push(conn);
-            if self.floor.waits {
-                self.floor.returned.notify_one();
+            self.of.idle.lock().push(conn);
+            if self.of.waits {
+                self.of.returned.notify_one();
             }
         }
     }
 }
 
-impl<C> Deref for Borrowed<'_, C> {
+impl<C> Deref for InUse<'_, C> {
     type Target = C;
 
     #[inline]
     fn deref(&self) -> &C {
-        self.conn.as_ref().expect("lent")
+        self.conn.as_ref().expect("in use until dropped")
     }
 }
 
-impl<C> DerefMut for Borrowed<'_, C> {
+impl<C> DerefMut for InUse<'_, C> {
     #[inline]
     fn deref_mut(&mut self) -> &mut C {
-        self.conn.as_mut().expect("lent")
+        self.conn.as_mut().expect("in use until dropped")
     }
 }
 
-fn floor(name: &str, size: u32, waits: bool) -> Box<dyn Subject> {
-    let unused = (0..size).map(|i| Nil(u64::from(i))).collect();
-    named(name, Floor { unused: Mutex::new(unused), returned: Condvar::new(), waits })
+fn least(name: &str, size: u32, waits: bool) -> Box<dyn Subject> {
+    let idle = (0..size).map(|i| Nil(u64::from(i))).collect();
+    named(name, Least { idle: Mutex::new(idle), returned: Condvar::new(), waits })
 }
 
 /// A lock and a list, for no more threads than connections.
 pub fn bare(size: u32) -> Box<dyn Subject> {
-    floor("lock and list", size, false)
+    least("lock and list", size, false)
 }
 
 /// A lock, a list, and what no pool that keeps time can do without: a look at the coarse clock before each lock, and
-/// under it an account of who has what since when.
+/// under it an account of which thread uses what since when.
 pub fn accounted(size: u32) -> Box<dyn Subject> {
     struct Accounted(Mutex<Accounts>);
 
     struct Accounts {
-        unused: Vec<(usize, Box<Nil>)>,
-        /// Since when, and by whom.
+        idle: Vec<(usize, Box<Nil>)>,
+        /// Since when, and by which thread.
         rows: Vec<(u64, Option<usize>)>,
-        lent: u64,
-        held: u64,
+        checkouts: u64,
+        usage_time: u64,
     }
 
-    struct Loan<'a> {
+    struct Accounting<'a> {
         conn: Option<(usize, Box<Nil>)>,
         of: &'a Accounted,
     }
@@ -314,56 +314,56 @@ pub fn accounted(size: u32) -> Box<dyn Subject> {
 
     impl Store for Accounted {
         type Conn = Nil;
-        type Lent<'a> = Loan<'a>;
+        type CheckedOut<'a> = Accounting<'a>;
 
         #[inline]
-        fn get(&self, worker: usize) -> Loan<'_> {
+        fn get(&self, worker: usize) -> Accounting<'_> {
             let now = coarse();
             let mut accounts = self.0.lock();
-            let (row, conn) = accounts.unused.pop().expect("a floor that does not wait needs a connection per thread");
+            let (row, conn) = accounts.idle.pop().expect("what does not wait needs a connection per thread");
             accounts.rows[row] = (now, Some(worker));
-            accounts.lent += 1;
-            Loan { conn: Some((row, conn)), of: self }
+            accounts.checkouts += 1;
+            Accounting { conn: Some((row, conn)), of: self }
         }
     }
 
-    impl Drop for Loan<'_> {
+    impl Drop for Accounting<'_> {
         #[inline]
         fn drop(&mut self) {
             if let Some((row, conn)) = self.conn.take() {
                 let now = coarse();
                 let mut accounts = self.of.0.lock();
-                accounts.held += now - accounts.rows[row].0;
+                accounts.usage_time += now - accounts.rows[row].0;
                 accounts.rows[row] = (now, None);
-                accounts.unused.push((row, conn));
+                accounts.idle.push((row, conn));
             }
         }
     }
 
-    impl Deref for Loan<'_> {
+    impl Deref for Accounting<'_> {
         type Target = Nil;
 
         #[inline]
         fn deref(&self) -> &Nil {
-            &self.conn.as_ref().expect("lent").1
+            &self.conn.as_ref().expect("in use until dropped").1
         }
     }
 
-    impl DerefMut for Loan<'_> {
+    impl DerefMut for Accounting<'_> {
         #[inline]
         fn deref_mut(&mut self) -> &mut Nil {
-            &mut self.conn.as_mut().expect("lent").1
+            &mut self.conn.as_mut().expect("in use until dropped").1
         }
     }
 
-    let unused = (0..size as usize).map(|i| (i, Box::new(Nil(i as u64)))).collect();
-    let accounts = Accounts { unused, rows: vec![(0, None); size as usize], lent: 0, held: 0 };
+    let idle = (0..size as usize).map(|i| (i, Box::new(Nil(i as u64)))).collect();
+    let accounts = Accounts { idle, rows: vec![(0, None); size as usize], checkouts: 0, usage_time: 0 };
     named("lock, list, accounts", Accounted(Mutex::new(accounts)))
 }
 
-/// A lock, a list and a condition: whoever comes first takes it, as unfair as that may be.
+/// A lock, a list and a condition: the thread that comes first takes it, as unfair as that may be.
 pub fn barging(size: u32) -> Box<dyn Subject> {
-    floor("lock, list, condvar", size, true)
+    least("lock, list, condvar", size, true)
 }
 
 /// One for each, without any pool.
@@ -371,14 +371,14 @@ pub struct PerThread<C>(pub Vec<Mutex<C>>);
 
 impl<C: Send> Store for PerThread<C> {
     type Conn = C;
-    type Lent<'a>
+    type CheckedOut<'a>
         = parking_lot::MutexGuard<'a, C>
     where
         C: 'a;
 
     #[inline]
-    fn get(&self, worker: usize) -> Self::Lent<'_> {
-        // Nobody else's: 10 ns, for the borrow checker.
+    fn get(&self, worker: usize) -> Self::CheckedOut<'_> {
+        // No other thread locks it: 10 ns, for the borrow checker.
         self.0[worker].lock()
     }
 }
@@ -388,7 +388,7 @@ pub fn entering() -> Box<dyn Subject> {
     struct Entering;
     impl Store for Entering {
         type Conn = Nil;
-        type Lent<'a> = Box<Nil>;
+        type CheckedOut<'a> = Box<Nil>;
 
         fn get(&self, _: usize) -> Box<Nil> {
             runtime().block_on(async { Box::new(Nil(0)) })

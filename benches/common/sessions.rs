@@ -1,8 +1,8 @@
 //! The pools on PostgreSQL, through the synchronous client, all doing the same: a `SELECT 1` that the server has parsed
-//! and planned before, in one round trip (Bind, Execute and Sync). What differs is who keeps the statement.
+//! and planned before, in one round trip (Bind, Execute and Sync). What differs is where the statement is kept.
 //!
 //! * A client per thread and the stock manager: prepared by hand when the connection is opened, and kept beside the
-//!   client in a [`Session`]. The stock manager lends bare clients, with no room for it, so [`Sessions`] is a manager
+//!   client in a [`Session`]. The stock manager makes bare clients, with no room for it, so [`Sessions`] is a manager
 //!   around it, as one writes it for the purpose. Nothing is looked up: it is the least that can be done, and
 //!   Millpond's rivals have it.
 //! * Millpond's own manager: `query_one_cached`, as its documentation says. The look-up in the cache is on its account.

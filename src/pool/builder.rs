@@ -4,11 +4,10 @@ use crate::error::Error;
 use crate::event::HandleEvent;
 use crate::hooks::Hooks;
 use crate::leaf::text::Short;
-use crate::ledger::Validate;
 use crate::manage::Manage;
 use crate::pool::Pool;
 use crate::runtime::shared::{PoolLedger, Shared};
-use crate::settings::Settings;
+use crate::settings::{Settings, Validate};
 use log::Level;
 use r2d2::{CustomizeConnection, HandleError};
 use std::fmt;
@@ -52,29 +51,7 @@ impl<M: Manage> Default for Builder<M> {
 impl<M: Manage> Builder<M> {
     /// A builder with the default of every setting.
     pub fn new() -> Builder<M> {
-        Builder {
-            name: None,
-            manager: None,
-            settings: Settings {
-                name: String::new(),
-                max_size: 10,
-                min_idle: 0,
-                max_idle: Some(Duration::from_secs(10 * 60)),
-                max_lifetime: Some(Duration::from_secs(30 * 60)),
-                lifetime_jitter: 0.1,
-                connection_timeout: Duration::from_secs(30),
-                validate: Validate::AfterIdle(Duration::from_secs(1)),
-                validation_timeout: Duration::from_secs(2),
-                open_timeout: Duration::from_secs(10),
-                close_timeout: Duration::from_secs(5),
-                parallel_opens: 4,
-                max_waiting: None,
-                keepalive: None,
-                leak_threshold: None,
-                fair_after: Duration::from_micros(700),
-            },
-            hooks: Hooks::none(),
-        }
+        Builder { name: None, manager: None, settings: Settings::default(), hooks: Hooks::none() }
     }
 
     /// What the pool is called in errors, log records and thread names (which the system cuts to 15 bytes).

@@ -8,7 +8,7 @@ use crate::event::{CheckoutEvent, TimeoutEvent};
 use crate::leaf::clock::Moment;
 use crate::leaf::shield::{Panic, catch, shielded};
 use crate::leaf::{in_hand, threads};
-use crate::ledger::{Caller, Join, Outcome, Take, Ticket, Token};
+use crate::ledger::{Caller, Join, Outcome, SlotJob, Take, Ticket, Token};
 use crate::manage::Manage;
 use crate::pool::Pool;
 use crate::pool::connection::PooledConnection;
@@ -266,7 +266,7 @@ impl<M: Manage> Pool<M> {
         let permit = Permit::new(Arc::clone(shared), token);
         permit.report_check(reason);
         if let Some(token) = permit.into_token() {
-            shared.post(Job::Close(token, conn, reason));
+            shared.post(Job::Slot(SlotJob::Close(token, conn, reason)));
         }
         tell_check_failed(shared, id, reason, result);
     }

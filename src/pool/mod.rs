@@ -18,11 +18,10 @@ mod refusals;
 
 use crate::error::Error;
 use crate::leaf::clock::Moment;
-use crate::ledger::Counts;
 use crate::manage::Manage;
 use crate::runtime::shared::Shared;
 use crate::settings::{Settings, check_floor};
-use crate::stats::{Connections, State, Stats, Tally};
+use crate::stats::{Connections, Counts, Facts, State, Stats, Tally};
 use log::Level;
 use std::fmt;
 use std::sync::Arc;
@@ -128,35 +127,8 @@ impl<M: Manage> Pool<M> {
             let tally = ledger.tally.clone();
             (dropped_records, ledger.counts(), ledger.rules().max_size, ledger.is_closed(), tally)
         };
-        Stats {
-            name: shared.name.to_string(),
-            age: shared.time.precise().since(Moment::BIRTH),
-            closed,
-            max_size,
-            idle: counts.idle,
-            in_use: counts.in_use,
-            checking: counts.checking,
-            opening: counts.opening,
-            closing: counts.closing,
-            waiting: counts.waiting,
-            abandoned: counts.abandoned,
-            checkouts: tally.checkouts,
-            waits: tally.waits,
-            timeouts: tally.timeouts,
-            rejected: tally.rejected,
-            opens: tally.opens,
-            failed_opens: tally.failed_opens,
-            closes: tally.closes.iter().sum(),
-            detached: tally.detached,
-            abandonments: tally.abandonments,
-            leaks: tally.leaks,
-            dropped_records,
-            wait_time: tally.wait,
-            usage_time: tally.hold,
-            open_time: tally.open,
-            max_lateness: tally.max_lateness,
-            closes_by: tally.closes,
-        }
+        let (name, age) = (shared.name.to_string(), shared.time.precise().since(Moment::BIRTH));
+        Stats::new(Facts { name, age, closed, max_size, dropped_records }, counts, tally)
     }
 
     /// Every connection, one row each: what it is doing, how old it is, who has it.
@@ -168,10 +140,17 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.slots(|_| true)))
     }
 
-    /// Has a record logged about this pool, from a thread that the logger may block.
+    /// Logs records about this pool, from a thread that the logger may block, for as long as there is one: it does not keep
+    /// the pool. Afterwards it logs on the thread that calls it.
     #[cfg(feature = "postgres")]
-    pub(crate) fn record(&self, level: Level, text: impl FnOnce() -> String) {
-        self.shared().record(level, text);
+    pub(crate) fn recorder(&self) -> impl Fn(Level, String) + Send + Sync + 'static {
+        let (shared, name) = (Arc::downgrade(self.shared()), self.name().to_string());
+        move |level, text| match shared.upgrade() {
+            Some(shared) => shared.record(level, || text),
+            None => {
+                log::log!(target: "millpond", level, "{}", crate::leaf::text::Shown(format_args!("pool '{name}': {text}")))
+            }
+        }
     }
 
     /// The settings the pool was built with.

@@ -1,7 +1,9 @@
 //! Why there is no connection: what the errors of a pool are made of.
 
 use crate::error::{Cause, Closed, Connect, Error, ErrorKind, Timeout};
+use crate::leaf::text::Short;
 use crate::leaf::threads;
+use crate::ledger::FailedOpen;
 use crate::manage::Manage;
 use crate::runtime::shared::Shared;
 use crate::stats::ConnectionState;
@@ -13,11 +15,12 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn timeout_error(&self, timeout: Duration) -> Error {
         let (counts, max_size, failing) = {
             let ledger = self.lock();
-            (ledger.counts(), ledger.rules().max_size, ledger.is_failing())
+            (ledger.counts(), ledger.rules().max_size, ledger.failing())
         };
         let mut in_use = self.slots(|slot| slot.as_seen() == ConnectionState::InUse);
         let me = threads::id();
-        let checked_out_here = in_use.iter().filter(|slot| slot.caller.is_some_and(|c| c.thread == me)).count() as u32;
+        let checked_out_here =
+            in_use.iter().filter(|slot| slot.caller().is_some_and(|c| c.thread == me)).count() as u32;
         in_use.sort_by_key(|slot| slot.since);
         in_use.truncate(Timeout::MOST_SHOWN);
         let mut longest_in_use = self.describe(in_use);
@@ -34,8 +37,26 @@ impl<M: Manage> Shared<M> {
             waiting: counts.waiting,
             longest_in_use,
             checked_out_here,
-            cause: if failing { self.openings.cause() } else { None },
+            cause: failing.and_then(|why| self.why_failed(why)),
         }))
+    }
+
+    /// Why the last open failed, in words.
+    fn why_failed(&self, why: FailedOpen) -> Option<Cause> {
+        match why {
+            // The cause was set before the ledger was told.
+            FailedOpen::AsReported => self.openings.cause(),
+            FailedOpen::NoAnswer => {
+                let limit = Short(self.settings.open_timeout);
+                Some(Cause::message(format!("no answer to an attempt to connect within {limit}")))
+            }
+            FailedOpen::TooOld { took } => {
+                let took = Short(took);
+                let life = self.settings.max_lifetime.map_or(took.to_string(), |life| Short(life).to_string());
+                let text = format!("connected in {took}, when its life of at most {life} was over or about to be");
+                Some(Cause::message(text))
+            }
+        }
     }
 
     /// The server refuses for good.

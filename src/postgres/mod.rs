@@ -15,33 +15,37 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A borrowed [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the stock
+//! A checked-out [`Connection`] derefs to [`postgres::Client`]. The [`PostgresManager`] is better than the stock
 //! `r2d2_postgres` one, which keeps working, in these ways:
 //!
-//! * **Refusals are told from failures.** A wrong password, a missing database, an untrusted certificate fail within one
-//!   round trip, in the server's words, and are not hammered at; a server that starts up, is full or away is tried again
-//!   until the deadline. See [`Error`].
-//! * **Clean hand-over.** Nobody receives another's transaction: a connection that comes back inside one is rolled back
-//!   before anyone gets it, with a warning that names the line that had borrowed it; one in the middle of a COPY, or whose
-//!   answers no longer match its questions, is closed. What a session has set stays, unless you say otherwise: see [`Reset`].
-//! * **What is abandoned ends.** A query of which nobody reads the rest, or whose user has gone, is cancelled before another
-//!   takes its place. A [`Canceller`] ends with its checkout: a watchdog that fires late hits nobody else's query.
+//! * **Refusals differ from failures.** A wrong password, a missing database, an untrusted certificate fail within one
+//!   round trip, in the server's words, and are not hammered at; a server that starts up, is full or away is tried
+//!   again until the deadline. See [`Error`].
+//! * **Nobody receives another's transaction.** A connection that comes back inside one is rolled back before it is
+//!   handed out again, with a warning that names the line that had checked it out; one in the middle of a COPY, or
+//!   whose answers no longer match its questions, is closed. What a session has set stays, unless you choose otherwise:
+//!   see [`Reset`].
+//! * **A query that nobody waits for ends.** If its caller has gone, or does not read the rest of the answer, it is
+//!   cancelled before the connection's place is taken by another. A [`Canceller`] ends with its checkout: a watchdog
+//!   that fires late hits nobody else's query.
 //! * **A commit that keeps nothing is an error.** See [`Transaction::commit`].
-//! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can be
-//!   cut from outside, so that no thread stays behind.
-//! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set it.
-//!   [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those that are
-//!   proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves alone.
+//! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can
+//!   be aborted from outside, so that no thread stays behind.
+//! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set
+//!   it. [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those
+//!   that are proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves
+//!   alone.
 //! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
-//! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open with
-//!   what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the server clean
-//!   up after a process that was killed.
+//! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open
+//!   with what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the
+//!   server clean up after a process that was killed.
 //!
 //! # Statements
 //!
 //! `client.query("SELECT ...", ..)` asks the server twice: to prepare the statement, and to run it. `query_cached`,
-//! `query_one_cached`, `query_opt_cached` and `execute_cached` do the same and remember the statement, on this connection
-//! and beyond this checkout: from the second call on they ask once, and the server need not parse and plan again.
+//! `query_one_cached`, `query_opt_cached` and `execute_cached` do the same and remember the statement, on this
+//! connection and beyond this checkout: from the second call on they ask once, and the server need not parse and plan
+//! again.
 //!
 //! ```no_run
 //! # fn f(pool: &millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -60,36 +64,38 @@
 //!
 //! A statement that an `ALTER TABLE` has outdated (SQLSTATE 0A000) or a `DISCARD ALL` removed (26000) is forgotten, and
 //! outside a transaction prepared again and run: the call works as if nothing had been. Only if the server refused it
-//! before anything of it ran: what may have run is never run twice. (On a connection that is not observed the error itself
-//! must prove that; it cannot where `log_parameter_max_length_on_error` is set, and then the next call works.) Inside a
-//! transaction the error is yours: the transaction has failed with it, and works when you repeat it.
+//! before anything of it ran: what may have run is never run twice. (On a connection that is not observed the error
+//! itself must prove that; it cannot where `log_parameter_max_length_on_error` is set, and then the next call works.)
+//! Inside a transaction the error is yours: the transaction has failed with it, and works when you repeat it.
 //!
 //! # Transaction poolers
 //!
-//! PgBouncer in transaction mode may send each transaction to another server, where a statement that was prepared before
-//! does not exist (26000), or another program's has its name (42P05). Set
-//! [`statement_cache(0)`](PostgresManager::statement_cache), unless the pooler tracks prepared statements itself (PgBouncer
-//! since 1.21, `max_prepared_statements`). Then the `_cached` functions use no statement that outlives a transaction: the
-//! first time a connection meets an SQL text they learn the types of its parameters, in a short transaction (three round
-//! trips; four if not observed), and from then on send text and parameters in one message, in one round trip. What does
-//! *not* work there, whatever this crate does: `query` with a text instead of a statement, outside a transaction (use
-//! `query_cached` or `query_typed`); and types that are not built in may not, since `postgres` looks each up, once, with a
-//! statement of its own: where that is gone the call fails with 26000, and the pool replaces the connection.
+//! PgBouncer in transaction mode may send each transaction to another server, where a statement that was prepared
+//! before does not exist (26000), or another program's has its name (42P05). Set
+//! [`statement_cache(0)`](PostgresManager::statement_cache), unless the pooler tracks prepared statements itself
+//! (PgBouncer since 1.21, `max_prepared_statements`). Then the `_cached` functions use no statement that outlives a
+//! transaction: the first time a connection meets an SQL text they learn the types of its parameters, in a short
+//! transaction (three round trips; four if not observed), and from then on send text and parameters in one message, in
+//! one round trip. What does *not* work there, whatever this crate does: `query` with a text instead of a statement,
+//! outside a transaction (use `query_cached` or `query_typed`); and types that are not built in may not, since
+//! `postgres` looks each up, once, with a statement of its own: where that is gone the call fails with 26000, and the
+//! pool replaces the connection.
 //!
 //! # The observer
 //!
-//! Clean hand-over and a way to cut what hangs rest on watching the bytes of the connection, in a TLS connector of this
-//! crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain no is taken for one:
-//! after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip it costs little
-//! (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`] switches it off. With
-//! it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//! To know how a connection comes back, and to abort what hangs, the pool watches the bytes of the connection, in a TLS
+//! connector of this crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain
+//! no is taken for one: after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip
+//! it costs little (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`]
+//! switches it off. With it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`:
+//! [`Connection::canceller`] does, on any connection.
 //!
 //! A connection that is not observed is asked with one query when it comes back (and is pinged before, if more than the
-//! `_cached` functions was used), which costs as much as a small query, and nothing can be cut. Nor is there a bound to what
-//! a server may say before it has let anybody in (observed, 64 KiB in one message and 1 MiB in all): `postgres` takes as much
-//! memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is taken for one that
-//! fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both for a no, and logs in in
-//! clear.)
+//! `_cached` functions was used), which costs as much as a small query, and nothing can be aborted. Nor is there a
+//! bound to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all):
+//! `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And a server that
+//! declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
+//! `sslmode=prefer` it takes both for a no, and logs in in clear.)
 //!
 //! # Code that is generic over `GenericClient`
 //!
@@ -107,28 +113,18 @@
 //! # }
 //! ```
 
-mod audit;
-mod budget;
-mod connection;
 mod error;
-mod guards;
-mod host;
-mod manager;
-mod marked;
-// What the pool's own manager does not use, tests do.
-#[allow(dead_code)]
-mod observer;
-mod scanner;
-mod statements;
+mod operations;
+mod session;
+mod wire;
 
-pub use audit::{Audit, Backend, Outcome, Owner, Termination, Terminations, audit, audit_with};
-pub use budget::{Allowance, Budget, budget};
-pub use connection::{Canceller, Connection};
 pub use error::Error;
-pub use guards::ServerGuards;
-pub use manager::{PostgresManager, Reset};
-pub use observer::Connector;
-pub use statements::{StatementCacheStats, Transaction};
+pub use operations::{
+    Allowance, Audit, Backend, Budget, Outcome, Owner, Pool, PostgresManager, ServerGuards, Termination, Terminations,
+    audit, audit_with, budget,
+};
+pub use session::{Canceller, Connection, Reset, StatementCacheStats, Transaction};
+pub use wire::Connector;
 
 use crate::Builder;
 use ::postgres::NoTls;
@@ -137,10 +133,7 @@ use ::postgres::NoTls;
 #[doc = include_str!("../../docs/postgres-budget.md")]
 pub mod choosing_the_numbers {}
 
-/// A pool of PostgreSQL connections.
-pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;
-
-/// A borrowed PostgreSQL connection.
+/// A PostgreSQL connection that is checked out of a pool.
 pub type PooledConnection<T = NoTls> = crate::PooledConnection<PostgresManager<T>>;
 
 /// The shortest start: a connection string in (`host=... user=...` or `postgres://...`), a builder out, to be
@@ -148,7 +141,7 @@ pub type PooledConnection<T = NoTls> = crate::PooledConnection<PostgresManager<T
 ///
 /// # Errors
 ///
-/// If the string is not one. Says which part is wrong, and never what it says: it may be the password.
+/// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
 pub fn builder(params: &str) -> Result<Builder<PostgresManager<NoTls>>, Error> {
     Ok(Builder::new().manager(PostgresManager::parse(params, NoTls)?))
 }

@@ -1,20 +1,16 @@
 //! [`Job`]: what the executor can be given to do.
 
 use crate::error::Cause;
-use crate::ledger::{Caller, Token};
+use crate::ledger::SlotJob;
 use crate::manage::Opening;
 use crate::runtime::executor::{Kind, Task};
-use crate::stats::CloseReason;
 use log::Level;
 use std::sync::Arc;
 
 /// Something for the executor to do. `C` is a connection.
 pub(crate) enum Job<C> {
-    Open(Token),
-    Check(Token, C),
-    /// With the last caller.
-    Reset(Token, C, Option<Caller>),
-    Close(Token, C, CloseReason),
+    /// The ledger has ordered it.
+    Slot(SlotJob<C>),
     /// Abort what this connection is doing, after asking the server to cancel it if `true`.
     Abort(Arc<Opening>, bool),
     /// Drop a cause: what it was made of may be the user's.
@@ -26,9 +22,9 @@ pub(crate) enum Job<C> {
 impl<C: Send + 'static> Task for Job<C> {
     fn kind(&self) -> Kind {
         match self {
-            Job::Open(..) => Kind::Open,
-            Job::Check(..) | Job::Reset(..) => Kind::Check,
-            Job::Close(..) => Kind::Close,
+            Job::Slot(SlotJob::Open(..)) => Kind::Open,
+            Job::Slot(SlotJob::Check(..) | SlotJob::Reset(..)) => Kind::Check,
+            Job::Slot(SlotJob::Close(..)) => Kind::Close,
             Job::Abort(..) | Job::Drop(..) => Kind::Abort,
             Job::Record(..) => Kind::Record,
         }
@@ -36,7 +32,7 @@ impl<C: Send + 'static> Task for Job<C> {
 
     fn slot(&self) -> Option<u64> {
         match self {
-            Job::Open(token) | Job::Check(token, _) | Job::Reset(token, ..) | Job::Close(token, ..) => Some(token.id()),
+            Job::Slot(job) => Some(job.id()),
             Job::Abort(..) | Job::Drop(..) | Job::Record(..) => None,
         }
     }

@@ -8,7 +8,7 @@ use crate::event::{AcquireEvent, ReleaseEvent};
 use crate::leaf::in_hand;
 use crate::leaf::shield::{Panic, catch, drop_payload, shielded};
 use crate::leaf::text::{CAUSE, Short, brief};
-use crate::ledger::Caller;
+use crate::ledger::{Caller, SlotJob};
 use crate::manage::{Manage, Opening, Start};
 use crate::runtime::conn::Conn;
 use crate::runtime::executor::{Executor, Host, Task};
@@ -50,10 +50,10 @@ fn run<M: Manage>(shared: &Arc<Shared<M>>, job: Job<Box<PoolConn<M>>>) {
     let _in_hand = job.slot().map(|id| in_hand::with(shared.address(), id));
     let permit = |token| Permit::new(Arc::clone(shared), token);
     match job {
-        Job::Open(token) => open(shared, permit(token)),
-        Job::Check(token, conn) => check(shared, permit(token), conn, None),
-        Job::Reset(token, conn, caller) => check(shared, permit(token), conn, Some(caller)),
-        Job::Close(token, conn, reason) => close(shared, permit(token), *conn, reason),
+        Job::Slot(SlotJob::Open(token)) => open(shared, permit(token)),
+        Job::Slot(SlotJob::Check(token, conn)) => check(shared, permit(token), conn, None),
+        Job::Slot(SlotJob::Reset(token, conn, caller)) => check(shared, permit(token), conn, Some(caller)),
+        Job::Slot(SlotJob::Close(token, conn, reason)) => close(shared, permit(token), *conn, reason),
         Job::Abort(opening, cancel) => {
             if cancel {
                 shielded(|| opening.cancel());
@@ -116,13 +116,8 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
     match permit.hand_over(|l, now, token| l.opened(now, token, conn)) {
-        Ok(false) => {
-            let life = shared.settings.max_lifetime.map_or(Short(took).to_string(), |life| Short(life).to_string());
-            shared.set_cause(Cause::message(format!(
-                "connected in {}, when its life of at most {life} was over or about to be",
-                Short(took)
-            )));
-        }
+        // Its life was over: the ledger says so to whoever asks why the open failed.
+        Ok(false) => {}
         Ok(true) => {
             shared.record(Level::Debug, || {
                 let server = opening.server_id().map(|id| format!(" (server id {id})")).unwrap_or_default();

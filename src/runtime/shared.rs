@@ -10,7 +10,7 @@ use crate::leaf::process::Home;
 use crate::leaf::shield::{drop_payload, shielded};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::{defect, threads};
-use crate::ledger::{Caller, Condition, Counts, Ledger, Order, Outcome, Slot, Token};
+use crate::ledger::{Caller, Condition, Ledger, Order, Outcome, Slot, SlotJob, Token};
 use crate::manage::Manage;
 use crate::runtime::conn::Conn;
 use crate::runtime::event_count::EventCount;
@@ -23,7 +23,7 @@ use crate::runtime::time::PoolTime;
 use crate::runtime::user::User;
 use crate::runtime::waiter::Waiter;
 use crate::settings::Settings;
-use crate::stats::{ConnectionInfo, ConnectionState};
+use crate::stats::{ConnectionInfo, ConnectionState, Counts};
 use log::Level;
 use parking_lot::{Mutex, MutexGuard};
 use std::any::Any;
@@ -129,7 +129,7 @@ impl<M: Manage> Shared<M> {
             executor: Executor::new(settings.name.clone()),
             core: Arc::new(Core {
                 home: time.home(),
-                ledger: Mutex::new(Ledger::new(settings.rules(time.resolution()))),
+                ledger: Mutex::new(Ledger::new(settings.clone(), time.resolution())),
                 pool: Weak::clone(pool),
             }),
             reaper: Reaper::new(),
@@ -254,10 +254,7 @@ impl<M: Manage> Shared<M> {
 
     fn carry_out(self: &Arc<Self>, order: Order<Box<PoolConn<M>>>) {
         match order {
-            Order::Open(token) => self.post(Job::Open(token)),
-            Order::Check(token, conn) => self.post(Job::Check(token, conn)),
-            Order::Reset(token, conn, caller) => self.post(Job::Reset(token, conn, caller)),
-            Order::Close(token, conn, reason) => self.post(Job::Close(token, conn, reason)),
+            Order::Job(job) => self.post(Job::Slot(job)),
             Order::Slow { id } => {
                 if !self.executor.stop_counting(self, id) {
                     self.with(|l| l.look_again());
@@ -269,18 +266,14 @@ impl<M: Manage> Shared<M> {
                     ConnectionState::Checking => "checking",
                     _ => "closing",
                 };
-                if was == ConnectionState::Opening {
-                    let within = Short(limit);
-                    self.set_cause(Cause::message(format!("no answer to an attempt to connect within {within}")));
-                }
                 if !self.executor.abandon(self, id) {
                     self.with(|l| l.look_again());
                 }
                 self.abort(id, cancel);
                 self.record(Level::Warn, || format!("abandoned {what} #{id}, which took longer than {}", Short(limit)));
             }
-            Order::Leak { id, caller, held } => self.record(Level::Warn, || {
-                format!("#{id} has been checked out for {}{}: a leak?", Short(held), by(caller))
+            Order::Leak { id, caller, in_use_for } => self.record(Level::Warn, || {
+                format!("#{id} has been checked out for {}{}: a leak?", Short(in_use_for), by(caller))
             }),
         }
     }
@@ -290,7 +283,7 @@ impl<M: Manage> Shared<M> {
             Ok(true) => {}
             // The reaper runs the backlog after each look.
             Ok(false) => self.with(|l| l.look_again()),
-            Err((error, Job::Open(token))) => {
+            Err((error, Job::Slot(SlotJob::Open(token)))) => {
                 self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
                 let (now, jitter) = (self.time.precise(), self.jitter());
                 self.with(|l| l.open_failed(now, &token, false, jitter));
@@ -306,7 +299,7 @@ impl<M: Manage> Shared<M> {
     /// done at all.
     pub(crate) fn abort(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let Some(opening) = self.openings.get(id) else { return false };
-        let can_be_aborted = opening.condemn();
+        let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
             // The job drops it, too: what it holds is the user's. (If there is nothing to be done, it holds nothing.)
             self.post(Job::Abort(opening, cancel));
@@ -390,8 +383,8 @@ impl<M: Manage> Shared<M> {
             since: now.since(slot.since),
             age: now.since(slot.born),
             uses: slot.uses,
-            location: slot.caller.map(|caller| caller.at),
-            thread: slot.caller.map(|caller| threads::name(caller.thread)),
+            location: slot.caller().map(|caller| caller.at),
+            thread: slot.caller().map(|caller| threads::name(caller.thread)),
         };
         slots.into_iter().zip(server_ids).map(describe).collect()
     }

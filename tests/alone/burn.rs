@@ -1,4 +1,4 @@
-//! Nothing that hangs or fails keeps a processor busy. In a program of its own, for what others use counts as well.
+//! P10: a call that hangs or fails keeps no processor busy.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -6,24 +6,9 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
-use crate::fake::{Act, Call, Fake};
+use crate::fake::{Act, Call, Fake, ends_well, take};
 use crate::support::{ms, watched};
-use millpond::{Manage, Pool, PooledConnection, Validate};
-
-/// Far longer than what it is given to takes anywhere.
-const LONG: Duration = Duration::from_secs(10);
-
-fn take<M: Manage>(pool: &Pool<M>, n: usize) -> Vec<PooledConnection<M>> {
-    (0..n).map(|_| pool.get_timeout(LONG).unwrap()).collect()
-}
-
-/// With the fault over, everything ends.
-#[track_caller]
-fn ends_well<M: Manage>(pool: Pool<M>, fake: &Fake) {
-    let report = pool.close(LONG);
-    assert!(report.is_complete(), "{report}");
-    assert_eq!(fake.alive(), 0);
-}
+use millpond::{Pool, PooledConnection, Validate};
 
 fn cpu() -> Duration {
     // utime and stime, in hundredths of a second.
@@ -76,13 +61,13 @@ fn nothing_that_hangs_or_fails_burns_a_processor() {
                 pool.recycle();
                 vec![]
             }),
-            ("all out", |_, pool| take(pool, 3)),
-            ("all out, suspect", |fake, pool| {
-                let mut held = take(pool, 3);
+            ("all in use", |_, pool| take(pool, 3)),
+            ("all in use, suspect", |fake, pool| {
+                let mut checked_out = take(pool, 3);
                 fake.next(Call::Returned, [Act::Fail]);
-                drop(held.pop());
+                drop(checked_out.pop());
                 fake.set(Call::Validate, Act::Fail);
-                held
+                checked_out
             }),
         ];
         for validate in [Validate::AfterIdle(ms(20)), Validate::Always] {
@@ -93,7 +78,7 @@ fn nothing_that_hangs_or_fails_burns_a_processor() {
                     let builder = builder.max_idle(ms(700)).keepalive(ms(200)).max_lifetime(ms(900));
                     let builder = builder.open_timeout(ms(400)).close_timeout(ms(400)).validation_timeout(ms(400));
                     let pool = builder.validate(validate).build(fake.r2d2()).unwrap();
-                    let held = prepare(&fake, &pool);
+                    let checked_out = prepare(&fake, &pool);
                     let stop = Arc::new(AtomicBool::new(false));
                     let before = (cpu(), fake.calls(Call::Open) + fake.calls(Call::Validate));
                     let asks: Vec<_> = (0..if ask == "get" { 3 } else { 1 })
@@ -122,7 +107,7 @@ fn nothing_that_hangs_or_fails_burns_a_processor() {
                         fake.release(call);
                     }
                     asks.into_iter().for_each(|t| t.join().unwrap());
-                    drop(held);
+                    drop(checked_out);
                     ends_well(pool, &fake);
                 }
             }

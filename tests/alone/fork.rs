@@ -1,5 +1,5 @@
-//! After a fork the child has the pool's memory and sockets, and none of its threads: it is told so, and does the parent
-//! no harm.
+//! P4: after a fork the child has the pool's memory and sockets, and none of its threads: it is told so, and does the
+//! parent no harm.
 
 use std::os::unix::process::{CommandExt, parent_id};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -10,31 +10,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::direct::Direct;
-use crate::fake::{Call, Fake};
-use crate::support::{Database, EPSILON, alone, ms, threads_named, wait_until};
+use crate::fake::{Act, Call, Fake};
+use crate::support::{Database, EPSILON, SOON, alone, beside_others, ms, threads_named, wait_until, within};
 use log::{LevelFilter, Log, Metadata, Record};
 use millpond::{ConnectionState, Error, Manage, Opening, Pool, PoolGuard, PooledConnection, Returned, Validate};
 use postgres::{Client, Config, NoTls};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, waitpid};
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
-
 /// How to connect to the server, in the environment of a process that forks.
 const CONNINFO: &str = "FORK_TEST_CONNINFO";
 
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
-
 /// Runs a test of this file again, alone in a process of its own: there it finds `Some` way to connect. A process that
-/// does not end is ended, with whatever it forked.
-fn in_a_process(test: &str) -> Option<Config> {
+/// does not end is ended, with whatever it forked. Meanwhile this process holds `lock`.
+fn in_a_process<L>(test: &str, lock: impl FnOnce() -> L) -> Option<Config> {
     if let Ok(conninfo) = std::env::var(CONNINFO) {
         return Some(conninfo.parse().unwrap());
     }
-    // There it asserts on time.
-    let _alone = alone();
+    let _lock = lock();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(CONNINFO, Database::get().conninfo(test))
@@ -57,8 +49,8 @@ fn in_a_process(test: &str) -> Option<Config> {
 
 /// Forks this process. `None` in the child, which is to end with [`end`].
 fn fork() -> Option<Pid> {
-    // SAFETY: the child has this thread only, and must not wait for a lock that another held when it was made. There are
-    // two others, which sleep by then (see `at_rest`), and the C library sees to its own locks.
+    // SAFETY: the child has this thread only, and must not wait for a lock that another held when it was made. There
+    // are two others, which sleep by then (see `at_rest`), and the C library sees to its own locks.
     match unsafe { libc::fork() } {
         0 => None,
         child => Some(Pid::from_raw(child).expect("a fork")),
@@ -76,6 +68,14 @@ fn assert_passed(child: Pid) {
     assert_eq!(status.exit_status(), Some(0), "the forked child");
 }
 
+/// Whether the thread of this name waits for something.
+fn is_asleep(name: &str) -> bool {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("/proc").flatten();
+    let stats = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("stat")).ok());
+    // "number (name) state ..."
+    stats.into_iter().any(|stat| stat.contains(&format!("({name}) S ")))
+}
+
 /// Waits until nobody is left but this thread, the test harness, which waits for it, and the one that keeps the pool's
 /// time: those that linger after their work have left.
 fn at_rest<M: Manage>(pool: &Pool<M>) {
@@ -85,7 +85,8 @@ fn at_rest<M: Manage>(pool: &Pool<M>) {
         threads.len() == 3
     });
     assert!(alone && threads.contains(&format!("{}-reaper", pool.name())), "{threads:?}");
-    thread::sleep(ms(20)); // until it sleeps
+    // It does nothing from now on, and so holds no lock.
+    assert!(wait_until(within(SOON), || is_asleep("fork-reaper")), "the reaper does not rest");
 }
 
 fn number(c: &mut Client) -> i32 {
@@ -122,21 +123,21 @@ impl Log for Printing {
 /// The child drops all that it has of the pool, in every way there is; the parent's connections live on.
 #[test]
 fn drops_in_the_child() {
-    let Some(config) = in_a_process("fork::drops_in_the_child") else { return };
+    let Some(config) = in_a_process("fork::drops_in_the_child", beside_others) else { return };
     // A pool that says something of what the child does would need a thread for it.
     log::set_logger(&Printing).map(|()| log::set_max_level(LevelFilter::Trace)).unwrap();
     let manager = r2d2_postgres::PostgresConnectionManager::new(config, NoTls);
     let pool = Pool::builder().name("fork").max_size(4).build(manager).unwrap();
-    let mut lent = [0; 3].map(|_| pool.get().unwrap());
+    let mut in_use = [0; 3].map(|_| pool.get().unwrap());
     let mut idle = pool.get().unwrap();
-    let (of_lent, of_idle) = (lent.each_mut().map(|c| number(c)), number(&mut idle));
+    let (of_those_in_use, of_idle) = (in_use.each_mut().map(|c| number(c)), number(&mut idle));
     drop(idle);
     let guard = pool.guard();
     at_rest(&pool);
 
     let Some(child) = fork() else {
         end(|| {
-            let [a, b, c] = lent;
+            let [a, b, c] = in_use;
             drop(a);
             PooledConnection::discard(b);
             let panics = AssertUnwindSafe(|| {
@@ -156,9 +157,9 @@ fn drops_in_the_child() {
     };
     assert_passed(child);
     assert!(!pool.is_closed());
-    assert_eq!(lent.each_mut().map(|c| number(c)), of_lent, "what was lent works, and is the same");
+    assert_eq!(in_use.each_mut().map(|c| number(c)), of_those_in_use, "what was in use works, and is the same");
     assert_eq!(number(&mut pool.get().unwrap()), of_idle, "and so is what was idle");
-    drop(lent);
+    drop(in_use);
     assert_eq!(pool.stats().idle, 4);
     let report = guard.close();
     assert!(report.is_complete(), "{report}");
@@ -167,12 +168,12 @@ fn drops_in_the_child() {
 /// What would need a thread of the pool's says so at once.
 #[test]
 fn gets_in_the_child() {
-    let Some(config) = in_a_process("fork::gets_in_the_child") else { return };
+    let Some(config) = in_a_process("fork::gets_in_the_child", beside_others) else { return };
     let manager = Direct::new(config);
     let pool = Pool::builder().name("fork").max_size(2).validate(Validate::Always).build(manager).unwrap();
-    let mut lent = pool.get().unwrap();
+    let mut in_use = pool.get().unwrap();
     let mut idle = pool.get().unwrap();
-    let numbers = [number(&mut lent.0), number(&mut idle.0)];
+    let numbers = [number(&mut in_use.0), number(&mut idle.0)];
     drop(idle);
     at_rest(&pool);
     let Some(child) = fork() else {
@@ -187,16 +188,16 @@ fn gets_in_the_child() {
         })
     };
     assert_passed(child);
-    assert_eq!([number(&mut lent.0), number(&mut pool.get().unwrap().0)], numbers);
+    assert_eq!([number(&mut in_use.0), number(&mut pool.get().unwrap().0)], numbers);
     assert_eq!(pool.stats().failed_opens, 0);
-    drop(lent);
+    drop(in_use);
     assert!(pool.close(SOON).is_complete());
 }
 
 /// A pool that is built in the child is a pool.
 #[test]
 fn a_pool_of_the_childs_own() {
-    let Some(_) = in_a_process("fork::a_pool_of_the_childs_own") else { return };
+    let Some(_) = in_a_process("fork::a_pool_of_the_childs_own", beside_others) else { return };
     let fake = Fake::new();
     let pool = Pool::builder().name("fork").build(fake.direct()).unwrap();
     at_rest(&pool);
@@ -240,7 +241,7 @@ impl Manage for Plain {
 /// What a child does with the parent's pool.
 struct Legacy<'a> {
     pool: &'a Pool<Plain>,
-    lent: Option<PooledConnection<Plain>>,
+    in_use: Option<PooledConnection<Plain>>,
     guard: Option<PoolGuard<Vec<thread::JoinHandle<()>>>>,
 }
 
@@ -266,21 +267,21 @@ const DEEDS: [(&str, Deed); 10] = [
         let text = "pool 'fork' is another process's, of which this one is a fork: nothing was done";
         assert_eq!((report.to_string().as_str(), report.is_complete()), (text, false));
     }),
-    ("return", |l| drop(l.lent.take())),
-    ("discard", |l| PooledConnection::discard(l.lent.take().unwrap())),
+    ("return", |l| drop(l.in_use.take())),
+    ("discard", |l| PooledConnection::discard(l.in_use.take().unwrap())),
     ("detach", |l| {
-        assert_eq!(PooledConnection::info(l.lent.as_ref().unwrap()).state, ConnectionState::InUse);
-        PooledConnection::detach(l.lent.take().unwrap());
+        assert_eq!(PooledConnection::info(l.in_use.as_ref().unwrap()).state, ConnectionState::InUse);
+        PooledConnection::detach(l.in_use.take().unwrap());
     }),
     ("guard", |l| drop((l.guard.take(), l.pool.clone(), l.pool.guard()))),
     ("own", |_| {
         let fake = Fake::new();
         let own = Pool::builder().name("own").max_size(2).build(fake.direct()).unwrap();
         thread::scope(|s| (0..2).for_each(|_| drop(s.spawn(|| drop(own.get().unwrap())))));
-        let held = [own.get().unwrap(), own.get().unwrap()];
+        let checked_out = [own.get().unwrap(), own.get().unwrap()];
         let error = own.get_timeout(ms(1)).unwrap_err().to_string();
-        assert!(error.contains("by 'children_of_a_busy_parent'"), "{error}");
-        drop(held);
+        assert!(error.contains("by 'fork::children_of_a_busy_parent'"), "{error}");
+        drop(checked_out);
         assert!(own.close(SOON).is_complete());
     }),
 ];
@@ -303,10 +304,10 @@ fn assert_ends(child: Pid, what: &str) {
 /// Others were in the middle of anything when it was made: what they had locked is locked for ever.
 #[test]
 fn children_of_a_busy_parent() {
-    let Some(_) = in_a_process("fork::children_of_a_busy_parent") else { return };
+    let Some(_) = in_a_process("fork::children_of_a_busy_parent", alone) else { return };
     let alive = Arc::new(AtomicUsize::new(0));
     let pool = Pool::builder().name("fork").max_size(4).build(Plain(Arc::clone(&alive))).unwrap();
-    let lent = Some(pool.get().unwrap());
+    let in_use = Some(pool.get().unwrap());
     let over = Arc::new(AtomicBool::new(false));
     let workers = (0..4).map(|_| {
         let (pool, over) = (pool.clone(), Arc::clone(&over));
@@ -318,16 +319,17 @@ fn children_of_a_busy_parent() {
         })
     });
     let guard = Some(pool.guard().owning(workers.collect::<Vec<_>>()));
-    let mut legacy = Legacy { pool: &pool, lent, guard };
+    let mut legacy = Legacy { pool: &pool, in_use, guard };
     for n in 0..20 {
         for (what, deed) in DEEDS {
-            // More than a step of the coarse clock since this thread looked whose process this is, whatever it did then.
+            // More than a step of the coarse clock since this thread looked whose process this is, whatever it did
+            // then.
             thread::sleep(ms(12));
             let Some(child) = fork() else { end(|| deed(&mut legacy)) };
             assert_ends(child, what);
         }
-        // One that was forked by a thread which used the pool at that very moment may take itself for its parent, and be
-        // handed what is the parent's. But it does not hang.
+        // One that was forked by a thread which used the pool at that very moment may take itself for its parent, and
+        // be handed what is the parent's. But it does not hang.
         drop(pool.get().unwrap());
         let Some(child) = fork() else {
             end(|| {
@@ -338,8 +340,82 @@ fn children_of_a_busy_parent() {
         assert_ends(child, "use it at that very moment");
     }
     over.store(true, SeqCst);
-    drop(legacy.lent.take());
+    drop(legacy.in_use.take());
     let report = legacy.guard.take().unwrap().close();
     assert!(report.is_complete(), "{report}");
     assert_eq!(alive.load(SeqCst), 0);
+}
+
+/// Forks in the middle of whatever many threads do with two pools, one of which is closed now and then.
+#[test]
+fn a_child_forked_in_the_middle_of_everything_ends() {
+    let Some(_) = in_a_process("fork::a_child_forked_in_the_middle_of_everything_ends", alone) else { return };
+    let fake = Fake::new();
+    fake.set(Call::Validate, Act::Last(Duration::from_micros(200)));
+    let build = || {
+        let builder = Pool::builder().max_size(3).validate(Validate::AfterIdle(ms(1))).max_lifetime(ms(30));
+        builder.keepalive(ms(10)).max_idle(ms(20)).build(fake.r2d2()).unwrap()
+    };
+    let pool = build();
+    let stop = Arc::new(AtomicBool::new(false));
+    let threads: Vec<_> = (0..6)
+        .map(|i| {
+            let (pool, stop) = (pool.clone(), Arc::clone(&stop));
+            thread::spawn(move || {
+                let mut k = 0u64;
+                while !stop.load(SeqCst) {
+                    k += 1;
+                    match (i + k) % 8 {
+                        0 => drop(pool.stats()),
+                        1 => drop(pool.connections()),
+                        2 => drop(pool.try_get()),
+                        3 => pool.recycle(),
+                        4 => pool.resize(1 + (k % 4) as u32).unwrap(),
+                        5 => thread::spawn(move || drop(format!("{k}"))).join().unwrap(),
+                        6 => drop(pool.get_timeout(Duration::from_micros(100)).map(PooledConnection::detach)),
+                        _ => drop(pool.get_timeout(ms(5))),
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut bad = Vec::new();
+    for n in 0..200 {
+        let checked_out = if n % 2 == 0 { pool.get_timeout(ms(20)).ok() } else { None };
+        thread::sleep(ms(12)); // three steps of the coarse clock, by which a thread knows its process
+        // SAFETY: for a test.
+        match unsafe { libc::fork() } {
+            0 => {
+                // SAFETY: it takes and keeps no pointer.
+                unsafe { libc::alarm(3) };
+                let got = pool.get_timeout(ms(10)).is_ok();
+                let tried = pool.try_get().is_some();
+                drop((pool.stats(), pool.connections(), pool.state(), pool.is_closed()));
+                drop(checked_out);
+                pool.recycle();
+                let _ = pool.resize(2);
+                let report = pool.close(SOON);
+                drop(pool.guard());
+                let again = pool.clone();
+                drop(again);
+                // SAFETY: as above.
+                unsafe { libc::_exit(i32::from(got) + 2 * i32::from(tried) + 4 * i32::from(report.is_complete())) }
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: as above.
+                unsafe { libc::waitpid(child, &mut status, 0) };
+                if status != 0 {
+                    bad.push((n, status));
+                }
+            }
+        }
+        drop(checked_out);
+    }
+    stop.store(true, SeqCst);
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    assert!(bad.is_empty(), "{bad:?}");
+    pool.resize(3).unwrap();
+    let report = pool.close(SOON);
+    assert!(report.is_complete(), "{report}");
 }

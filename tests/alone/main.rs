@@ -1,5 +1,7 @@
-//! What must not share its process: tests that measure the processor time, the memory or the threads of the process, that
-//! fork it, or that set its logger or its panic hook. Each holds `alone()`, so that they run one after the other.
+//! What must not share its process: tests that measure the processor time, the memory or the threads of the process,
+//! that fork it, or that set its logger or its panic hook. A test that loads the machine, or that a load would disturb,
+//! holds
+//! `alone()`; those that mostly sleep, or start a process of their own that does, hold `beside_others()`.
 
 #[path = "../direct/mod.rs"]
 mod direct;
@@ -11,9 +13,9 @@ mod support;
 mod burn;
 #[cfg(target_os = "linux")]
 mod fork;
-mod hard_use_still;
 #[cfg(target_os = "linux")]
-mod hard_use_too;
+mod process;
 mod quiet;
 mod reentrant;
 mod stress;
+mod waits;

@@ -5,18 +5,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Call, Fake, R2d2Fake};
-use crate::support::{EPSILON, alone, ms, threads_named, wait_until};
+use crate::support::{EPSILON, SOON, beside_others, ms, threads_named, wait_until, within};
 use millpond::{Builder, Pool, Validate};
-
-/// Far longer than what it is given to takes anywhere.
-const LONG: Duration = Duration::from_secs(20);
 
 /// How long the threads that may block stay when they have nothing to do, and then some.
 const LINGER: Duration = Duration::from_millis(5_500);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn builder(name: &str) -> Builder<R2d2Fake> {
     Pool::builder().name(name).max_size(4).max_idle(None).max_lifetime(None).validate(Validate::Never)
@@ -49,7 +42,7 @@ fn nothing_is_left(name: &str) {
 /// Several at a time: it takes a while until their crews have left.
 #[test]
 fn a_pool_with_nothing_to_do_is_one_thread_that_sleeps() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     // Empty after it was used, with every deadline that a pool can have.
     let busy = builder("empty").max_idle(ms(50)).max_lifetime(ms(500)).keepalive(ms(20)).leak_threshold(ms(20));
@@ -62,37 +55,37 @@ fn a_pool_with_nothing_to_do_is_one_thread_that_sleeps() {
     // With a floor that stands.
     let floor = builder("floor").min_idle(4).max_idle(ms(50)).build(fake.r2d2()).unwrap();
     // With connections whose time has not come.
-    let far = builder("far").max_idle(LONG).max_lifetime(LONG).build(fake.r2d2()).unwrap();
+    let far = builder("far").max_idle(SOON).max_lifetime(SOON).build(fake.r2d2()).unwrap();
 
     const NAMES: [&str; 4] = ["empty", "unused", "floor", "far"];
     NAMES.iter().for_each(|name| at_rest(name));
-    // The last of a crew may just have woken its reaper.
-    NAMES.iter().for_each(|name| at_rest_but_for_the_crew(name));
+    // The last thread of an executor may just have woken its reaper.
+    NAMES.iter().for_each(|name| at_rest_but_for_the_executor(name));
     let all = || NAMES.map(|name| sleeps(&format!("{name}-reaper")));
     let before = all();
     thread::sleep(Duration::from_secs(2));
     assert_eq!(all(), before);
     assert_eq!((floor.state().idle_connections, far.state().idle_connections, fake.opened()), (4, 1, 3 + 4 + 1));
 
-    // What is ready is lent and returned without anybody else.
+    // What is ready is checked out and returned without anybody else.
     for _ in 0..10_000 {
         drop(far.get().unwrap());
         drop(floor.get().unwrap());
     }
     assert_eq!(all()[3], before[3]);
     NAMES.iter().for_each(|name| at_rest(name));
-    assert!([empty, unused, floor, far].iter().all(|pool| pool.close(LONG).is_complete()));
+    assert!([empty, unused, floor, far].iter().all(|pool| pool.close(SOON).is_complete()));
     NAMES.iter().for_each(|name| nothing_is_left(name));
 }
 
 #[test]
 fn a_full_pool_wakes_the_reaper_once_per_max_idle() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = builder("full").max_idle(ms(200)).build(fake.r2d2()).unwrap();
     let take = || [pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap()];
     drop(take());
-    at_rest_but_for_the_crew("full");
+    at_rest_but_for_the_executor("full");
     let before = sleeps("full-reaper");
     let (begun, mut rounds) = (Instant::now(), 0);
     while begun.elapsed() < Duration::from_secs(3) {
@@ -103,18 +96,18 @@ fn a_full_pool_wakes_the_reaper_once_per_max_idle() {
     let (times, periods) = (sleeps("full-reaper") - before, begun.elapsed().div_duration_f64(ms(200)));
     assert!(rounds > 100 && fake.opened() == 4, "{rounds} rounds, {} opened", fake.opened());
     assert!((1.0..periods * 1.5 + 2.0).contains(&(times as f64)), "{times} wake-ups in {periods:.1} periods");
-    assert!(pool.close(LONG).is_complete());
+    assert!(pool.close(SOON).is_complete());
     nothing_is_left("full");
 }
 
-/// The reaper is asleep, and the crew lingers at most.
+/// The reaper is asleep, and the executor lingers at most.
 #[track_caller]
-fn at_rest_but_for_the_crew(name: &str) {
+fn at_rest_but_for_the_executor(name: &str) {
     let reaper = format!("{name}-reaper");
     // A thread gives itself its name.
-    assert!(wait_until(within(LONG), || !threads_named(&reaper).is_empty()));
+    assert!(wait_until(within(SOON), || !threads_named(&reaper).is_empty()));
     let mut last = sleeps(&reaper);
-    let still = wait_until(within(LONG), || {
+    let still = wait_until(within(SOON), || {
         thread::sleep(ms(20));
         let before = std::mem::replace(&mut last, sleeps(&reaper));
         before == last
@@ -124,39 +117,39 @@ fn at_rest_but_for_the_crew(name: &str) {
 
 #[test]
 fn a_lifetime_is_one_or_two_wake_ups() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = builder("life").max_lifetime(Duration::from_secs(1)).lifetime_jitter(0.0).build(fake.r2d2()).unwrap();
-    at_rest_but_for_the_crew("life");
+    at_rest_but_for_the_executor("life");
     let before = sleeps("life-reaper");
     fake.wait_alive(0);
-    at_rest_but_for_the_crew("life");
+    at_rest_but_for_the_executor("life");
     let times = sleeps("life-reaper") - before;
     // That of the lifetime, and to note the limit that the close has.
     assert!((1..=2).contains(&times), "{times} wake-ups");
-    assert!(pool.close(LONG).is_complete());
+    assert!(pool.close(SOON).is_complete());
     nothing_is_left("life");
 }
 
 /// What a setting repeats by itself has a period, however short a one was wanted.
 #[test]
 fn the_shortest_limits_do_not_keep_a_processor_busy() {
-    let _alone = alone();
+    let _beside = beside_others();
     const PERIODS: f64 = 100.0;
     let watched = |name: &str, builder: Builder<R2d2Fake>| {
         let fake = Fake::new();
         let pool = builder.build(fake.r2d2()).unwrap();
-        assert!(wait_until(within(LONG), || threads_named(name).contains(&format!("{name}-reaper"))));
+        assert!(wait_until(within(SOON), || threads_named(name).contains(&format!("{name}-reaper"))));
         let (begun, before) = (Instant::now(), sleeps(&format!("{name}-reaper")));
         let calls = || fake.calls(Call::Validate) + fake.calls(Call::Open);
         let calls_before = calls();
         for _ in 0..50 {
-            drop(pool.get_timeout(LONG).unwrap());
+            drop(pool.get_timeout(SOON).unwrap());
             thread::sleep(ms(20));
         }
         let (times, calls) = (sleeps(&format!("{name}-reaper")) - before, calls() - calls_before);
         let seconds = begun.elapsed().as_secs_f64();
-        assert!(pool.close(LONG).is_complete());
+        assert!(pool.close(SOON).is_complete());
         (times as f64 / seconds, calls as f64 / seconds)
     };
     // Two connections, each of which is asked or replaced as often as it may be; some wake-ups for each.
@@ -174,15 +167,15 @@ fn the_shortest_limits_do_not_keep_a_processor_busy() {
 
 #[test]
 fn a_closed_pool_has_no_threads_at_once() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     for n in 0..20 {
         let pool = builder("gone").build(fake.r2d2()).unwrap();
-        let held = [pool.get().unwrap(), pool.get().unwrap()];
-        drop(held);
-        // The crew lingers when the end comes.
+        let checked_out = [pool.get().unwrap(), pool.get().unwrap()];
+        drop(checked_out);
+        // The executor lingers when the end comes.
         match n % 3 {
-            0 => assert!(pool.close(LONG).is_complete()),
+            0 => assert!(pool.close(SOON).is_complete()),
             1 => assert!(pool.guard().close().is_complete()),
             _ => drop(pool),
         }
@@ -194,14 +187,14 @@ fn a_closed_pool_has_no_threads_at_once() {
 
 #[test]
 fn one_returned_after_the_end_leaves_no_threads_either() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = builder("late").build(fake.r2d2()).unwrap();
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     drop(pool);
     // Nobody need wait for it.
     nothing_is_left("late");
-    drop(held);
+    drop(checked_out);
     fake.wait_alive(0);
     nothing_is_left("late");
 }

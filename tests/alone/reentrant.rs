@@ -1,4 +1,4 @@
-//! Code of the user's that blocks, or calls the pool from where the pool calls it: no deadlock.
+//! P4 and P6: the user's code may block, or call the pool from where the pool calls it: no deadlock.
 //!
 //! Every test runs on a thread that is watched, so that one that hangs fails instead.
 
@@ -13,19 +13,12 @@ use crate::fake::Call::{
     OnAcquire, OnRelease, Open, Reset, ServerId, Validate,
 };
 use crate::fake::{Act, Fake, FakeConn, FakeError, R2d2Fake, run};
-use crate::support::{EPSILON, ms, threads_named, wait_until};
+use crate::support::{EPSILON, SOON, ms, threads_named, wait_until, within};
 use crossbeam_channel::bounded;
 use millpond::{Builder, CloseReport, Manage, Pool, PooledConnection, Returned};
 use parking_lot::{Condvar, Mutex};
 
-/// Far longer than what it is given to takes anywhere.
-const LONG: Duration = Duration::from_secs(20);
-
 const MAX_IDLE: Duration = ms(100);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Runs a test, watched, with the logger installed.
 #[track_caller]
@@ -53,18 +46,18 @@ fn hooked<M: Manage<Connection = FakeConn, Error = FakeError>>(
 /// All the slots are there.
 #[track_caller]
 fn whole<M: Manage>(pool: &Pool<M>) {
-    let held: Vec<_> = (0..3).map(|_| pool.get_timeout(LONG).unwrap()).collect();
+    let checked_out: Vec<_> = (0..3).map(|_| pool.get_timeout(SOON).unwrap()).collect();
     assert_eq!((pool.stats().in_use, pool.stats().size()), (3, 3), "{}", pool.stats());
-    // A close that took its time after a recycle may have been given up for one who waited, and comes back.
-    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
-    drop(held);
+    // A close that took its time after a recycle may have been abandoned for one who waited, and comes back.
+    assert!(wait_until(within(SOON), || pool.stats().abandoned == 0), "{}", pool.stats());
+    drop(checked_out);
 }
 
 /// A closed pool leaves nothing behind.
 #[track_caller]
 fn nothing_is_left(name: &str, fake: &Fake) {
     fake.wait_alive(0);
-    assert!(wait_until(within(LONG), || threads_named(name).is_empty()), "{:?}", threads_named(name));
+    assert!(wait_until(within(SOON), || threads_named(name).is_empty()), "{:?}", threads_named(name));
 }
 
 // -------------------------------------------------------------------------------------------------- a logger
@@ -126,7 +119,7 @@ impl Logger {
     }
 
     fn wait_inside(&self) {
-        let deadline = within(LONG);
+        let deadline = within(SOON);
         let mut state = self.state.lock();
         while state.inside == 0 {
             assert!(!self.changed.wait_until(&mut state, deadline).timed_out(), "nothing is logged");
@@ -178,7 +171,7 @@ fn a_logger_that_blocks() {
         let begun = Instant::now();
         whole(&pool);
         for _ in 0..20 {
-            PooledConnection::discard(pool.get_timeout(LONG).unwrap());
+            PooledConnection::discard(pool.get_timeout(SOON).unwrap());
         }
         fake.next(Call::Open, [Act::Fail, Act::Panic]);
         whole(&pool);
@@ -187,13 +180,13 @@ fn a_logger_that_blocks() {
         let gone = wait_until(last_use + MAX_IDLE + EPSILON, || pool.state().connections == 0);
         assert!(gone, "no evictions: {}", pool.connections());
         // With it the slot is free, and that it was closed is on record.
-        assert!(wait_until(within(LONG), || pool.stats().size() == 0), "{}", pool.stats());
+        assert!(wait_until(within(SOON), || pool.stats().size() == 0), "{}", pool.stats());
         assert_eq!(fake.alive(), 0);
         assert!(pool.stats().max_lateness < EPSILON, "{}", pool.stats());
 
         // As many records wait as may; the rest is counted.
         assert_eq!(pool.stats().dropped_records, 0);
-        let deadline = within(LONG);
+        let deadline = within(SOON);
         while pool.stats().dropped_records == 0 {
             assert!(Instant::now() < deadline, "records are kept without bound");
             pool.recycle();
@@ -225,7 +218,7 @@ fn a_logger_that_panics() {
         let pool = builder("wrath").build(fake.r2d2()).unwrap();
         fake.live(&pool);
         whole(&pool);
-        assert!(pool.close(LONG).is_complete());
+        assert!(pool.close(SOON).is_complete());
         assert!(LOG.records("wrath").len() > 10);
         nothing_is_left("wrath", &fake);
     });
@@ -248,10 +241,10 @@ fn a_logger_that_uses_and_closes_the_pool_it_logs_for() {
         // Once: the close is logged as well.
         let _gate = LOG.also(move || {
             let it = it.lock().take();
-            it.iter().for_each(|pool| tell.send(pool.close(LONG)).unwrap());
+            it.iter().for_each(|pool| tell.send(pool.close(SOON)).unwrap());
         });
         pool.recycle();
-        let report = told.recv_timeout(LONG).unwrap();
+        let report = told.recv_timeout(SOON).unwrap();
         assert!(report.elapsed < ms(1000), "it waited for itself: {report}");
         drop(pool);
         nothing_is_left("eager", &fake);
@@ -302,10 +295,10 @@ fn uses<M: Manage<Connection = FakeConn, Error = FakeError>>(call: Call, fake: &
     fake.set(call, act);
     fake.live(&pool);
     // (On a thread of the pool's, which has a life of its own.)
-    assert!(wait_until(within(LONG), || times.load(SeqCst) > 0), "{call:?} did not happen");
+    assert!(wait_until(within(SOON), || times.load(SeqCst) > 0), "{call:?} did not happen");
     whole(&pool);
     fake.release(call);
-    let report = pool.close(LONG);
+    let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
     it.lock().take();
     nothing_is_left(pool.name(), fake);
@@ -326,13 +319,13 @@ fn closes<M: Manage<Connection = FakeConn, Error = FakeError>>(
     let (act, _) = once_at_a_time(move || {
         if let Some(pool) = it.lock().take() {
             // Those that the user's own thread holds beside the one that the call is about cost the grace.
-            let grace = if thread::current().id() == user { ms(300) } else { LONG };
+            let grace = if thread::current().id() == user { ms(300) } else { SOON };
             tell.send(pool.close(grace)).unwrap();
         }
     });
     fake.set(call, act);
     fake.live(&pool);
-    let report = told.recv_timeout(LONG).unwrap_or_else(|_| panic!("{call:?} did not happen"));
+    let report = told.recv_timeout(SOON).unwrap_or_else(|_| panic!("{call:?} did not happen"));
     // What others hold may take its time: 20 ms at most, in this life.
     assert!(report.elapsed < ms(1000), "it waited for itself: {report}");
     assert!(pool.get().unwrap_err().is_closed());
@@ -404,7 +397,7 @@ fn a_validation_on_the_callers_thread_may_close_the_pool() {
 
 /// Aborts and cancels happen to what is stuck, not in the life of a healthy pool.
 #[test]
-fn what_cuts_a_connection_may_use_and_close_the_pool() {
+fn an_abort_or_a_cancel_may_use_and_close_the_pool() {
     watched(|| {
         let fake = Fake::new();
         fake.abortable(true);
@@ -415,20 +408,20 @@ fn what_cuts_a_connection_may_use_and_close_the_pool() {
             move || handle(&it).iter().for_each(everything)
         });
         fake.set(Abort, using);
-        let held = pool.get().unwrap();
+        let checked_out = pool.get().unwrap();
         fake.next(Open, [Act::Block]);
-        let another = pool.get_timeout(LONG).unwrap();
+        let another = pool.get_timeout(SOON).unwrap();
         // More often, if this machine takes longer than the limit to open one.
-        assert!(wait_until(within(LONG), || used.load(SeqCst) >= 1));
-        drop((held, another));
+        assert!(wait_until(within(SOON), || used.load(SeqCst) >= 1));
+        drop((checked_out, another));
         whole(&pool);
 
         let (tell, told) = bounded::<CloseReport>(1);
         fake.set(Cancel, run(move || drop(it.lock().take().map(|pool| tell.send(pool.close(ms(100)))))));
-        let held = thread::scope(|s| s.spawn(|| pool.get_timeout(LONG).unwrap()).join().unwrap());
+        let checked_out = thread::scope(|s| s.spawn(|| pool.get_timeout(SOON).unwrap()).join().unwrap());
         assert_eq!(pool.close(ms(50)).left.len(), 1);
-        assert_eq!(told.recv_timeout(LONG).unwrap().left.len(), 1);
-        drop(held);
+        assert_eq!(told.recv_timeout(SOON).unwrap().left.len(), 1);
+        drop(checked_out);
         drop(pool);
         nothing_is_left("cutting", &fake);
     });
@@ -458,22 +451,22 @@ fn last_handle_goes_in<M: Manage<Connection = FakeConn, Error = FakeError>>(
             drop(last);
         })
     });
-    // Something happens on the crew, and `call` in it.
+    // Something happens on the executor, and `call` in it.
     match call {
         Open | OnAcquire | HandleAcquire | ServerId => {
-            let held = pool.get_timeout(LONG).unwrap();
+            let checked_out = pool.get_timeout(SOON).unwrap();
             assert!(pool.try_get().is_none());
             *it.lock() = Some(pool);
             fake.wait_inside(call, 1);
-            drop(held);
+            drop(checked_out);
         }
         Explain | Call::HandleError => {
-            let held = pool.get_timeout(LONG).unwrap();
+            let checked_out = pool.get_timeout(SOON).unwrap();
             fake.next(Open, [Act::Fail]);
             assert!(pool.try_get().is_none());
             *it.lock() = Some(pool);
             fake.wait_inside(call, 1);
-            drop(held);
+            drop(checked_out);
         }
         Validate => {
             assert!(pool.try_get().is_none());
@@ -482,12 +475,12 @@ fn last_handle_goes_in<M: Manage<Connection = FakeConn, Error = FakeError>>(
         }
         Reset => {
             fake.verdict(Returned::Reset);
-            drop(pool.get_timeout(LONG).unwrap());
+            drop(pool.get_timeout(SOON).unwrap());
             *it.lock() = Some(pool);
             fake.wait_inside(call, 1);
         }
         _ => {
-            PooledConnection::discard(pool.get_timeout(LONG).unwrap());
+            PooledConnection::discard(pool.get_timeout(SOON).unwrap());
             *it.lock() = Some(pool);
             fake.wait_inside(call, 1);
         }
@@ -498,7 +491,7 @@ fn last_handle_goes_in<M: Manage<Connection = FakeConn, Error = FakeError>>(
 }
 
 #[test]
-fn the_last_handle_is_dropped_on_the_crew() {
+fn the_last_handle_is_dropped_on_the_executor() {
     watched(|| {
         for call in [Open, Validate, Call::Drop] {
             let fake = Fake::new();
@@ -544,14 +537,14 @@ fn a_connection_that_owns_a_handle() {
         let it: Handle<OwningManager> = Arc::default();
         let pool = builder("owning").max_idle(None).build_unchecked(OwningManager(fake.r2d2(), Arc::clone(&it)));
         *it.lock() = Some(pool.clone());
-        let held = [pool.get_timeout(LONG).unwrap(), pool.get_timeout(LONG).unwrap()];
-        assert!(held.iter().all(|c| c.0.is_some()));
-        let [one, mut other] = held;
+        let checked_out = [pool.get_timeout(SOON).unwrap(), pool.get_timeout(SOON).unwrap()];
+        assert!(checked_out.iter().all(|c| c.0.is_some()));
+        let [one, mut other] = checked_out;
         PooledConnection::extensions_mut(&mut other).insert(pool.clone());
         drop((one, other));
         // Nobody but the pool itself has a handle then, so nobody but a connection closes it.
         it.lock().take();
-        let mut last = pool.get_timeout(LONG).unwrap();
+        let mut last = pool.get_timeout(SOON).unwrap();
         drop(pool);
         let its_own = last.0.take().unwrap();
         drop(last);
@@ -569,10 +562,10 @@ fn the_last_handle_is_in_a_connection() {
         let it: Handle<OwningManager> = Arc::default();
         let pool = builder("inside").build_unchecked(OwningManager(fake.r2d2(), Arc::clone(&it)));
         *it.lock() = Some(pool.clone());
-        drop(pool.get_timeout(LONG).unwrap());
+        drop(pool.get_timeout(SOON).unwrap());
         it.lock().take();
         drop(pool);
-        // It is evicted, on the crew, and with it goes the pool.
+        // It is evicted, on the executor, and with it goes the pool.
         nothing_is_left("inside", &fake);
     });
 }
@@ -589,7 +582,7 @@ struct AtTheEnd(Pool<R2d2Fake>);
 impl Drop for AtTheEnd {
     fn drop(&mut self) {
         everything(&self.0);
-        drop(self.0.get_timeout(LONG).unwrap());
+        drop(self.0.get_timeout(SOON).unwrap());
     }
 }
 
@@ -601,20 +594,20 @@ fn returned_from_the_destructor_of_a_thread_local() {
         for early in [true, false] {
             let before = fake.calls(Call::Returned);
             let it = pool.clone();
-            let held = move || {
+            let checked_out = move || {
                 if early {
                     // Registered before anything of the pool's on this thread, so it is destroyed after all of that.
                     HELD.with(|_| ());
                 }
-                let conn = it.get_timeout(LONG).unwrap();
-                HELD.with_borrow_mut(|held| *held = Some(conn));
+                let conn = it.get_timeout(SOON).unwrap();
+                HELD.with_borrow_mut(|checked_out| *checked_out = Some(conn));
                 assert_eq!(it.stats().in_use, 1);
             };
-            thread::spawn(held).join().unwrap();
+            thread::spawn(checked_out).join().unwrap();
             assert_eq!((pool.stats().in_use, fake.calls(Call::Returned) - before), (0, 1));
         }
         whole(&pool);
-        assert!(pool.close(LONG).is_complete());
+        assert!(pool.close(SOON).is_complete());
         nothing_is_left("locals", &fake);
     });
 }
@@ -630,7 +623,7 @@ fn used_and_closed_from_the_destructor_of_a_thread_local() {
                 if early {
                     AT_THE_END.with(|_| ());
                 }
-                drop(it.get_timeout(LONG).unwrap());
+                drop(it.get_timeout(SOON).unwrap());
                 AT_THE_END.with_borrow_mut(|last| *last = Some(AtTheEnd(it)));
             };
             thread::spawn(last_words).join().unwrap();

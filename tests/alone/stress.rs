@@ -1,12 +1,12 @@
-//! Everything at once, at random: threads that take, hold, return, discard, panic, give up; a manager whose every call
-//! fails, hangs or panics now and then; resize, recycle, close. Whatever comes together, the promises hold, and when it is
-//! over the pool is as good as new.
+//! All promises at once, at random: threads that check out, return, discard, panic, time out; a manager whose every
+//! call fails, hangs or panics now and then; resize, recycle, close. Whatever comes together, the promises hold, and
+//! when it is over the pool is as good as new.
 //!
 //! The manager counts the living, and knows who uses what. What it sees is judged; of the pool's own numbers only
 //! `lost`, for which a server may see more than the bound.
 //!
-//! Each run has seeds of its own, which it prints if it fails. `MILLPOND_STRESS_SEED=7` runs that one (threads being what
-//! they are, it may take a few attempts to see the same again), `MILLPOND_STRESS_SEEDS=30` so many.
+//! Each run has seeds of its own, which it prints if it fails. `MILLPOND_STRESS_SEED=7` runs that one (threads being
+//! what they are, it may take a few attempts to see the same again), `MILLPOND_STRESS_SEEDS=30` so many.
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -35,8 +35,8 @@ const SEEDS: u64 = 8;
 const CHAOS: Duration = ms(400);
 /// Threads that use the pool.
 const USERS: u64 = 6;
-/// Within what time a pool whose server is well serves everybody: far more than it takes, far less than for ever. Nobody
-/// waits for longer than a second for a back-off.
+/// Within what time a pool whose server is well serves everybody: far more than it takes, far less than for ever.
+/// Nobody waits for longer than a second for a back-off.
 const LONG: Duration = Duration::from_secs(10);
 /// What a `get` may take beyond its timeout on a machine that does other things as well.
 const LATE: Duration = Duration::from_secs(1);
@@ -891,7 +891,7 @@ fn is_as_good_as_new(pool: &Pool<Wild>, server: &Server) {
         while !failed.load(SeqCst) {
             match pool.get_timeout(LONG) {
                 Ok(conn) => return Some(conn),
-                // Who is turned away for a crowd comes again.
+                // A caller that was refused because too many wait comes again.
                 Err(e) if matches!(e.kind(), ErrorKind::TooManyWaiting(_)) && begun.elapsed() < LONG => {
                     thread::sleep(ms(1));
                 }
@@ -909,10 +909,10 @@ fn is_as_good_as_new(pool: &Pool<Wild>, server: &Server) {
             s.spawn(|| (0..3).for_each(|_| drop(get())));
         }
     });
-    let held: Vec<_> = (0..max).filter_map(|_| get()).collect();
+    let checked_out: Vec<_> = (0..max).filter_map(|_| get()).collect();
     let stats = pool.stats();
     if stats.in_use != max || stats.size() != max {
-        server.flaw(format!("{} of {max} can be had: {}", held.len(), brief(&stats)));
+        server.flaw(format!("{} of {max} can be had: {}", checked_out.len(), brief(&stats)));
     }
     if !wait_until(Instant::now() + LONG, || pool.stats().abandoned == 0) {
         server.flaw(format!("jobs do not come back: {}", brief(&pool.stats())));

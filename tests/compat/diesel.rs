@@ -2,16 +2,14 @@
 
 #![allow(missing_docs, reason = "Diesel's macro writes public items without any")]
 
+use crate::support::SOON;
 use diesel::connection::{AnsiTransactionManager, SimpleConnection, TransactionManager};
 use diesel::prelude::*;
 use diesel::r2d2::ConnectionManager;
 use millpond::{CloseReason, CustomizeConnection, Pool};
 use std::thread;
-use std::time::Duration;
 
 type Manager = ConnectionManager<SqliteConnection>;
-
-const SOON: Duration = Duration::from_secs(10);
 
 diesel::table! {
     wheel (id) {

@@ -1,6 +1,7 @@
 //! Managers as other crates write them, and code that is generic over them. No database here, and no feature: this is
 //! what `--no-default-features` leaves.
 
+use crate::support::SOON;
 use millpond::{Cause, CloseReason, Manage, Opening, Pool, PooledConnection, Returned};
 use r2d2::ManageConnection;
 use std::collections::HashMap;
@@ -10,8 +11,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-
-const SOON: Duration = Duration::from_secs(10);
 
 // -------------------------------------------------------------------------------- an r2d2 manager, error `!Send`
 
@@ -125,12 +124,12 @@ where
         Ok(Repository { pool: Pool::builder().max_size(2).min_idle(Some(1)).build(manager)? })
     }
 
-    fn borrow(&self) -> Result<PooledConnection<M>, millpond::Error> {
+    fn check_out(&self) -> Result<PooledConnection<M>, millpond::Error> {
         self.pool.get()
     }
 
     fn put(&self, key: &str, value: &str) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let mut connection = self.borrow()?;
+        let mut connection = self.check_out()?;
         let connection: &mut M::Connection = &mut connection;
         connection.insert(key, value);
         Ok(())
@@ -169,7 +168,7 @@ fn code_for_any_r2d2_manager() {
     handle(&repository.pool);
     repository.put("wheel", "greased").unwrap();
     assert_eq!(repository.get("wheel").as_deref(), Some("greased"));
-    // The floor was filled while the only one was lent, perhaps.
+    // The floor was filled while the only one was in use, perhaps.
     assert!((1..=2).contains(&repository.idle()), "{:?}", repository.pool.state());
     // Through the traits this crate re-exports, which are r2d2's own.
     fn connect<M: millpond::ManageConnection>(manager: &M) -> Result<M::Connection, M::Error> {
@@ -204,7 +203,7 @@ fn a_manager_around_a_manager() {
     let count = Arc::new(AtomicU32::new(0));
     let repository = Repository::new(Counted(Store::default(), Arc::clone(&count))).unwrap();
     repository.put("a", "b").unwrap();
-    drop([repository.borrow().unwrap(), repository.borrow().unwrap()]);
+    drop([repository.check_out().unwrap(), repository.check_out().unwrap()]);
     assert_eq!(count.load(Ordering::SeqCst), 2);
 }
 

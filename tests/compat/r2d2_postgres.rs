@@ -35,7 +35,7 @@ fn threads_write_and_read_back() {
 }
 
 #[test]
-fn a_broken_one_is_not_lent_again() {
+fn a_broken_one_is_not_checked_out_again() {
     const APP: &str = "compat-pg-broken";
     let pool = Pool::builder().max_size(2).build(manager(APP)).unwrap();
     let (mut first, second) = (pool.get().unwrap(), pool.get().unwrap());
@@ -252,7 +252,7 @@ fn events() {
     let pool = Pool::builder().max_size(1).event_handler(Box::new(diary.clone())).build(manager(APP)).unwrap();
     let client = pool.get().unwrap();
     let id = PooledConnection::info(&client).id;
-    // `build` waits for its first connection, and borrows nothing.
+    // `build` waits for its first connection, and checks nothing out.
     assert_eq!(diary.so_far(), [("acquire", id), ("checkout", id)]);
     assert!(pool.get_timeout(ms(20)).is_err_and(|error| error.is_exhausted()));
     assert_eq!(diary.so_far(), [("timeout", 20)]);

@@ -54,13 +54,13 @@ fn get_and_return() {
 #[test]
 fn a_waiter_is_served_by_a_return() {
     let pool = pool(1);
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     std::thread::scope(|s| {
         let waiter = s.spawn(|| *pool.get().unwrap());
         while pool.stats().waiting == 0 {
             std::thread::yield_now();
         }
-        drop(held);
+        drop(checked_out);
         assert_eq!(waiter.join().unwrap(), 0);
     });
 }

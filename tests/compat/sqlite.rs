@@ -1,12 +1,11 @@
 //! The stock manager of `r2d2_sqlite`, on a file.
 
+use crate::support::SOON;
 use millpond::{CustomizeConnection, Pool, PooledConnection};
 use r2d2_sqlite::SqliteConnectionManager;
 use r2d2_sqlite::rusqlite::{self, Connection};
 use std::thread;
 use std::time::Duration;
-
-const SOON: Duration = Duration::from_secs(10);
 
 /// What SQLite forgets with each connection.
 #[derive(Debug)]

@@ -1,22 +1,16 @@
-//! `try_get` and a timeout of zero on PostgreSQL: a look at what has arrived tells a connection that is well from one that
-//! the server has ended, without a word to the server.
+//! `try_get` and a timeout of zero on PostgreSQL: a look at what has arrived tells a connection that is well from one
+//! that the server has ended, without a word to the server.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{Database, EPSILON, Proxy, Server, alone, ms, wait_until};
+use crate::support::{Database, EPSILON, Proxy, SOON, Server, alone, ms, wait_until, within};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{CloseReason, Validate};
 use postgres::NoTls;
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// How long an unused connection is trusted here.
 const WINDOW: Duration = ms(50);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Until nothing is trusted any more, by a clock that is behind as well.
 fn pause() {

@@ -50,8 +50,8 @@ fn audit_with_orphans(n: usize, mut audit: impl FnMut() -> Audit) -> Audit {
     found
 }
 
-/// Not a test of its own: a process with a pool that has `busy` connections with a query and `idle` without, until it is
-/// killed. See [`process`].
+/// Not a test of its own: a process with a pool that has `busy` connections with a query and `idle` without, until it
+/// is killed. See [`process`].
 #[test]
 #[ignore = "the work of a process that another test starts"]
 fn other_process() {
@@ -90,11 +90,11 @@ fn the_pool_s_own_are_joined() {
     let mut locks = server().connect();
     locks.batch_execute("SELECT pg_advisory_lock(4711)").unwrap();
 
-    let mut borrowed = [pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap()];
-    let [waiting, open, idle, detached] = &mut borrowed;
+    let mut checked_out = [pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap(), pool.get().unwrap()];
+    let [waiting, open, idle, detached] = &mut checked_out;
     let pids = [waiting.backend_pid(), open.backend_pid(), idle.backend_pid(), detached.backend_pid()];
     open.batch_execute("BEGIN").unwrap();
-    let [mut waiting, open, idle, detached] = borrowed;
+    let [mut waiting, open, idle, detached] = checked_out;
     drop(idle);
     let detached = PooledConnection::detach(detached);
     let waiter = std::thread::Builder::new().name("waiter".into());
@@ -104,7 +104,9 @@ fn the_pool_s_own_are_joined() {
     let mut observer = server().connect();
     let stuck = "SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event_type = 'Lock'";
     assert!(wait_until(soon(), || observer.query_opt(stuck, &[&pids[0]]).unwrap().is_some()));
-    std::thread::sleep(ms(20));
+    // And the other one has been idle in its transaction for as long as is asserted below, by the server's clock.
+    let long = "SELECT FROM pg_stat_activity WHERE pid = $1 AND clock_timestamp() - state_change >= interval '20 ms'";
+    assert!(wait_until(soon(), || observer.query_opt(long, &[&pids[1]]).unwrap().is_some()));
 
     let audit = audit(&pool).unwrap();
     let text = audit.to_string();
@@ -124,7 +126,7 @@ fn the_pool_s_own_are_joined() {
     let own = waiting.connection.as_ref().unwrap();
     assert_eq!((own.state, own.server_id), (ConnectionState::InUse, pids[0].map(|pid| pid as u64)));
     let line = text.lines().find(|l| l.starts_with(&pids[0].unwrap().to_string())).unwrap();
-    assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" out by "), "{line}");
+    assert!(line.contains("active") && line.contains("Lock advisory") && line.contains(" in use by "), "{line}");
     assert!(line.contains("tests/postgres/audit.rs:"), "{line}");
 
     let open = (row(&audit, pids[1]), open);
@@ -175,10 +177,10 @@ fn an_exhausted_pool_can_be_audited() {
     let _beside = crate::support::beside_others();
     let pool = manager(&params("postgres")).builder().name("exhausted").max_size(1).connection_timeout(ms(1000)).open();
     let pool = pool.unwrap();
-    let borrowed = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     assert!(pool.get().is_err());
     let audit = audit(&pool).unwrap();
-    assert_eq!(of(&audit, Owner::Pool)[0].pid, borrowed.backend_pid().unwrap());
+    assert_eq!(of(&audit, Owner::Pool)[0].pid, in_use.backend_pid().unwrap());
 }
 
 /// With a role that may have two connections, both of which the pool has.
@@ -205,7 +207,7 @@ fn a_full_server_is_audited_on_the_pool_s_own() {
 fn the_backends_of_a_killed_process_are_found_and_ended() {
     let _beside = crate::support::beside_others();
     let pool = pool("orders", 2);
-    let borrowed = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     let mut killed = process("orders", 2, 1, &params("postgres"));
     let survivor = process("orders", 1, 0, &params("postgres"));
 
@@ -217,7 +219,7 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
     assert!(alive.notes.is_empty(), "{alive}");
     assert!(alive.terminate_orphans(&pool).unwrap().done.is_empty());
 
-    // Not buried yet: a zombie is dead enough.
+    // Not waited for yet: a zombie is dead enough.
     killed.kill();
     let mut found = audit(&pool).unwrap();
     assert!(
@@ -228,7 +230,7 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
         }),
         "{found}"
     );
-    killed.bury();
+    killed.end();
     let found = audit(&pool).unwrap();
     assert_eq!(found.orphans().count(), 2, "{found}");
     assert!(found.orphans().all(|b| b.process == Some(killed.id())), "{found}");
@@ -246,21 +248,22 @@ fn the_backends_of_a_killed_process_are_found_and_ended() {
     assert!(account.to_string().contains("ended 2 of 2 backends"), "{account}");
     assert_eq!(server().count(&format!("orders [{}]", killed.id())), 0);
     assert_eq!(server().count(&format!("orders [{}]", survivor.id())), 1, "left alone");
-    assert!(row(&audit(&pool).unwrap(), borrowed.backend_pid()).owner == Owner::Pool, "left alone");
+    assert!(row(&audit(&pool).unwrap(), in_use.backend_pid()).owner == Owner::Pool, "left alone");
 
     // What is gone is not hit again.
     let again = found.terminate_orphans(&pool).unwrap();
     assert!(again.done.iter().all(|done| done.outcome == Outcome::Gone), "{again}");
 }
 
-/// Between the audit and the end of an orphan, its pid may become another's, or somebody turn out to hold its connection.
+/// Between the audit and the end of an orphan, its pid may become another's, or somebody turn out to hold its
+/// connection.
 #[test]
 fn each_is_looked_at_again() {
     let _beside = crate::support::beside_others();
     let pool = pool("again", 1);
     let mut killed = process("again", 1, 0, &params("postgres"));
     let _alive = process("again", 1, 0, &params("postgres"));
-    killed.bury();
+    killed.end();
     let found = audit_with_orphans(1, || audit(&pool).unwrap());
     let orphan = found.orphans().next().unwrap().clone();
     let living = of(&found, Owner::Other)[0].clone();
@@ -276,8 +279,8 @@ fn each_is_looked_at_again() {
     let mut other = orphan.clone();
     other.application_name += "x";
     assert_eq!(only(other), Outcome::Gone, "a backend of another's");
-    for held in [&living, of(&found, Owner::Pool)[0]] {
-        let mut other = held.clone();
+    for checked_out in [&living, of(&found, Owner::Pool)[0]] {
+        let mut other = checked_out.clone();
         // Whatever was written down of it, this host is asked again.
         (other.owner, other.process, other.client) = (Owner::Orphaned, orphan.process, orphan.client);
         assert_eq!(only(other), Outcome::Spared("somebody holds its connection".into()));
@@ -295,7 +298,7 @@ fn what_is_unknown_ends_only_by_its_pid() {
     let unix =
         format!("host={} port={} user=postgres dbname=postgres", server().socket_dir().display(), server().port());
     let mut killed = process("named", 2, 0, &unix);
-    killed.bury();
+    killed.end();
     let theirs = format!("named [{}]", killed.id());
     let pools = [unix, params("postgres")].map(|params| manager(&params).builder().name("named").open().unwrap());
     let theirs_in = |audit: &Audit| {
@@ -350,7 +353,7 @@ fn what_somebody_holds_is_not_orphaned() {
     let through = params("postgres").replace(&format!("port={}", server().port()), &format!("port={}", proxy.port()));
     let mut killed = process("held", 1, 1, &through);
     proxy.pause();
-    killed.bury();
+    killed.end();
     let audit = audit(&pool).unwrap();
     let theirs: Vec<_> = audit.backends.iter().filter(|b| b.process == Some(killed.id())).collect();
     assert_eq!(theirs.len(), 2, "{audit}");
@@ -424,7 +427,7 @@ fn what_a_role_cannot_see_or_do_is_said() {
         .unwrap();
     let pool = manager(&params("worker")).builder().name("shy").max_size(1).open().unwrap();
     let mut killed = process("shy", 1, 0, &params("worker"));
-    killed.bury();
+    killed.end();
 
     let mut nosy = postgres::Client::connect(&params("nosy"), NoTls).unwrap();
     let hidden = audit_with(&pool, &mut nosy).unwrap();
@@ -515,7 +518,7 @@ fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
         let pool = manager.clone().processes(1000).budget(Budget::Refuse).builder().name(name).open().unwrap();
         let unobserved = manager.observe(false).builder().name(name).open().unwrap();
         let mut killed = process(name, 1, 0, &through(&pooler));
-        killed.bury();
+        killed.end();
         let found = audit(&pool).unwrap();
         assert!(found.notes[0].contains("through a pooler"), "{found}");
         assert_eq!((of(&found, Owner::Pool).len(), found.missing.len()), (0, 0), "{found}");
@@ -530,15 +533,15 @@ fn behind_a_pooler_nothing_is_joined_refused_or_orphaned() {
     }
 }
 
-/// A pooler that cannot be seen lends one backend to many: the pid that the pool has been told is anybody's.
+/// A pooler that cannot be seen gives one backend to many: the pid that the pool has been told is anybody's.
 #[test]
 fn a_backend_under_another_s_name_is_not_the_pool_s() {
     let _beside = crate::support::beside_others();
     let pooler = Bouncer::start(server(), PoolMode::Transaction, &[("default_pool_size", "1")]);
-    let pool = manager(&through(&pooler)).observe(false).builder().name("lent").open().unwrap();
+    let pool = manager(&through(&pooler)).observe(false).builder().name("pooled").open().unwrap();
     let pid = pool.connections()[0].server_id.unwrap();
     let mut other =
-        postgres::Client::connect(&format!("{} application_name='lent [1]'", through(&pooler)), NoTls).unwrap();
+        postgres::Client::connect(&format!("{} application_name='pooled [1]'", through(&pooler)), NoTls).unwrap();
     let mut other = other.transaction().unwrap();
     assert_eq!(other.query_typed_one("SELECT pg_backend_pid()", &[]).unwrap().get::<_, i32>(0) as u64, pid);
     let audit = audit_with(&pool, &mut server().connect()).unwrap();

@@ -4,14 +4,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::PoolMode::{Session, Transaction};
-use crate::support::{Bouncer, EPSILON, SEEN, Server, alone, beside_others, ms, threads_named, wait_until};
+use crate::support::{
+    Bouncer, EPSILON, SEEN, SOON, Server, alone, beside_others, ms, threads_named, wait_until, within,
+};
 use crossbeam_channel::bounded;
 use millpond::postgres::{Error, Pool, PostgresManager, Reset};
 use millpond::{Builder, PooledConnection, Validate};
 use postgres::{Client, NoTls, SimpleQueryMessage};
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 
 const VALIDATION: Duration = ms(300);
 const OPEN: Duration = ms(600);
@@ -20,10 +19,6 @@ const CLOSE: Duration = ms(400);
 const CANCEL: Duration = Duration::from_secs(1);
 /// PgBouncer looks at its clients' timeouts three times a second, and counts in whole seconds.
 const BOUNCER: Duration = ms(1_500);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn manager(params: &str) -> PostgresManager<NoTls> {
     PostgresManager::parse(params, NoTls).unwrap()
@@ -56,7 +51,7 @@ fn assert_within(what: Duration, from: Duration, to: Duration) {
     assert!(from <= what && what <= to, "{what:?} is not within {from:?} and {to:?}");
 }
 
-/// Nothing is under way, and nothing is given up that has not come back.
+/// Nothing is under way, and nothing is abandoned that has not come back.
 #[track_caller]
 fn assert_at_rest(pool: &Pool, deadline: Instant) {
     let rest = || {
@@ -308,15 +303,15 @@ fn a_restart_is_ridden_through() {
         let bouncer = Bouncer::start(Server::shared(), mode, &[]);
         let pool = impatient(&bouncer, "brestart").open().unwrap();
         drop([pool.get().unwrap(), pool.get().unwrap()]);
-        let mut held = pool.get().unwrap();
+        let mut checked_out = pool.get().unwrap();
 
         bouncer.kill();
         let begun = Instant::now();
         let error = pool.get_timeout(ms(500)).unwrap_err();
         assert_within(begun.elapsed(), ms(500), ms(500) + EPSILON);
         assert!(error.to_string().to_lowercase().contains("connection refused"), "{error}");
-        held.simple_query("SELECT 1").unwrap_err();
-        drop(held);
+        checked_out.simple_query("SELECT 1").unwrap_err();
+        drop(checked_out);
         assert_at_rest(&pool, within(EPSILON));
         assert_eq!(pool.state().connections, 0, "all were found dead");
 

@@ -13,6 +13,9 @@ fn server() -> &'static Server {
     SERVER.get_or_init(|| Server::with(&[("max_connections", "20"), ("superuser_reserved_connections", "3")]))
 }
 
+/// Within what time the pool logs, and the server shows, what is due.
+const SOON: Duration = Duration::from_secs(5);
+
 fn manager(role: &str, database: &str) -> PostgresManager<NoTls> {
     let params = format!("host=127.0.0.1 port={} user={role} dbname={database}", server().port());
     PostgresManager::parse(&params, NoTls).unwrap()
@@ -36,6 +39,16 @@ fn sums(pool: &str) -> Vec<String> {
     told.into_iter().map(|r| format!("{} {} {}", r.level, r.target, r.text)).collect()
 }
 
+/// The same, once the pool has logged it, which it does on a thread of its own.
+fn sums_soon(pool: &str) -> Vec<String> {
+    assert!(wait_until(Instant::now() + SOON, || !sums(pool).is_empty()), "nothing of '{pool}'");
+    sums(pool)
+}
+
+fn is_logged_soon(text: &str) -> bool {
+    wait_until(Instant::now() + SOON, || !logged(|r| r.text.contains(text)).is_empty())
+}
+
 #[test]
 fn too_much_is_refused_with_the_sum() {
     let _beside = crate::support::beside_others();
@@ -49,7 +62,7 @@ fn too_much_is_refused_with_the_sum() {
     assert!(e.to_string().contains(sum), "{e}");
     assert!(e.cause().unwrap().downcast_ref::<Error>().unwrap().is_permanent());
     let name = format!("refused [{}]", std::process::id());
-    assert_eq!(server().wait_for(&name, 0, Instant::now() + Duration::from_secs(5)), 0);
+    assert_eq!(server().wait_for(&name, 0, Instant::now() + SOON), 0);
 }
 
 #[test]
@@ -59,7 +72,7 @@ fn too_much_is_warned_of() {
     sql("CREATE ROLE warned LOGIN");
     let pool = manager("warned", "postgres").processes(2).builder().name("warned").max_size(9).open().unwrap();
     let sum = "2 processes x 9 = 18, but the server allows warned 17 (max_connections 20 less 3 reserved)";
-    assert_eq!(sums("warned"), [format!("WARN millpond pool 'warned': {sum}")]);
+    assert_eq!(sums_soon("warned"), [format!("WARN millpond pool 'warned': {sum}")]);
     assert!(pool.get().is_ok());
 }
 
@@ -70,11 +83,8 @@ fn exactly_enough_is_enough() {
     sql("CREATE ROLE enough LOGIN");
     let manager = manager("enough", "postgres").processes(1).budget(Budget::Refuse);
     let _pool = manager.clone().builder().name("enough").max_size(17).open().unwrap();
-    assert!(
-        sums("enough")[0].starts_with("INFO millpond pool 'enough': 1 process x 17 = 17, and"),
-        "{:?}",
-        sums("enough")
-    );
+    let sums = sums_soon("enough");
+    assert!(sums[0].starts_with("INFO millpond pool 'enough': 1 process x 17 = 17, and"), "{sums:?}");
     let e = manager.builder().name("enough").max_size(18).open().unwrap_err();
     assert!(e.to_string().contains("1 process x 18 = 18, but"), "{e}");
 }
@@ -83,8 +93,11 @@ fn exactly_enough_is_enough() {
 fn nothing_is_compared_unasked() {
     let _beside = crate::support::beside_others();
     let _log = capture();
-    let _pool =
+    let pool =
         manager("postgres", "postgres").budget(Budget::Refuse).builder().name("unasked").max_size(500).open().unwrap();
+    // The pool logs in order, so what it logs of its end comes last.
+    drop(pool);
+    assert!(is_logged_soon("pool 'unasked': closing"));
     assert_eq!(sums("unasked"), [""; 0]);
 }
 
@@ -128,7 +141,7 @@ fn what_is_said_is_what_the_server_does() {
     let config = server().config("counted").user("counted").clone();
     // The client that was asked may not be quite gone.
     let mut clients = Vec::new();
-    let filled = wait_until(Instant::now() + Duration::from_secs(5), || {
+    let filled = wait_until(Instant::now() + SOON, || {
         clients.extend(config.connect(NoTls).ok());
         clients.len() == said as usize
     });
@@ -159,13 +172,13 @@ fn a_server_that_does_not_say() {
     drop(owner);
     let manager = manager("blind", "mute").processes(1);
     assert!(manager.clone().builder().name("mute").open().is_ok());
-    let told = logged(|r| r.text.contains("'mute': cannot tell how many connections the server allows: ERROR"));
-    assert!(!told.is_empty());
+    assert!(is_logged_soon("'mute': cannot tell how many connections the server allows: ERROR"));
     let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
     assert!(e.to_string().contains("permission denied for view pg_roles"), "{e}");
 }
 
-/// Not every server that speaks like PostgreSQL answers like one. As if the server had no such limits, or kept them as text.
+/// Not every server that speaks like PostgreSQL answers like one. As if the server had no such limits, or kept them as
+/// text.
 #[test]
 fn a_server_that_answers_something_else() {
     let _beside = crate::support::beside_others();
@@ -188,8 +201,8 @@ fn a_server_that_answers_something_else() {
         let manager = manager("odd", database).processes(1);
         let pool = manager.clone().builder().name(database).open().unwrap();
         assert!(pool.get().is_ok());
-        let told = format!("'{database}': cannot tell how many connections the server allows: the server's answer");
-        assert!(!logged(|r| r.text.contains(&told)).is_empty());
+        let warning = format!("'{database}': cannot tell how many connections the server allows: the server's answer");
+        assert!(is_logged_soon(&warning));
         let e = manager.budget(Budget::Refuse).builder().open().unwrap_err();
         assert!(e.to_string().contains("the server's answer is not what was asked for"), "{e}");
         let e = budget(&mut pool.get().unwrap()).unwrap_err();

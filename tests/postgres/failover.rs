@@ -5,13 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::support::{Proxy, SEEN, Server, alone, beside_others, ms, threads_named, wait_until};
+use crate::support::{Proxy, SEEN, SOON, Server, alone, beside_others, ms, threads_named, wait_until, within};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReason};
 use postgres::NoTls;
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// The pool looks for a server at least this often while somebody waits.
 const BACKOFF: Duration = Duration::from_secs(1);
 /// How long a connect with its queries and the first write take on a loaded machine.
@@ -19,10 +17,6 @@ const CONNECT: Duration = ms(500);
 /// How long a thread waits for a connection before it asks again.
 const PATIENCE: Duration = Duration::from_secs(5);
 const WRITERS: usize = 8;
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 struct Pair {
     primary: Server,

@@ -98,8 +98,8 @@ fn an_idle_session_is_ended() {
     let guards = ServerGuards { idle_session_timeout: Some(ms(1500)), ..ServerGuards::default() };
     let manager = manager(&params()).server_guards(guards);
     let pool = manager.builder().name("forgetful").max_idle(ms(100)).open().unwrap();
-    let _borrowed = pool.get().unwrap();
-    // (One that went idle before this was borrowed may not be quite gone.)
+    let _in_use = pool.get().unwrap();
+    // (One that went idle before this was checked out may not be quite gone.)
     assert_eq!(Server::shared().wait_for(&name, 1, Instant::now() + PATIENCE), 1);
     assert_eq!(Server::shared().wait_for(&name, 0, Instant::now() + PATIENCE), 0, "a forgotten one goes too");
 }
@@ -125,7 +125,7 @@ fn the_server_looks_after_the_killed() {
         let name = format!("{guarded} [{}]", child.id());
         let busy = || server.backends(&name).iter().any(|b| b.state == "active" && b.query.contains("pg_sleep"));
         assert!(wait_until(Instant::now() + PATIENCE, busy), "{:?}", server.backends(&name));
-        child.bury();
+        child.end();
         let left = server.wait_for(&name, 0, Instant::now() + if guarded == "guarded" { PATIENCE } else { ms(1000) });
         assert_eq!(left, i64::from(guarded == "unguarded"), "{guarded}");
         server.terminate(&name);

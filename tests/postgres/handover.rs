@@ -88,7 +88,8 @@ const MESSES: [Mess; 14] = [
 fn cleans_up<T: Connector>(manager: PostgresManager<T>, messes: &[Mess]) {
     let pool = manager.builder().max_size(1).connection_timeout(Duration::from_secs(20)).open().unwrap();
     for (what, mess) in messes {
-        // What is seen of a refusal when the connection comes back is a matter of chance: whether all of it has arrived.
+        // What is seen of a refusal when the connection comes back is a matter of chance: whether all of it has
+        // arrived.
         for _ in 0..if what.contains("refused") { 100 } else { 3 } {
             mess(&mut pool.get().unwrap());
             assert_clean(&mut pool.get().unwrap(), what);
@@ -183,7 +184,7 @@ fn what_a_session_had_is_discarded() {
 }
 
 #[test]
-fn a_cancelled_connection_is_never_lent_again() {
+fn a_cancelled_connection_is_never_checked_out_again() {
     let _beside = crate::support::beside_others();
     for way in WAYS {
         let pool = pool("cancelled", way);

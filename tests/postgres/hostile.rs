@@ -1,7 +1,7 @@
-//! Servers that answer with what they should not: the pool gives nothing away, takes no harm, and says what it heard in a
-//! form that does none.
+//! Servers that answer with what they should not: the pool gives nothing away, takes no harm, and says what it heard in
+//! a form that does none.
 
-use crate::support::{Server, capture, logged, wait_until};
+use crate::support::{SOON, Server, capture, logged, wait_until};
 use crate::tls::Identity;
 use log::Level;
 use millpond::postgres::{Connector, Error, PostgresManager};
@@ -15,8 +15,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// Far less than any limit of the pool's, and more than any noise.
 const PROMPTLY: Duration = Duration::from_secs(5);
 /// A control sequence that clears a terminal, and the beginning of a record that nobody made.
@@ -250,8 +248,8 @@ fn a_server_that_cannot_fork_refuses_nobody_for_good() {
 
 // ---------------------------------------------------------------------------------------------- before the login ends
 
-/// A server that, when asked to let somebody in, says `first` and then `again`, over and over, until the client hangs up;
-/// and how much it got rid of.
+/// A server that, when asked to let somebody in, says `first` and then `again`, over and over, until the client hangs
+/// up; and how much it got rid of.
 fn gush(first: Vec<u8>, again: Vec<u8>) -> Running {
     Running::new(move |stream, liar| {
         liar.hear(stream);

@@ -1,18 +1,25 @@
 //! PostgreSQL's own manager on a real server.
 
-use crate::support::{Database, ms};
-use millpond::postgres::{Error, PostgresManager};
+use crate::support::{Database, SOON, ms};
+use millpond::postgres::{Error, Pool, PostgresManager};
 use postgres::NoTls;
-use std::time::Duration;
+use postgres::error::SqlState;
+use std::time::{Duration, Instant};
 
 fn manager(params: &str) -> PostgresManager<NoTls> {
     PostgresManager::parse(params, NoTls).unwrap()
 }
 
-/// Whether no transaction is open: in one, time stands still.
+/// Whether no transaction is open, in the server's words: outside of one there are no savepoints.
 fn is_clean(client: &mut postgres::Client) -> bool {
-    let answer = client.simple_query("SELECT now() = statement_timestamp()").unwrap();
-    answer.iter().any(|m| matches!(m, postgres::SimpleQueryMessage::Row(row) if row.get(0) == Some("t")))
+    client.batch_execute("SAVEPOINT probe").is_err_and(|e| e.code() == Some(&SqlState::NO_ACTIVE_SQL_TRANSACTION))
+}
+
+/// Closes the pool. The server has nothing left of it.
+fn ends(pool: Pool, app: &str) {
+    let report = pool.close(SOON);
+    assert!(report.is_complete(), "{report}");
+    assert_eq!(Database::get().wait_for(app, 0, Instant::now() + SOON), 0, "{app}");
 }
 
 #[test]
@@ -26,6 +33,8 @@ fn a_line_starts_it() {
     assert!(client.is_observed());
     assert_eq!(client.backend_pid(), Some(row.get(1)));
     assert_eq!(pool.connections()[0].server_id, Some(row.get::<_, i32>(1) as u64));
+    drop(client);
+    ends(pool, "start");
 }
 
 #[test]
@@ -37,12 +46,15 @@ fn an_open_transaction_does_not_reach_the_next() {
             let pool = manager(&params).observe(observe).builder().max_size(1).open().unwrap();
             for left in ["BEGIN", "BEGIN; SELECT 1", "BEGIN; SELECT nonsense"] {
                 let mut client = pool.get().unwrap();
-                let _ = client.batch_execute(left);
+                let result = client.batch_execute(left);
+                assert_eq!(result.is_err(), left.contains("nonsense"), "{left}: {result:?}");
+                assert!(!is_clean(&mut client), "{left} leaves a transaction open");
                 drop(client);
                 let mut client = pool.get().unwrap();
                 assert!(is_clean(&mut client), "{left}, observed: {observe}");
             }
             assert_eq!(pool.stats().opens, 1, "rolled back, not replaced");
+            ends(pool, "handover");
         }
     }
 }
@@ -58,6 +70,7 @@ fn a_clean_return_costs_nothing() {
         drop(client);
         assert_eq!(pool.state().idle_connections, 1, "neither checked nor reset");
     }
+    ends(pool, "clean");
 }
 
 #[test]

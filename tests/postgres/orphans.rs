@@ -1,5 +1,5 @@
-//! Nobody is called an orphan, or this process's own, who is not: through poolers and tunnels, from other namespaces, in
-//! thousands of audits.
+//! Nobody is called an orphan, or this process's own, who is not: through poolers and tunnels, from other namespaces,
+//! in thousands of audits.
 
 use crate::support::{Again, Bouncer, Cable, PoolMode, Proxy, Server, skipped, wait_until};
 use millpond::postgres::{Audit, Backend, Outcome, Owner, Pool, PostgresManager, audit, audit_with};
@@ -223,9 +223,9 @@ fn an_orphan_remains_one_when_its_client_s_end_is_forgotten() {
             let [row] = rows(&audit, &name)[..] else { panic!("{audit}") };
             (row.owner, row.client.unwrap())
         };
-        let (held, client_s_end) = owner();
-        assert_eq!(held, Owner::Other);
-        client.bury();
+        let (checked_out, client_s_end) = owner();
+        assert_eq!(checked_out, Owner::Other);
+        client.end();
         assert!(wait_until(soon(), || owner().0 == Owner::Orphaned), "{:?}", owner());
         let near = format!(" 0100007F:{:04X} ", client_s_end.port());
         let known = || {
@@ -315,7 +315,7 @@ fn of_thousands_of_words_none_is_wrong() {
             std::panic::resume_unwind(panic);
         }
     });
-    other.bury();
+    other.end();
     eprintln!("{audits} audits, who said of whom: {said:?}");
     for (number, _, right) in kinds {
         assert!(said.contains_key(&(Some(number), format!("{:?}", right[0]))), "{number} was never met: {said:?}");
@@ -335,7 +335,8 @@ fn auditor() {
     let (mut audits, others): (usize, usize) = (audits.parse().unwrap(), others.parse().unwrap());
     let pool = pool(params, name);
     let mut words = std::collections::BTreeSet::new();
-    // That this process has a socket with a port means nothing: from the second audit on it has one with each that it met.
+    // That this process has a socket with a port means nothing: from the second audit on it has one with each that it
+    // met.
     let mut ports = BTreeMap::new();
     let deadline = soon();
     while audits > 0 && Instant::now() < deadline {

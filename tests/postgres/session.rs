@@ -1,5 +1,5 @@
-//! What a session leaves behind ends with its checkout: a cancel that comes late, an answer that nobody waited for, a query
-//! that nobody reads, a transaction that has failed.
+//! What a session leaves behind ends with its checkout: a cancel that comes late, an answer that nobody waited for, a
+//! query that nobody reads, a transaction that has failed.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,14 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{EPSILON, Proxy, Server, alone, beside_others, ms, wait_until};
+use crate::support::{EPSILON, Proxy, SOON, Server, alone, beside_others, ms, wait_until};
 use millpond::postgres::{Connection, Pool, PostgresManager, Reset};
 use millpond::{CloseReason, CustomizeConnection, PooledConnection};
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::{Client, NoTls, SimpleQueryMessage};
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 
 /// How a connection reaches the server, and whether it is observed on its way.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -442,7 +439,7 @@ fn what_is_abandoned_is_cancelled_before_its_slot_is_free() {
                 assert!(begun.elapsed() < Duration::from_secs(4), "{way:?}, {what}: {:?}", begun.elapsed());
                 let left = state(&mut observer, pid);
                 assert_ne!(left.as_deref(), Some("active"), "{way:?}, {what}");
-                assert_ne!(next.backend_pid(), pid, "cancelled, so never lent again");
+                assert_ne!(next.backend_pid(), pid, "cancelled, so never checked out again");
                 assert_clean(&mut next, what);
             }
         }
@@ -537,7 +534,7 @@ fn what_is_notified_between_checkouts_reaches_nobody() {
 
 /// A server that is silent as well: nothing waits longer than the limits.
 #[test]
-fn what_cannot_be_cancelled_is_cut() {
+fn what_cannot_be_cancelled_is_aborted() {
     let _alone = alone();
     let proxy = Proxy::to(Server::shared().addr());
     let manager = PostgresManager::parse(&proxy.conninfo("mute"), NoTls).unwrap();

@@ -5,15 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{Cable, EPSILON, Proxy, SEEN, Server, alone, ms, skipped, threads_named, wait_until};
+use crate::support::{
+    Cable, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, skipped, threads_named, wait_until, within,
+};
 use crossbeam_channel::{Receiver, bounded};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReport, PooledConnection, Validate};
 use postgres::NoTls;
 use rustix::process::{Pid, Signal, kill_process};
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 
 const VALIDATION: Duration = ms(300);
 const OPEN: Duration = ms(600);
@@ -21,10 +20,6 @@ const CLOSE: Duration = ms(400);
 const GRACE: Duration = ms(300);
 /// How long a cancel request may take before the connection is cut without.
 const CANCEL: Duration = Duration::from_secs(1);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// A pool that checks whatever it hands out, with limits that a test can wait for.
 fn impatient(params: &str, name: &str) -> Builder<PostgresManager<NoTls>> {
@@ -38,7 +33,7 @@ fn assert_within(what: Duration, from: Duration, to: Duration) {
     assert!(from <= what && what <= to, "{what:?} is not within {from:?} and {to:?}");
 }
 
-/// Nothing is under way, and nothing is given up that has not come back.
+/// Nothing is under way, and nothing is abandoned that has not come back.
 #[track_caller]
 fn assert_at_rest(pool: &Pool, deadline: Instant) {
     let rest = || {
@@ -160,7 +155,7 @@ fn a_query_ends_when_the_pool_has_closed() {
         let report = pool.close(GRACE);
         assert_within(begun.elapsed(), GRACE, GRACE + EPSILON);
         if silent {
-            // The request to cancel meets the same silence, and is given up.
+            // The request to cancel meets the same silence, and is abandoned.
             sleeper.ended(&report, begun + GRACE + CANCEL + EPSILON);
         } else {
             let error = sleeper.ended(&report, begun + GRACE + EPSILON);
@@ -271,7 +266,7 @@ fn a_storm_of_attempts_leaves_no_thread() {
     let most = most.join().unwrap();
     // The reaper, four that open, as many that cut them, one that logs.
     assert!((2..=10).contains(&most.len()), "{most:?}");
-    assert!(pool.stats().failed_opens > 4, "one after the other was given up: {}", pool.stats());
+    assert!(pool.stats().failed_opens > 4, "one after the other was abandoned: {}", pool.stats());
     assert_at_rest(&pool, within(ms(200) + EPSILON));
 
     proxy.silent(false);
@@ -279,7 +274,8 @@ fn a_storm_of_attempts_leaves_no_thread() {
     assert_ends(&pool, server, app);
 }
 
-// ---------------------------------------------------------------------------------------------------- one silent backend
+// ---------------------------------------------------------------------------------------------------- one silent
+// backend
 
 /// A backend that is stopped, and goes on when this is dropped.
 struct Stopped(Pid);

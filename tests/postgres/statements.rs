@@ -1,12 +1,14 @@
 //! The statement cache on a real server: what it saves, and what it survives.
 
-use crate::support::{Bouncer, EPSILON, PoolMode, Proxy, Server, alone, beside_others, ms};
+use crate::support::{Bouncer, EPSILON, PoolMode, Proxy, SOON, Server, alone, beside_others, ms, wait_until};
+
 use millpond::postgres::{Pool, PooledConnection, PostgresManager, Reset};
 use postgres::types::Type;
 use postgres::{NoTls, SimpleQueryMessage};
+use std::ops::Deref;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How a connection reaches the server, which decides what is known of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,13 +28,42 @@ impl Way {
     }
 
     /// One connection, with the default cache.
-    fn pool(self, app: &str) -> Pool {
+    fn pool(self, app: &str) -> Emptied {
         pool(self.manager(app))
     }
 }
 
-fn pool(manager: PostgresManager<NoTls>) -> Pool {
-    manager.builder().max_size(1).open().unwrap()
+fn pool(manager: PostgresManager<NoTls>) -> Emptied {
+    Emptied(manager.builder().max_size(1).open().unwrap())
+}
+
+/// A pool, of which the server has nothing left when a test ends well.
+struct Emptied(Pool);
+
+impl Deref for Emptied {
+    type Target = Pool;
+
+    fn deref(&self) -> &Pool {
+        &self.0
+    }
+}
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            return;
+        }
+        let backends: Vec<_> =
+            self.0.connections().iter().filter_map(|row| row.server_id).map(|id| id as i32).collect();
+        let report = self.0.close(SOON);
+        assert!(report.is_complete(), "{report}");
+        let mut observer = Server::shared().connect();
+        let mut left = || -> i64 {
+            let count = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1)";
+            observer.query_one(count, &[&backends]).unwrap().get(0)
+        };
+        assert!(wait_until(Instant::now() + SOON, || left() == 0), "{} left of {backends:?}", left());
+    }
 }
 
 /// Through a proxy that counts round trips.
@@ -237,7 +268,8 @@ fn a_changed_parameter_does_not_show() {
     }
 }
 
-/// What a portal meets says nothing of the statement that made it, and still less of others; nor does what was never one.
+/// What a portal meets says nothing of the statement that made it, and still less of others; nor does what was never
+/// one.
 #[test]
 fn a_portal_that_fails_costs_no_statement() {
     let _beside = crate::support::beside_others();

@@ -3,12 +3,10 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use crate::support::{Server, ms};
+use crate::support::{SOON, Server, ms};
 use millpond::postgres::{Pool, PostgresManager};
 use postgres::NoTls;
 use postgres::fallible_iterator::FallibleIterator;
-
-const SOON: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Way {
@@ -20,7 +18,10 @@ enum Way {
 const WAYS: [Way; 3] = [Way::Tcp, Way::TcpUnobserved, Way::Unix];
 
 fn manager(app: &str, way: Way) -> PostgresManager<NoTls> {
-    let server = Server::shared();
+    manager_on(Server::shared(), app, way)
+}
+
+fn manager_on(server: &Server, app: &str, way: Way) -> PostgresManager<NoTls> {
     let params = match way {
         Way::Unix => server.unix_conninfo(app),
         Way::Tcp | Way::TcpUnobserved => server.conninfo(app),
@@ -36,8 +37,8 @@ fn rows(table: &str) -> i64 {
     Server::shared().connect().query_one(&format!("SELECT count(*) FROM {table}"), &[]).unwrap().get(0)
 }
 
-/// After a COPY that the server refused `postgres` gives each call the answer to the one before, to a COMMIT that of what
-/// was asked before it.
+/// After a COPY that the server refused `postgres` gives each call the answer to the one before, to a COMMIT that of
+/// what was asked before it.
 #[test]
 fn a_commit_behind_a_refused_copy_says_what_became_of_it() {
     let _beside = crate::support::beside_others();
@@ -82,7 +83,8 @@ fn a_commit_behind_a_refused_copy_says_what_became_of_it() {
                             drop(client);
                             drop(pool.get().unwrap());
                             let kept = rows(&table) > before_rows;
-                            // Where nobody watches `postgres` may end the connection over it, and then that is all that is known.
+                            // Where nobody watches `postgres` may end the connection over it, and then that is all that
+                            // is known.
                             let unknown = way != Way::Tcp && said.as_ref().is_err_and(|e| e.code().is_none());
                             if said.is_ok() != kept && !unknown {
                                 failures.push(format!("{way:?}: {copies} copies, savepoint {savepoint}, {calls} calls, before {before} ({round}): said {said:?}, kept {kept}"));
@@ -217,12 +219,14 @@ fn a_forgotten_row_iterator_and_copy_out() {
 #[test]
 fn a_commit_that_fails_with_a_code_of_the_users_own() {
     let _beside = crate::support::beside_others();
+    // Its log tells of this test alone.
+    let server = Server::start();
     let sql = "CREATE TABLE deferred (n int);
         CREATE FUNCTION complain() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'P0001'; END $$;
         CREATE CONSTRAINT TRIGGER complain AFTER INSERT ON deferred DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION complain()";
-    Server::shared().connect().batch_execute(sql).unwrap();
+    server.connect().batch_execute(sql).unwrap();
     for way in WAYS {
-        let pool = pool("deferred", way);
+        let pool = manager_on(&server, "deferred", way).builder().max_size(1).open().unwrap();
         let mut client = pool.get().unwrap();
         for erred in [false, true] {
             let mut tx = client.begin().unwrap();
@@ -239,6 +243,6 @@ fn a_commit_that_fails_with_a_code_of_the_users_own() {
             tx.commit().unwrap();
         }
     }
-    let log = Server::shared().log();
+    let log = server.log();
     assert!(!log.contains("there is no transaction in progress"), "{}", log.matches("there is no transaction").count());
 }

@@ -1,21 +1,15 @@
-//! Those who wait for nothing, `try_get` and a timeout of zero: at low traffic they are served as well, and are never
-//! handed what is under suspicion.
+//! P3: `try_get` and a timeout of zero wait for nothing: at low traffic they are served as well, and they never get a
+//! connection that is suspect.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fake::{Act, Call, Fake, FakeConn, FakeError, run};
-use crate::support::{EPSILON, ms, wait_until};
+use crate::fake::{Act, Call, Fake, FakeConn, FakeError, ends_well, run, take};
+use crate::support::{EPSILON, SOON, ms, wait_until, watched, within};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Validate};
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// How long an unused connection is trusted here.
 const WINDOW: Duration = ms(100);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Until nothing is trusted any more, by a clock that is behind as well.
 fn pause() {
@@ -74,13 +68,8 @@ fn six_calls<M: Manage<Connection = FakeConn, Error = FakeError>>(way: Way, pool
     served.filter(|served| *served).count()
 }
 
-fn ends_well<M: Manage>(pool: Pool<M>, fake: &Fake) {
-    assert!(pool.close(SOON).is_complete());
-    drop(pool);
-    assert_eq!(fake.alive(), 0);
-}
-
-/// With a manager that can only ask the server, the first call finds nothing: it has a check made, which serves the next.
+/// With a manager that can only ask the server, the first call finds nothing: it has a check made, which serves the
+/// next.
 #[test]
 fn what_one_call_had_checked_serves_the_next_however_late() {
     let _beside = crate::support::beside_others();
@@ -257,5 +246,171 @@ fn what_a_zero_timeout_had_opened_serves_the_next() {
             assert!(wait_until(within(SOON), || pool.stats().size() == 0));
         }
         ends_well(pool, &fake);
+    }
+}
+
+/// A ping takes longer than a caller at low traffic waits: what one had checked in vain serves the next.
+#[test]
+fn what_a_short_wait_had_checked_serves_the_next() {
+    watched(|| {
+        for validate in [Validate::AfterIdle(ms(50)), Validate::Always] {
+            let fake = Fake::new();
+            let builder = Pool::builder().max_size(4).max_idle(None).max_lifetime(None).validate(validate);
+            let pool = builder.build(fake.r2d2()).unwrap();
+            fake.set(Call::Validate, Act::Last(ms(20)));
+            let mut ok = 0;
+            for _ in 0..8 {
+                thread::sleep(ms(150));
+                ok += u32::from(pool.get_timeout(ms(5)).is_ok());
+            }
+            assert!(ok >= 3, "{validate:?}: {ok} of 8, {}", pool.stats());
+        }
+    });
+}
+
+/// As short as they come, on an empty pool: some day there is a connection.
+#[test]
+fn the_shortest_waits_get_a_connection_opened() {
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(4).build_unchecked(fake.r2d2());
+        for n in 0.. {
+            if pool.get_timeout(Duration::from_nanos(1)).is_ok() {
+                eprintln!("after {n}");
+                break;
+            }
+            assert!(n < 200, "{}", pool.stats());
+            thread::sleep(ms(10));
+        }
+    });
+}
+
+/// "Zero is the same as `Always`": "with `Validate::Always` each use has a validation of its own".
+#[test]
+fn after_idle_for_no_time_is_always() {
+    watched(|| {
+        for validate in [Validate::Always, Validate::AfterIdle(Duration::ZERO)] {
+            let fake = Fake::new();
+            let pool = Pool::builder().max_size(1).validate(validate).build(fake.r2d2()).unwrap();
+            for _ in 0..20 {
+                let mut got = None;
+                assert!(wait_until(Instant::now() + SOON, || {
+                    got = pool.try_get();
+                    got.is_some()
+                }));
+            }
+            let (uses, checks) = (pool.stats().checkouts, fake.calls(Call::Validate));
+            assert!(checks + 1 >= uses, "{validate:?}: {uses} uses, {checks} checks");
+        }
+    });
+}
+
+/// Sixty-four that wait for a millisecond each, for one connection that needs a check.
+#[test]
+fn many_that_wait_for_a_millisecond_lose_nothing() {
+    watched(|| {
+        for (validate, takes) in [
+            (Validate::Always, ms(0)),
+            (Validate::Always, ms(2)),
+            (Validate::AfterIdle(ms(1)), ms(2)),
+            (Validate::Never, ms(0)),
+        ] {
+            for size in [1, 3] {
+                let fake = Fake::new();
+                let pool = Pool::builder().max_size(size).validate(validate).build(fake.r2d2()).unwrap();
+                fake.set(Call::Validate, Act::Last(takes));
+                let until = Instant::now() + ms(300);
+                let users: Vec<_> = (0..64)
+                    .map(|_| {
+                        let pool = pool.clone();
+                        thread::spawn(move || {
+                            let (mut ok, mut late) = (0u32, Duration::ZERO);
+                            while Instant::now() < until {
+                                let begun = Instant::now();
+                                ok += u32::from(pool.get_timeout(ms(1)).is_ok());
+                                late = late.max(begun.elapsed());
+                            }
+                            (ok, late)
+                        })
+                    })
+                    .collect();
+                let all: Vec<_> = users.into_iter().map(|u| u.join().unwrap()).collect();
+                let served: u32 = all.iter().map(|a| a.0).sum();
+                let late = all.iter().map(|a| a.1).max().unwrap();
+                assert!(served > 20, "{late:?} the longest: {}", pool.stats());
+                let stats = pool.stats();
+                assert!(stats.waiting == 0 && stats.in_use == 0 && fake.most_alive() <= u64::from(size), "{stats}");
+                drop(take(&pool, size as usize));
+                ends_well(pool, &fake);
+            }
+        }
+    });
+}
+
+/// At low traffic, for whoever cannot wait, and for all.
+#[test]
+fn low_traffic_is_served_at_once() {
+    watched(|| {
+        for validate in [Validate::AfterIdle(ms(50)), Validate::Never, Validate::Always] {
+            for way in ["try_get", "zero", "1 ms", "mixed"] {
+                let fake = Fake::new();
+                let builder = Pool::builder().max_size(8).validate(validate).max_idle(None).max_lifetime(None);
+                let pool = builder.build(fake.r2d2()).unwrap();
+                drop(take(&pool, 8));
+                let mut ok = 0;
+                for i in 0..8 {
+                    thread::sleep(ms(120));
+                    ok += u32::from(match (way, i % 3) {
+                        ("try_get", _) | ("mixed", 0) => pool.try_get().is_some(),
+                        ("zero", _) | ("mixed", 1) => pool.get_timeout(Duration::ZERO).is_ok(),
+                        _ => pool.get_timeout(ms(1)).is_ok(),
+                    });
+                }
+                eprintln!("{validate:?}, {way}: {ok} of 8");
+                assert!(ok >= if validate == Validate::Always { 3 } else { 6 }, "{validate:?} {way}: {ok}");
+            }
+        }
+    });
+}
+
+/// Nobody may wait, each use needs a check: who comes again and again is served.
+#[test]
+fn where_nobody_waits_everybody_is_served_in_time() {
+    let _beside = crate::support::beside_others();
+    for validate in [Validate::AfterIdle(ms(1)), Validate::Always, Validate::Never] {
+        for (users, way) in [(1, "get"), (6, "get"), (1, "try_get"), (6, "try_get"), (6, "zero")] {
+            let fake = Fake::new();
+            let mut builder = Pool::builder().max_size(3).validate(validate);
+            if way == "get" {
+                builder = builder.max_waiting(0);
+            }
+            let pool = builder.build(fake.r2d2()).unwrap();
+            fake.set(Call::Validate, Act::Last(ms(1)));
+            let until = Instant::now() + ms(1000);
+            let threads: Vec<_> = (0..users)
+                .map(|_| {
+                    let pool = pool.clone();
+                    thread::spawn(move || {
+                        let mut n = 0;
+                        while Instant::now() < until {
+                            let got = match way {
+                                "get" => pool.get().ok(),
+                                "try_get" => pool.try_get(),
+                                _ => pool.get_timeout(Duration::ZERO).ok(),
+                            };
+                            n += u32::from(got.is_some());
+                            drop(got);
+                            thread::sleep(ms(2));
+                        }
+                        n
+                    })
+                })
+                .collect();
+            let served: Vec<u32> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+            // (Who does not wait has no place in a queue: of several that come again and again each gets what it
+            // meets.)
+            let all: u32 = served.iter().sum();
+            assert!(all > 5 * users, "{validate:?} {way} {users}: {served:?} {}", pool.stats());
+        }
     }
 }

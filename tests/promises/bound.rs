@@ -1,6 +1,7 @@
-//! The bound is a bound: whatever breaks, panics, is resized or recycled, the pool has at most `max_size` connections,
-//! those being opened and closed among them; and every slot comes back.
+//! P5: the bound is a bound: whatever breaks, panics, is resized or recycled, the pool has at most `max_size`
+//! connections, those being opened and closed among them; and every slot becomes free again.
 
+use crate::fake::{Act, Call, Fake};
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::stock::{Account, Counting, SEEN, SOON, finish, manager, pid, take};
-use crate::support::{Database, EPSILON, History, Sample, alone, ms, sleep_until, wait_until};
+use crate::support::{Database, EPSILON, History, Sample, alone, ms, sleep_until, wait_until, watched};
 use millpond::{CloseReason, Pool, PooledConnection};
 
 /// What happens to be decided: good enough to stir, and the same in every run.
@@ -226,12 +227,12 @@ fn resize_down_takes_the_busy_as_they_come_back() {
 }
 
 #[test]
-fn resize_up_serves_those_who_wait() {
+fn resize_up_serves_the_waiters() {
     let _beside = crate::support::beside_others();
     let server = Database::get();
     let pool = Pool::builder().max_size(1).min_idle(1).build(manager("resize-up")).unwrap();
     assert!(pool.resize(0).is_err() && pool.max_size() == 1);
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     let enough = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..3 {
@@ -244,12 +245,12 @@ fn resize_up_serves_those_who_wait() {
         assert!(wait_until(Instant::now() + SOON, || pool.stats().waiting == 3));
         for size in 2..=4 {
             pool.resize(size).unwrap();
-            assert_eq!(server.wait_for("resize-up", size.into(), Instant::now() + SOON), size.into());
+            assert_eq!(server.wait_for("resize-up", size.into(), Instant::now() + SOON), i64::from(size));
             assert!(wait_until(Instant::now() + SOON, || pool.stats().waiting == 4 - size));
         }
         enough.store(true, Ordering::Relaxed);
     });
-    drop(held);
+    drop(checked_out);
     assert_eq!(pool.stats().opens, 4, "{}", pool.stats());
     finish(pool, "resize-up");
 }
@@ -274,4 +275,29 @@ fn the_detached_are_not_counted() {
     assert_eq!(own.query_one("SELECT 42", &[]).unwrap().get::<_, i32>(0), 42);
     drop(own);
     assert_eq!(server.wait_for("detached", 0, Instant::now() + SOON), 0);
+}
+
+/// What hangs keeps nobody from what is idle, not even if there are to be fewer.
+#[test]
+fn a_smaller_pool_keeps_what_it_has_rather_than_what_hangs() {
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(4).build(fake.r2d2()).unwrap();
+        let checked_out = pool.get().unwrap();
+        fake.set(Call::Open, Act::Block);
+        let waiters: Vec<_> = (0..3)
+            .map(|_| {
+                let pool = pool.clone();
+                thread::spawn(move || drop(pool.get_timeout(ms(100))))
+            })
+            .collect();
+        waiters.into_iter().for_each(|w| w.join().unwrap());
+        fake.wait_inside(Call::Open, 3);
+        drop(checked_out);
+        pool.resize(1).unwrap();
+        let got = pool.get_timeout(Duration::from_secs(3));
+        let stats = pool.stats();
+        fake.release(Call::Open);
+        assert!(got.is_ok(), "{stats}");
+    });
 }

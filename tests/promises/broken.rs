@@ -1,25 +1,22 @@
 //! P9: broken is never handed out twice.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fake::{Act, Call, Fake};
-use crate::support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, threads_named, wait_until};
+use crate::fake::{Act, Call, Fake, ends_well};
+use crate::support::{
+    Database, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, threads_named, wait_until, watched, within,
+};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Returned, Validate};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// So long that nothing is checked for its idleness alone.
 const HOUR: Duration = Duration::from_secs(3_600);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn stock(conninfo: &str) -> Pg {
     Pg::new(conninfo.parse().expect("an address"), NoTls)
@@ -52,7 +49,7 @@ fn close(pool: Pool<Pg>, server: &Database, app: &str) {
     assert!(wait_until(within(SEEN), || threads_named(&format!("{}-", pool.name())).is_empty()));
 }
 
-/// Dead connections among `n` that are taken one after the other and held, each found out and returned before the next
+/// Dead connections among `n` that are checked out one after the other, each found out and returned before the next
 /// is asked for.
 fn dead_among(pool: &Pool<Pg>, n: usize) -> usize {
     let (mut dead, mut alive) = (0, Vec::new());
@@ -102,7 +99,7 @@ fn what_was_idle_for_long_is_checked_first() {
 
 /// One that was out when another was found dead is suspect when it comes back, though just used.
 #[test]
-fn what_was_out_meanwhile_is_suspect_too() {
+fn what_was_in_use_meanwhile_is_suspect_too() {
     let _alone = alone();
     let (server, app) = (Database::get(), "broken-out");
     let pool = builder("out").validate(Validate::AfterIdle(HOUR)).build(stock(&server.conninfo(app))).unwrap();
@@ -307,4 +304,58 @@ fn keepalive_finds_the_dead() {
         assert!(wait_until(within(EPSILON), || pool.stats().idle == min_idle), "{}", pool.stats());
         close(pool, server, app);
     }
+}
+
+/// One user whose connections all come back broken, and others that work.
+#[test]
+fn one_whose_connections_all_break_does_not_starve_the_others() {
+    watched(|| {
+        for validate in [Validate::AfterIdle(Duration::from_secs(1)), Validate::Always] {
+            let fake = Arc::new(Fake::new());
+            let builder = Pool::builder().max_size(4).validate(validate);
+            let pool = builder.build(fake.direct()).unwrap();
+            fake.set(Call::Open, Act::Last(ms(3)));
+            fake.set(Call::Validate, Act::Last(ms(3)));
+            let stop = Arc::new(AtomicBool::new(false));
+            let spoilers: Vec<_> = (0..2)
+                .map(|_| {
+                    let (pool, stop, broken) = (pool.clone(), Arc::clone(&stop), Arc::clone(&fake));
+                    thread::spawn(move || {
+                        while !stop.load(SeqCst) {
+                            if let Ok(c) = pool.get_timeout(ms(200)) {
+                                // (Another's may get it: one is as good as the other.)
+                                broken.next(Call::Returned, [Act::Fail]);
+                                drop(c);
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let users: Vec<_> = (0..4)
+                .map(|_| {
+                    let (pool, stop) = (pool.clone(), Arc::clone(&stop));
+                    thread::spawn(move || {
+                        let (mut ok, mut bad) = (0, 0);
+                        while !stop.load(SeqCst) {
+                            match pool.get_timeout(ms(500)) {
+                                Ok(_) => {
+                                    ok += 1;
+                                    thread::sleep(ms(1));
+                                }
+                                Err(_) => bad += 1,
+                            }
+                        }
+                        (ok, bad)
+                    })
+                })
+                .collect();
+            thread::sleep(Duration::from_secs(2));
+            stop.store(true, SeqCst);
+            let served: Vec<(u32, u32)> = users.into_iter().map(|u| u.join().unwrap()).collect();
+            spoilers.into_iter().for_each(|s| s.join().unwrap());
+            eprintln!("{validate:?}: {served:?} {}", pool.stats());
+            assert!(served.iter().all(|&(ok, bad)| ok > 20 && bad == 0), "{served:?}");
+            ends_well(pool, &fake);
+        }
+    });
 }

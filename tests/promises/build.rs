@@ -1,17 +1,10 @@
-//! `build` waits for its first connection and lends it to nobody: what it opens, the first user is the first to have.
+//! P9: what `build` opens is in nobody's hands before the first caller's; `build` waits for it and checks nothing out.
 
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake};
-use crate::support::{Database, EPSILON, alone, ms, wait_until};
+use crate::support::{Database, EPSILON, SOON, alone, ms, wait_until, within};
 use millpond::{CustomizeConnection, Pool, Validate};
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Nobody has had the connection: not by the events, nor the manager's, nor the pool's own count.
 #[test]

@@ -1,14 +1,16 @@
 //! P4: close closes, and the guard does it whatever way it goes.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::direct::Direct;
-use crate::fake::{Act, Call, DirectFake, Fake, run};
-use crate::support::{Database, EPSILON, Proxy, SEEN, Server, alone, ms, threads_named, wait_until};
+use crate::fake::{Act, Call, DirectFake, Fake, run, take};
+use crate::support::{
+    Database, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, threads_named, wait_until, watched, within,
+};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use millpond::error::Closed;
 use millpond::{
@@ -18,13 +20,6 @@ use postgres::NoTls;
 use postgres::error::SqlState;
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn stock(conninfo: &str) -> Pg {
     Pg::new(conninfo.parse().expect("an address"), NoTls)
@@ -67,9 +62,9 @@ enum Way {
     OwningEndless,
 }
 
-/// What becomes of the connections that are out.
+/// What becomes of the connections in use.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Lent {
+enum Fate {
     Returned,
     Kept,
 }
@@ -103,12 +98,12 @@ impl Team {
     }
 }
 
-/// Two connections are out, eight threads wait, one connect hangs, and a guard is dropped.
-fn the_guard_goes(way: Way, lent: Lent) {
-    println!("{way:?}, {lent:?}");
-    let (server, app) = (Server::shared(), format!("close-{way:?}-{lent:?}"));
+/// Two connections are in use, eight threads wait, one connect hangs, and a guard is dropped.
+fn the_guard_goes(way: Way, fate: Fate) {
+    println!("{way:?}, {fate:?}");
+    let (server, app) = (Server::shared(), format!("close-{way:?}-{fate:?}"));
     let proxy = Proxy::to(server.addr());
-    let name = format!("guard{}{}", way as u8, lent as u8);
+    let name = format!("guard{}{}", way as u8, fate as u8);
     let pool = Pool::builder().name(&name).max_size(3).build(stock(&proxy.conninfo(&app))).unwrap();
 
     let (hears, heard) = unbounded();
@@ -119,16 +114,16 @@ fn the_guard_goes(way: Way, lent: Lent) {
         let line = line!() + 1;
         let both = [0; 2].map(|_| of_holder.get().unwrap());
         ready.send((line, both.each_ref().map(|c| PooledConnection::info(c).id))).unwrap();
-        match lent {
-            Lent::Returned => {
+        match fate {
+            Fate::Returned => {
                 heard.recv().unwrap();
                 thread::sleep(LAST_WORK);
             }
-            Lent::Kept => assert!(at_end.recv().is_err()),
+            Fate::Kept => assert!(at_end.recv().is_err()),
         }
     };
     let holder = thread::Builder::new().name("holder".into()).spawn(holder).unwrap();
-    let (held_at, held) = is_ready.recv().unwrap();
+    let (held_at, checked_out) = is_ready.recv().unwrap();
 
     proxy.silent(true);
     let wait = || {
@@ -228,7 +223,7 @@ fn the_guard_goes(way: Way, lent: Lent) {
     };
 
     // ---- and what is left of the pool
-    let left = if lent == Lent::Returned { 0 } else { 2 };
+    let left = if fate == Fate::Returned { 0 } else { 2 };
     assert_within(gone - began, GRACE, GRACE + EPSILON);
     assert_eq!(server.wait_for(&app, left, began + GRACE + SEEN), left, "backends after the grace");
     assert_threads(&name, &[&format!("{name}-exec")]);
@@ -244,10 +239,14 @@ fn the_guard_goes(way: Way, lent: Lent) {
     let report = pool.close(Duration::ZERO);
     let rows: Vec<_> = report.left.iter().map(|row| (row.state, row.id)).collect();
     let hung = (ConnectionState::Opening, 3);
-    match lent {
-        Lent::Returned => assert_eq!(rows, [hung], "{report}"),
-        Lent::Kept => {
-            assert_eq!(rows, [(ConnectionState::InUse, held[0]), (ConnectionState::InUse, held[1]), hung], "{report}");
+    match fate {
+        Fate::Returned => assert_eq!(rows, [hung], "{report}"),
+        Fate::Kept => {
+            assert_eq!(
+                rows,
+                [(ConnectionState::InUse, checked_out[0]), (ConnectionState::InUse, checked_out[1]), hung],
+                "{report}"
+            );
             for row in &report.left[..2] {
                 assert_eq!(row.location.map(|at| (at.file(), at.line())), Some((file!(), held_at)), "{row}");
                 assert_eq!(row.thread.as_deref(), Some("'holder'"), "{row}");
@@ -272,43 +271,43 @@ fn the_guard_goes(way: Way, lent: Lent) {
 #[test]
 fn guard_on_return() {
     let _alone = alone();
-    the_guard_goes(Way::OnReturn, Lent::Returned);
-    the_guard_goes(Way::OnReturn, Lent::Kept);
+    the_guard_goes(Way::OnReturn, Fate::Returned);
+    the_guard_goes(Way::OnReturn, Fate::Kept);
 }
 
 #[test]
 fn guard_on_panic() {
     let _alone = alone();
-    the_guard_goes(Way::OnPanic, Lent::Returned);
-    the_guard_goes(Way::OnPanic, Lent::Kept);
+    the_guard_goes(Way::OnPanic, Fate::Returned);
+    the_guard_goes(Way::OnPanic, Fate::Kept);
 }
 
 #[test]
 fn guard_from_another_thread() {
     let _alone = alone();
-    the_guard_goes(Way::FromAnotherThread, Lent::Returned);
-    the_guard_goes(Way::FromAnotherThread, Lent::Kept);
+    the_guard_goes(Way::FromAnotherThread, Fate::Returned);
+    the_guard_goes(Way::FromAnotherThread, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_join_handles() {
     let _alone = alone();
-    the_guard_goes(Way::OwningJoinHandles, Lent::Returned);
-    the_guard_goes(Way::OwningJoinHandles, Lent::Kept);
+    the_guard_goes(Way::OwningJoinHandles, Fate::Returned);
+    the_guard_goes(Way::OwningJoinHandles, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_rayon() {
     let _alone = alone();
-    the_guard_goes(Way::OwningRayon, Lent::Returned);
-    the_guard_goes(Way::OwningRayon, Lent::Kept);
+    the_guard_goes(Way::OwningRayon, Fate::Returned);
+    the_guard_goes(Way::OwningRayon, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_workers_that_never_end() {
     let _alone = alone();
-    the_guard_goes(Way::OwningEndless, Lent::Returned);
-    the_guard_goes(Way::OwningEndless, Lent::Kept);
+    the_guard_goes(Way::OwningEndless, Fate::Returned);
+    the_guard_goes(Way::OwningEndless, Fate::Kept);
 }
 
 #[test]
@@ -478,7 +477,7 @@ fn twice() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().name("twice").max_size(1).build(fake.direct()).unwrap();
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     let (told, is_told) = unbounded();
     let waiter = thread::spawn({
         let pool = pool.clone();
@@ -493,7 +492,7 @@ fn twice() {
         assert!(closed(is_told.recv().unwrap()).by.contains("close"));
         thread::sleep(ms(50));
         let back = Instant::now();
-        drop(lent);
+        drop(in_use);
         let (long, at) = long.join().unwrap();
         assert!(at >= back, "it has waited for the return");
         (short, long)
@@ -513,7 +512,7 @@ fn two_at_a_time() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().name("two").max_size(1).build(fake.direct()).unwrap();
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     let line_up = Barrier::new(3);
     thread::scope(|s| {
         let close = || {
@@ -523,7 +522,7 @@ fn two_at_a_time() {
         let closers = [s.spawn(close), s.spawn(close)];
         line_up.wait();
         assert!(wait_until(within(SOON), || pool.is_closed()));
-        drop(lent);
+        drop(in_use);
         for report in closers.map(|c| c.join().unwrap()) {
             assert!(report.is_complete() && report.elapsed < ms(1_000), "{report}");
         }
@@ -581,14 +580,14 @@ fn from_a_hook() {
     }
 }
 
-/// The job it is part of was given up: there is no slot that it would have to wait for, nor one too few.
+/// The job it is part of was abandoned: there is no slot that it would have to wait for, nor one too few.
 #[test]
-fn from_a_hook_that_was_written_off() {
+fn from_a_hook_that_was_abandoned() {
     let _alone = alone();
     let fake = Fake::new();
     let builder = Pool::builder().name("late").max_size(2).open_timeout(ms(50));
     let pool = builder.connection_customizer(fake.customizer()).build(fake.direct()).unwrap();
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     let (reports, reported) = unbounded();
     let of_hook = Arc::new(OnceLock::new());
     let _ = of_hook.set(pool.clone());
@@ -603,10 +602,10 @@ fn from_a_hook_that_was_written_off() {
     assert_eq!(
         (report.left.len(), report.left[0].state),
         (1, ConnectionState::InUse),
-        "the one that is lent: {report}"
+        "the one that is in use: {report}"
     );
     fake.set(Call::OnRelease, Act::Succeed);
-    drop(lent);
+    drop(in_use);
     assert!(pool.close(SOON).is_complete());
     assert_eq!(fake.alive(), 0);
     assert_threads("late", &[]);
@@ -666,16 +665,16 @@ fn from_a_hook_within_a_hook() {
     let builder = Pool::builder().name("nested").max_size(2).event_handler(fake.event_handler());
     let pool = builder.connection_customizer(fake.customizer()).build(fake.direct()).unwrap();
     let (reports, reported) = unbounded();
-    // The second connection's `on_acquire`, on the crew, borrows the first, of which an event tells.
+    // The second connection's `on_acquire`, on the executor, checks out the first, of which an event tells.
     let of_hook: Arc<OnceLock<Pool<DirectFake>>> = Arc::default();
     let _ = of_hook.set(pool.clone());
     let of_event = Arc::clone(&of_hook);
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     fake.set(Call::OnAcquire, run(move || drop(of_hook.get().unwrap().get().unwrap())));
     fake.next(Call::HandleCheckout, [run(move || drop(reports.send(of_event.get().unwrap().close(SOON))))]);
     assert!(pool.try_get().is_none(), "but a second is opened");
     fake.wait_inside(Call::OnAcquire, 1);
-    drop(lent);
+    drop(in_use);
     let report: CloseReport = reported.recv_timeout(SOON).unwrap();
     assert!(report.elapsed <= EPSILON, "{report}");
     fake.set(Call::OnAcquire, Act::Succeed);
@@ -717,7 +716,7 @@ fn the_last_handle_closes_without_waiting() {
     let _alone = alone();
     let (server, app) = (Database::get(), "close-last");
     let pool = Pool::builder().name("last").build(stock(&server.conninfo(app))).unwrap();
-    let mut lent = pool.get().unwrap();
+    let mut in_use = pool.get().unwrap();
     drop(pool.get().unwrap());
     let other = pool.clone();
     drop(pool);
@@ -728,9 +727,9 @@ fn the_last_handle_closes_without_waiting() {
     assert_eq!(server.wait_for(app, 1, began + SEEN), 1, "the idle one goes");
 
     // The other one outlives the pool, and works.
-    assert_eq!(lent.query_one("SELECT 7", &[]).unwrap().get::<_, i32>(0), 7);
+    assert_eq!(in_use.query_one("SELECT 7", &[]).unwrap().get::<_, i32>(0), 7);
     assert_threads("last", &[]);
-    drop(lent);
+    drop(in_use);
     assert_eq!(server.wait_for(app, 0, within(SEEN)), 0, "closed as it came back");
     assert_threads("last", &[]);
 }
@@ -740,18 +739,18 @@ fn a_connection_outlives_its_pool() {
     let _alone = alone();
     let (server, app) = (Database::get(), "close-outlives");
     let pool = Pool::builder().name("outlives").build(stock(&server.conninfo(app))).unwrap();
-    let (lend, lent) = bounded(1);
+    let (lend, in_use) = bounded(1);
     thread::scope(|s| s.spawn(|| lend.send(pool.get().unwrap()).unwrap()).join().unwrap());
-    let mut lent = lent.recv().unwrap();
+    let mut in_use = in_use.recv().unwrap();
     let report = pool.close(ms(100));
     drop(pool);
     assert_eq!(report.left.len(), 1, "{report}");
     assert!(report.aborted.is_empty(), "the stock manager has nothing to cut it with");
     for n in 0..3 {
-        assert_eq!(lent.query_one("SELECT $1::int4", &[&n]).unwrap().get::<_, i32>(0), n);
+        assert_eq!(in_use.query_one("SELECT $1::int4", &[&n]).unwrap().get::<_, i32>(0), n);
     }
-    assert_eq!(PooledConnection::info(&lent).state, ConnectionState::InUse);
-    drop(lent);
+    assert_eq!(PooledConnection::info(&in_use).state, ConnectionState::InUse);
+    drop(in_use);
     assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert_threads("outlives", &[]);
 }
@@ -787,13 +786,13 @@ fn a_connect_in_flight_is_closed_when_it_arrives() {
     }
 }
 
-/// A manager that can tell how to cut a connection: what is lent is cancelled and cut when the grace is over.
+/// A manager that can tell how to abort a connection: what is in use is cancelled and aborted when the grace is over.
 #[test]
-fn what_is_lent_is_cut_after_the_grace() {
+fn what_is_in_use_is_aborted_after_the_grace() {
     let _alone = alone();
     let (server, app) = (Database::get(), "close-cut");
     let manager = Direct::new(server.config(app));
-    let cuts = Arc::clone(&manager.cuts);
+    let aborts = Arc::clone(&manager.aborts);
     let pool = Pool::builder().name("cut").build(manager).unwrap();
     let (ready, is_ready) = bounded(0);
     let busy = thread::spawn({
@@ -818,30 +817,30 @@ fn what_is_lent_is_cut_after_the_grace() {
     assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
     assert_within(at - began, ms(200), ms(200) + EPSILON);
     assert_eq!(server.wait_for(app, 0, began + ms(200) + SEEN), 0);
-    assert!(wait_until(within(SEEN), || cuts.load(SeqCst) == 1), "cancelled first, and then cut");
+    assert!(wait_until(within(SEEN), || aborts.load(SeqCst) == 1), "cancelled first, and then aborted");
     assert_threads("cut", &[]);
 }
 
 /// So is whatever hangs in a call of the manager's, if it can be.
 #[test]
-fn what_hangs_is_cut_after_the_grace() {
+fn what_hangs_is_aborted_after_the_grace() {
     let _alone = alone();
     let fake = Fake::new();
     fake.abortable(true);
     let pool = Pool::builder().name("hangs").build(fake.direct()).unwrap();
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     fake.set(Call::Open, Act::Block);
     assert!(pool.get_timeout(ms(50)).unwrap_err().is_timeout());
     fake.wait_inside(Call::Open, 1);
     fake.set(Call::Close, Act::Block);
-    PooledConnection::discard(lent);
+    PooledConnection::discard(in_use);
     fake.wait_inside(Call::Close, 1);
     let report = pool.close(ms(100));
     let rows: Vec<_> = report.left.iter().map(|row| (row.id, row.state)).collect();
     assert_eq!(rows, [(1, ConnectionState::Closing), (2, ConnectionState::Opening)], "{report}");
     assert_eq!(report.aborted, [1, 2], "{report}");
     fake.wait_calls(Call::Abort, 2);
-    assert_eq!((fake.calls(Call::Abort), fake.calls(Call::Cancel)), (2, 0), "only what is lent is cancelled");
+    assert_eq!((fake.calls(Call::Abort), fake.calls(Call::Cancel)), (2, 0), "only what is in use is cancelled");
     assert!(pool.close(SOON).is_complete());
     assert_threads("hangs", &[]);
 }
@@ -898,4 +897,128 @@ fn hooks_and_manager_go_with_the_pool() {
         assert!(wait_until(within(SOON), || Arc::strong_count(&alive) == 1), "{}", Arc::strong_count(&alive));
         drop(go);
     });
+}
+
+/// Two hooks on two threads of the executor, each of which closes the pool.
+#[test]
+fn two_hooks_that_close_do_not_wait_for_each_other() {
+    watched(|| {
+        let fake = Fake::new();
+        let pool = Pool::builder().max_size(2).connection_customizer(fake.customizer()).build(fake.r2d2()).unwrap();
+        let checked_out = take(&pool, 2);
+        let gate = Arc::new(std::sync::Barrier::new(2));
+        let reports = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let (p, g, r) = (pool.clone(), gate, Arc::clone(&reports));
+        fake.set(
+            Call::OnRelease,
+            run(move || {
+                g.wait();
+                let report = p.close(Duration::from_secs(3));
+                r.lock().unwrap().push(report);
+            }),
+        );
+        checked_out.into_iter().for_each(PooledConnection::discard);
+        assert!(wait_until(Instant::now() + SOON, || reports.lock().unwrap().len() == 2));
+        fake.release(Call::OnRelease);
+        let reports = reports.lock().unwrap();
+        assert!(reports.iter().all(|r| r.elapsed < Duration::from_secs(1)), "{reports:#?}");
+    });
+}
+
+#[test]
+fn closes_at_once_with_everything_else() {
+    watched(|| {
+        for n in 0..150u64 {
+            let fake = Fake::new();
+            let name = "rush";
+            let builder = Pool::builder().name(name).max_size(1 + (n % 4) as u32).min_idle((n % 2) as u32);
+            let builder = builder.validate(if n % 3 == 0 { Validate::Always } else { Validate::AfterIdle(ms(1)) });
+            let pool = builder.max_lifetime(ms(20)).build(fake.direct()).unwrap();
+            if n % 5 == 0 {
+                fake.set(Call::Validate, Act::Last(ms(1)));
+                fake.set(Call::Open, Act::Last(ms(1)));
+            }
+            let late = Arc::new(AtomicU64::new(0));
+            let users: Vec<_> = (0..6)
+                .map(|i| {
+                    let (pool, late) = (pool.clone(), Arc::clone(&late));
+                    thread::spawn(move || {
+                        for k in 0.. {
+                            let was_closed = pool.is_closed();
+                            let begun = Instant::now();
+                            match pool.get_timeout(ms(500)) {
+                                Ok(c) => {
+                                    assert!(!was_closed, "handed out by a closed pool");
+                                    if k % 7 == i {
+                                        PooledConnection::discard(c);
+                                    }
+                                }
+                                Err(e) if matches!(e.kind(), ErrorKind::Closed(_)) => break,
+                                Err(e) => {
+                                    eprintln!("{e}: {:?}", begun.elapsed());
+                                    late.fetch_add(1, SeqCst);
+                                }
+                            }
+                            match (k + i) % 9 {
+                                0 => pool.resize(1 + (k % 4) as u32).unwrap_or(()),
+                                1 => pool.recycle(),
+                                2 => drop(pool.try_get()),
+                                _ => {}
+                            }
+                        }
+                    })
+                })
+                .collect();
+            thread::sleep(ms(3 + n % 7));
+            let begun = Instant::now();
+            let closers: Vec<_> = (0..2)
+                .map(|i| {
+                    let pool = pool.clone();
+                    thread::spawn(move || match i {
+                        0 => pool.close(SOON),
+                        _ => pool.guard().close(),
+                    })
+                })
+                .collect();
+            let reports: Vec<_> = closers.into_iter().map(|c| c.join().unwrap()).collect();
+            assert!(reports.iter().all(|r| r.is_complete()), "{n}: {reports:?}");
+            assert!(begun.elapsed() < Duration::from_secs(1), "{n}: {:?}", begun.elapsed());
+            assert_eq!(fake.alive(), 0);
+            users.into_iter().for_each(|u| u.join().unwrap());
+            assert_eq!(late.load(SeqCst), 0, "{n}");
+            assert!(
+                wait_until(Instant::now() + ms(200), || threads_named(name).is_empty()),
+                "{:?}",
+                threads_named(name)
+            );
+        }
+    });
+}
+
+/// Two workers find out at the same time that all is lost, each in a hook of its own.
+#[test]
+fn two_hooks_of_users_that_close_do_not_wait_for_each_other() {
+    let _beside = crate::support::beside_others();
+    let fake = Fake::new();
+    let pool = Pool::builder().max_size(2).event_handler(fake.event_handler()).build(fake.direct()).unwrap();
+    let gate = Arc::new(std::sync::Barrier::new(2));
+    let (p, g) = (pool.clone(), gate);
+    fake.set(
+        Call::HandleCheckin,
+        crate::fake::run(move || {
+            g.wait();
+            drop(p.close(Duration::from_secs(3)));
+        }),
+    );
+    let begun = Instant::now();
+    let threads: Vec<_> = (0..2)
+        .map(|_| {
+            let c = pool.get().unwrap();
+            thread::spawn(move || drop(c))
+        })
+        .collect();
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    let took = begun.elapsed();
+    fake.release(Call::HandleCheckin);
+    assert!(took < Duration::from_secs(1), "{took:?}");
 }

@@ -1,26 +1,19 @@
-//! P3: `get` keeps its deadline, whatever hangs; what hangs is written off at its limit; and a short deadline condemns
-//! nothing.
+//! P3: `get` keeps its deadline, whatever hangs; a job that hangs is abandoned at its limit; and a short deadline
+//! closes nothing.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fake::{Act, Call, Fake, FakeConn, FakeError};
-use crate::support::{EPSILON, Proxy, Server, Silent, ms, threads_named, wait_until, watched};
+use crate::fake::{Act, Call, Fake, FakeConn, FakeError, ends_well, take};
+use crate::support::{EPSILON, Proxy, SOON, Server, Silent, ms, threads_named, wait_until, watched, within};
 use millpond::{Builder, CloseReason, Error, ErrorKind, Manage, Pool, PooledConnection, Returned, Validate};
 use postgres::NoTls;
 use r2d2_postgres::PostgresConnectionManager;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Far longer than what it is given to takes anywhere.
-const LONG: Duration = Duration::from_secs(10);
-
 /// What a caller is ready to wait.
 const PATIENT: Duration = ms(200);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn timed<T>(code: impl FnOnce() -> T) -> (T, Duration) {
     let begun = Instant::now();
@@ -34,14 +27,14 @@ fn nothing_in_time<M: Manage>(pool: &Pool<M>) -> Error {
     let (got, took) = timed(|| pool.get_timeout(PATIENT).map(drop));
     let error = got.expect_err("everything hangs");
     assert!(error.is_timeout(), "{error}");
-    assert!(took >= PATIENT && took < PATIENT + EPSILON, "gave up after {took:?}");
+    assert!(took >= PATIENT && took < PATIENT + EPSILON, "timed out after {took:?}");
     error
 }
 
 /// A connection, without having to wait long for it.
 #[track_caller]
 fn at_once<M: Manage>(pool: &Pool<M>) -> PooledConnection<M> {
-    let (got, took) = timed(|| pool.get_timeout(LONG));
+    let (got, took) = timed(|| pool.get_timeout(SOON));
     assert!(took < EPSILON, "it took {took:?}");
     got.unwrap()
 }
@@ -55,20 +48,6 @@ fn evicted_in_time<M: Manage>(pool: &Pool<M>, since: Instant, max_idle: Duration
     assert!(late < EPSILON, "{late:?} late");
 }
 
-/// With the fault over, everything ends.
-#[track_caller]
-fn ends_well<M: Manage>(pool: Pool<M>, fake: &Fake) {
-    let report = pool.close(LONG);
-    assert!(report.is_complete(), "{report}");
-    assert_eq!(fake.alive(), 0);
-}
-
-/// `n` connections at the same time.
-#[track_caller]
-fn take<M: Manage>(pool: &Pool<M>, n: usize) -> Vec<PooledConnection<M>> {
-    (0..n).map(|_| pool.get_timeout(LONG).unwrap()).collect()
-}
-
 // -------------------------------------------------------------------------------------------------- what hangs
 
 /// No attempt to open gets anywhere, from now on.
@@ -80,7 +59,7 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
 ) {
     let max_idle = ms(300);
     let pool = builder.max_size(4).max_idle(max_idle).open_timeout(HOUR).build(manager).unwrap();
-    let held = take(&pool, 2);
+    let checked_out = take(&pool, 2);
     fake.set(call, Act::Block);
 
     nothing_in_time(&pool);
@@ -88,12 +67,12 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     nothing_in_time(&pool);
     assert!(fake.inside(call) <= 2, "one more, once the first takes longer than usual, and no third");
 
-    // What comes back is lent again, to one who waits for an open as well.
+    // What is returned is checked out again, to one who waits for an open as well.
     thread::scope(|s| {
-        let waiter = s.spawn(|| pool.get_timeout(LONG).map(|c| (c.id, Instant::now())));
-        assert!(wait_until(within(LONG), || pool.stats().waiting == 1));
+        let waiter = s.spawn(|| pool.get_timeout(SOON).map(|c| (c.id, Instant::now())));
+        assert!(wait_until(within(SOON), || pool.stats().waiting == 1));
         let returned = Instant::now();
-        drop(held);
+        drop(checked_out);
         let (id, got) = waiter.join().unwrap().unwrap();
         assert!(id <= 2 && got < returned + EPSILON, "#{id}, {:?} after the return", got - returned);
     });
@@ -103,7 +82,7 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
 
     // What arrives in the end is as good as any.
     fake.release(call);
-    drop(pool.get_timeout(LONG).unwrap());
+    drop(pool.get_timeout(SOON).unwrap());
     assert_eq!(pool.stats().abandonments, 0);
     ends_well(pool, fake);
 }
@@ -148,7 +127,7 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
     // And so it is with two who wait.
     thread::scope(|s| {
         for _ in 0..2 {
-            s.spawn(|| drop(pool.get_timeout(LONG).unwrap()));
+            s.spawn(|| drop(pool.get_timeout(SOON).unwrap()));
         }
     });
     evicted_in_time(&pool, Instant::now(), max_idle);
@@ -156,7 +135,7 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
     assert_eq!((pool.state().connections, pool.stats().closed_for(CloseReason::Idle)), (1, 2), "the one that hangs");
 
     fake.release(Call::Validate);
-    drop(pool.get_timeout(LONG).unwrap());
+    drop(pool.get_timeout(SOON).unwrap());
     assert_eq!(pool.stats().abandonments, 0);
     ends_well(pool, fake);
 }
@@ -198,19 +177,19 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     // Without a connection that could be evicted before there is something to see.
     let pool = builder.max_size(6).max_idle(max_idle).close_timeout(HOUR).build_unchecked(manager);
     fake.set(call, Act::Block);
-    let mut held = take(&pool, 3);
-    let ((), took) = timed(|| PooledConnection::discard(held.pop().unwrap()));
+    let mut checked_out = take(&pool, 3);
+    let ((), took) = timed(|| PooledConnection::discard(checked_out.pop().unwrap()));
     assert!(took < EPSILON, "to discard one took {took:?}");
-    drop(held);
+    drop(checked_out);
     evicted_in_time(&pool, Instant::now(), max_idle);
     fake.wait_inside(call, 3);
 
     // Its slots are taken, the others are not.
-    let held = take(&pool, 3);
+    let checked_out = take(&pool, 3);
     let error = nothing_in_time(&pool);
     let ErrorKind::Timeout(why) = error.kind() else { panic!("{error}") };
     assert_eq!((why.in_use, why.closing), (3, 3), "{error}");
-    drop(held);
+    drop(checked_out);
     drop(at_once(&pool));
     evicted_in_time(&pool, Instant::now(), max_idle);
     nothing_in_time(&pool);
@@ -218,7 +197,7 @@ fn closes_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     assert_eq!((fake.inside(call), fake.alive()), (6, 6), "four that hang hold up no fifth");
 
     fake.release(call);
-    drop(pool.get_timeout(LONG).unwrap());
+    drop(pool.get_timeout(SOON).unwrap());
     assert_eq!((fake.most_alive(), pool.stats().abandonments), (6, 0));
     ends_well(pool, fake);
 }
@@ -252,17 +231,17 @@ fn an_on_release_that_hangs() {
 /// How long any kind of job may take here.
 const LIMIT: Duration = ms(100);
 
-/// A job that began at `begun` is the `nth` to be written off, at its limit.
+/// A job that began at `begun` is the `nth` to be abandoned, at its limit.
 #[track_caller]
-fn written_off<M: Manage>(pool: &Pool<M>, nth: u64, begun: Instant) {
+fn abandoned<M: Manage>(pool: &Pool<M>, nth: u64, begun: Instant) {
     let done = wait_until(begun + LIMIT + EPSILON, || pool.stats().abandonments == nth);
     assert!(done, "not by {:?}: {}", begun.elapsed(), pool.stats());
 }
 
-/// What was written off has come back, and is gone.
+/// What was abandoned has come back, and is gone.
 #[track_caller]
 fn found_again<M: Manage>(pool: &Pool<M>, fake: &Fake) {
-    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
+    assert!(wait_until(within(SOON), || pool.stats().abandoned == 0), "{}", pool.stats());
     assert!(fake.alive() <= u64::from(pool.stats().size()), "{} alive, {}", fake.alive(), pool.stats());
 }
 
@@ -275,14 +254,14 @@ fn an_open_past_its_limit() {
         let error = thread::scope(|s| {
             let getter = s.spawn(|| nothing_in_time(&pool));
             fake.wait_inside(Call::Open, 1);
-            written_off(&pool, 1, Instant::now());
+            abandoned(&pool, 1, Instant::now());
             getter.join().unwrap()
         });
         let cause = error.cause().expect("the reason").to_string();
         assert_eq!(cause, "no answer to an attempt to connect within 100 ms", "{error}");
         assert!(!error.is_exhausted());
 
-        // A second one is tried, and then no more: what was given up may be alive on the server.
+        // A second one is tried, and then no more: what was abandoned may be alive on the server.
         assert!(pool.get_timeout(ms(1000)).unwrap_err().is_timeout());
         nothing_in_time(&pool);
         assert_eq!((fake.calls(Call::Open), pool.stats().abandoned, pool.stats().abandonments), (2, 2, 2));
@@ -292,7 +271,7 @@ fn an_open_past_its_limit() {
         fake.release(Call::Open);
         found_again(&pool, &fake);
         assert_eq!((fake.opened(), fake.alive()), (2, 0));
-        drop(pool.get_timeout(LONG).unwrap());
+        drop(pool.get_timeout(SOON).unwrap());
         assert_eq!((pool.stats().opens, fake.alive()), (1, 1));
         ends_well(pool, &fake);
         assert!(
@@ -313,7 +292,7 @@ fn an_open_that_can_be_aborted_is_back_at_once() {
         nothing_in_time(&pool);
         assert!(fake.calls(Call::Abort) >= 1);
         fake.set(Call::Open, Act::Succeed);
-        drop(pool.get_timeout(LONG).unwrap());
+        drop(pool.get_timeout(SOON).unwrap());
         found_again(&pool, &fake);
         assert_eq!(fake.opened(), 1);
         ends_well(pool, &fake);
@@ -330,10 +309,10 @@ fn a_check_past_its_limit() {
         fake.next(Call::Validate, [Act::Block]);
         // Who waits for it has to wait for no more than that.
         let begun = Instant::now();
-        let (got, took) = timed(|| pool.get_timeout(LONG).unwrap());
+        let (got, took) = timed(|| pool.get_timeout(SOON).unwrap());
         assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
         // The patience of one who waits ends at that moment, too, and he may be served first.
-        written_off(&pool, 1, begun);
+        abandoned(&pool, 1, begun);
         let stats = pool.stats();
         assert_eq!((stats.abandonments, stats.abandoned, stats.closed_for(CloseReason::Abandoned)), (1, 1, 1));
         drop(got);
@@ -351,18 +330,21 @@ fn a_reset_past_its_limit() {
         let pool = Pool::builder().max_size(2).close_timeout(LIMIT).build(fake.direct()).unwrap();
         fake.verdict(Returned::Reset);
         fake.set(Call::Reset, Act::Block);
-        let held = pool.get().unwrap();
+        let checked_out = pool.get().unwrap();
         let begun = Instant::now();
-        let ((), took) = timed(|| drop(held));
+        let ((), took) = timed(|| drop(checked_out));
         assert!(took < EPSILON, "to return it took {took:?}");
         // Whoever waits for it waits for no more than that.
-        let held = pool.get_timeout(LONG).unwrap();
+        let checked_out = pool.get_timeout(SOON).unwrap();
         assert!(begun.elapsed() < LIMIT + EPSILON, "{:?}", begun.elapsed());
-        written_off(&pool, 1, begun);
-        assert_eq!((held.id, pool.stats().closed_for(CloseReason::Abandoned), pool.stats().abandoned), (2, 1, 1));
+        abandoned(&pool, 1, begun);
+        assert_eq!(
+            (checked_out.id, pool.stats().closed_for(CloseReason::Abandoned), pool.stats().abandoned),
+            (2, 1, 1)
+        );
         fake.release(Call::Reset);
         found_again(&pool, &fake);
-        drop(held);
+        drop(checked_out);
         ends_well(pool, &fake);
     });
 }
@@ -373,16 +355,16 @@ fn a_close_past_its_limit() {
         let fake = Fake::new();
         let pool = Pool::builder().max_size(3).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
         fake.set(Call::Drop, Act::Block);
-        let mut held = take(&pool, 3);
+        let mut checked_out = take(&pool, 3);
         let begun = Instant::now();
-        held.drain(..2).for_each(PooledConnection::discard);
-        // There is no slot, until two are written off.
-        let got = pool.get_timeout(LONG).unwrap();
+        checked_out.drain(..2).for_each(PooledConnection::discard);
+        // There is no slot, until two are abandoned.
+        let got = pool.get_timeout(SOON).unwrap();
         let took = begun.elapsed();
         assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
-        written_off(&pool, 2, begun);
+        abandoned(&pool, 2, begun);
         assert_eq!((pool.stats().abandoned, fake.alive()), (2, 4), "the bound, and two that are lost");
-        drop((got, held));
+        drop((got, checked_out));
         fake.release(Call::Drop);
         found_again(&pool, &fake);
         ends_well(pool, &fake);
@@ -390,18 +372,18 @@ fn a_close_past_its_limit() {
 }
 
 #[test]
-fn more_closes_than_closers_are_all_written_off() {
+fn more_closes_than_closers_are_all_abandoned() {
     watched(|| {
         let fake = Fake::new();
         let pool = Pool::builder().max_size(12).close_timeout(LIMIT).build(fake.r2d2()).unwrap();
-        let held = take(&pool, 9);
+        let checked_out = take(&pool, 9);
         fake.set(Call::Drop, Act::Block);
-        held.into_iter().for_each(PooledConnection::discard);
-        // Four at a time, each for as long as it may: the ninth begins when eight were given up.
+        checked_out.into_iter().for_each(PooledConnection::discard);
+        // Four at a time, each for as long as it may: the ninth begins when eight were abandoned.
         fake.wait_calls(Call::Drop, 9);
         assert!(wait_until(within(LIMIT + EPSILON), || pool.stats().abandonments == 9), "{}", pool.stats());
         assert_eq!((pool.stats().abandoned, pool.stats().size()), (9, 0));
-        drop(pool.get_timeout(LONG).unwrap());
+        drop(pool.get_timeout(SOON).unwrap());
         fake.release(Call::Drop);
         found_again(&pool, &fake);
         assert_eq!(fake.alive(), 1);
@@ -445,7 +427,7 @@ fn a_validation_that_fails_late_leaves_the_caller_its_deadline() {
         nothing_in_time(&pool);
         fake.release(Call::Open);
         fake.release(Call::Validate);
-        drop(pool.get_timeout(LONG).unwrap());
+        drop(pool.get_timeout(SOON).unwrap());
         ends_well(pool, &fake);
     });
 }
@@ -455,7 +437,7 @@ fn a_validation_that_fails_late_leaves_the_caller_its_deadline() {
 /// Asks again and again for at most 1 ms, until there is a connection, and does something else in between.
 #[track_caller]
 fn in_small_steps<M: Manage>(pool: &Pool<M>) -> PooledConnection<M> {
-    let deadline = within(LONG);
+    let deadline = within(SOON);
     loop {
         match pool.get_timeout(ms(1)) {
             Ok(got) => return got,
@@ -488,7 +470,7 @@ fn a_millisecond_at_a_time_repeats_no_open() {
 }
 
 #[test]
-fn a_millisecond_at_a_time_condemns_nothing_that_is_checked() {
+fn a_millisecond_at_a_time_closes_nothing_that_is_checked() {
     watched(|| {
         for keeps_limits in [false, true] {
             let fake = Fake::new();
@@ -557,7 +539,7 @@ fn a_server_that_accepts_and_says_nothing() {
                 thread::sleep(ms(30));
             }
         });
-        // The reaper, those given up, and one that is about to be or lingers.
+        // The reaper, those abandoned, and one that is about to be or lingers.
         assert!(most_threads <= 1 + 3 + 1, "{most_threads} threads");
         assert_eq!((silent.accepted(), pool.stats().abandoned), (3, 3));
         let error = nothing_in_time(&pool);
@@ -567,7 +549,7 @@ fn a_server_that_accepts_and_says_nothing() {
         let report = pool.close(ms(100));
         assert_eq!((report.abandoned, report.threads, report.left.len()), (3, 3, 0), "{report}");
         drop(silent);
-        assert!(wait_until(within(LONG), || threads_named("mute").is_empty()), "{:?}", threads_named("mute"));
+        assert!(wait_until(within(SOON), || threads_named("mute").is_empty()), "{:?}", threads_named("mute"));
     });
 }
 
@@ -593,13 +575,13 @@ fn a_server_that_finds_its_voice_again() {
 
         proxy.cut();
         proxy.resume();
-        let mut client = pool.get_timeout(LONG).unwrap();
+        let mut client = pool.get_timeout(SOON).unwrap();
         assert_eq!(client.query_one("SELECT 1", &[]).unwrap().get::<_, i32>(0), 1);
         drop(client);
-        assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
-        let report = pool.close(LONG);
+        assert!(wait_until(within(SOON), || pool.stats().abandoned == 0), "{}", pool.stats());
+        let report = pool.close(SOON);
         assert!(report.is_complete(), "{report}");
-        assert_eq!(Server::shared().wait_for("hoarse", 0, within(LONG)), 0);
+        assert_eq!(Server::shared().wait_for("hoarse", 0, within(SOON)), 0);
         assert!(wait_until(within(EPSILON), || threads_named("hoarse").is_empty()), "{:?}", threads_named("hoarse"));
     });
 }

@@ -6,20 +6,13 @@ use std::time::{Duration, Instant};
 use crate::direct::Direct;
 use crate::fake::{Act, Call, DirectFake, Fake};
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
-use crate::support::{EPSILON, Proxy, SEEN, Server, Silent, alone, ms, wait_until};
+use crate::support::{EPSILON, Proxy, SEEN, SOON, Server, Silent, alone, ms, wait_until, watched, within};
 use crossbeam_channel::{Sender, unbounded};
 use millpond::error::Timeout;
 use millpond::{Builder, Error, ErrorKind, HandleError, Manage, Pool, PooledConnection, Validate};
 use postgres::{Config, NoTls};
 
 type Pg = r2d2_postgres::PostgresConnectionManager<NoTls>;
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn stock(config: Config) -> Pg {
     Pg::new(config, NoTls)
@@ -127,7 +120,7 @@ fn a_refusal_keeps_its_words() {
 
 /// A password is changed under a pool that works.
 #[test]
-fn a_refusal_is_remembered_and_told_to_all_who_wait() {
+fn a_refusal_is_remembered_and_told_to_all_waiters() {
     let _alone = alone();
     let (server, app) = (picky(), "errors-changed");
     let proxy = Proxy::to(server.addr());
@@ -142,7 +135,7 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
 
     // While one is alive, they wait for its return.
     let (first, before) = (pool(), refused_logins(server));
-    let lent = first.get().unwrap();
+    let in_use = first.get().unwrap();
     let (told, tells) = unbounded();
     thread::scope(|s| {
         for _ in 0..3 {
@@ -151,13 +144,13 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
         assert!(wait_until(within(SOON), || refused_logins(server) > before && first.stats().opening == 0));
         let error = refusal(first.get_timeout(ms(100)));
         let holder = &timeout(&error).longest_in_use[0];
-        assert_eq!((holder.server_id, timeout(&error).checked_out_here), (Some(lent.1), 1), "{error}");
+        assert_eq!((holder.server_id, timeout(&error).checked_out_here), (Some(in_use.1), 1), "{error}");
         assert!(
             error.to_string().contains("the last attempt to open one failed: db error: FATAL: password"),
             "{error}"
         );
         assert!(tells.is_empty(), "while a connection is alive nobody is sent away");
-        drop(lent);
+        drop(in_use);
         (0..3).for_each(|_| assert_eq!(tells.recv_timeout(SOON), Ok(Ok(()))));
     });
     assert!(first.close(SOON).is_complete());
@@ -165,7 +158,7 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
     // The last one dies. All who wait hear of it at once, from one round of logins.
     let (pool, before) = (pool(), refused_logins(server));
     proxy.delay(ms(200));
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     assert_eq!(server.wait_for(app, 1, within(SOON)), 1);
     assert_eq!(server.terminate(app), 1);
     thread::scope(|s| {
@@ -175,7 +168,7 @@ fn a_refusal_is_remembered_and_told_to_all_who_wait() {
         };
         let waiters: Vec<_> = (0..8).map(|_| s.spawn(wait)).collect();
         assert!(wait_until(within(SOON), || pool.stats().waiting == 8));
-        PooledConnection::discard(lent);
+        PooledConnection::discard(in_use);
         let told = waiters.into_iter().map(|w| w.join().unwrap());
         let times: Vec<_> = told
             .map(|(at, error)| {
@@ -412,7 +405,7 @@ fn a_timeout_names_the_holders() {
     assert_eq!(
         masked(&error),
         "pool 'orders': no connection within T: all N are in use; N of them checked out by this very thread; \
-         in use the longest: #N for T by 'a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
+         in use the longest: #N for T by 'errors::a_timeout_names_the_holders' at FILE:L, #N for T by 'worker-N' (ended) at \
          FILE:L, #N for T by 'worker-N' (ended) at FILE:L"
     );
     drop((mine, theirs, others));
@@ -433,7 +426,7 @@ fn texts() {
         let waiter = s.spawn(|| pool.get_timeout(SOON).map(drop));
         assert!(wait_until(within(SOON), || pool.stats().waiting == 1));
         let text = masked(&refusal(pool.get_timeout(Duration::ZERO)));
-        let holder = "#N for T by 'texts' at FILE:L";
+        let holder = "#N for T by 'errors::texts' at FILE:L";
         assert_eq!(
             text,
             format!(
@@ -446,9 +439,9 @@ fn texts() {
     });
     assert_eq!(Timeout::MOST_SHOWN, 5);
 
-    // Not all are out, and what comes next fails.
+    // Not all are in use, and what comes next fails.
     fake.set(Call::Open, Act::Fail);
-    let lent = pool.get().unwrap();
+    let in_use = pool.get().unwrap();
     while let Some(c) = pool.try_get() {
         PooledConnection::discard(c);
     }
@@ -458,9 +451,9 @@ fn texts() {
     assert_eq!(
         masked(&refusal(pool.get_timeout(ms(30)))),
         "pool 't': no connection within T: N of N in use; N of them checked out by this very thread; in use the longest: #N \
-         for T by 'texts' at FILE:L; the last attempt to open one failed: Open failed on purpose"
+         for T by 'errors::texts' at FILE:L; the last attempt to open one failed: Open failed on purpose"
     );
-    PooledConnection::discard(lent);
+    PooledConnection::discard(in_use);
     let error = refusal(pool.get_timeout(ms(30)));
     assert_eq!(masked(&error), "pool 't': no connection within T: none can be opened: Open failed on purpose");
     assert!(!error.is_exhausted());
@@ -581,4 +574,19 @@ fn kinds() {
     assert_eq!(kind(pool.get(), &pool), [false, false, true, false, false]);
     let pool = Pool::builder().max_waiting(0).build_unchecked(fake.direct());
     assert_eq!(kind(pool.get(), &pool), [false, false, false, true, false]);
+}
+
+/// The shortest lifetime that is accepted, of which a coarse clock leaves nothing, and a server that takes 3 ms to
+/// answer.
+#[test]
+fn one_that_is_too_old_when_it_arrives_says_so() {
+    watched(|| {
+        let fake = Fake::new();
+        let builder = Pool::builder().max_size(4).max_lifetime(ms(10)).connection_timeout(Duration::from_secs(2));
+        fake.set(Call::Open, Act::Last(ms(3)));
+        let pool = builder.build_unchecked(fake.r2d2());
+        let got = pool.get();
+        let error = got.unwrap_err().to_string();
+        assert!(error.contains("when its life of at most 10.0 ms was over or about to be"), "{error}");
+    });
 }

@@ -1,19 +1,16 @@
-//! P7: first come, first served, and who gives up takes nothing with it.
+//! P7: first come, first served, and a waiter that times out takes nothing with it.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, DirectFake, Fake};
-use crate::support::{EPSILON, alone, ms, wait_until};
+use crate::support::{EPSILON, alone, ms, wait_until, within};
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use millpond::{ErrorKind, Pool};
 
 /// Far longer than what it is given to takes anywhere.
 const LONG: Duration = Duration::from_secs(60);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Waits until `n` have ever had to wait. The count goes up in the order of arrival, and never down.
 #[track_caller]
@@ -32,11 +29,11 @@ fn all<T>(from: Receiver<T>) -> Vec<T> {
 }
 
 #[test]
-fn in_order_of_arrival_whoever_gives_up() {
+fn in_order_of_arrival_whoever_times_out() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     let before = pool.stats().waits;
     let (tell, told) = unbounded();
     thread::scope(|s| {
@@ -54,7 +51,7 @@ fn in_order_of_arrival_whoever_gives_up() {
             arrived(pool, before + n + 1);
         }
         assert!(wait_until(within(ms(100) + EPSILON), || pool.stats().waiting == 40), "{}", pool.stats());
-        drop(held);
+        drop(checked_out);
     });
     let expected: Vec<_> = (0..60).filter(|n| n % 3 != 1).map(|n| (n, 1)).collect();
     assert_eq!(all(told), expected);
@@ -63,11 +60,11 @@ fn in_order_of_arrival_whoever_gives_up() {
 }
 
 #[test]
-fn giving_up_at_the_moment_of_the_return_loses_nothing() {
+fn a_timeout_at_the_moment_of_the_return_loses_nothing() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
-    // Everybody gives up after about as long as the others use it: thousands of times these are one moment.
+    // Every waiter times out after about as long as the others use it: thousands of times these are one moment.
     let over = within(Duration::from_secs(2));
     thread::scope(|s| {
         for n in 0..6 {
@@ -92,8 +89,45 @@ fn giving_up_at_the_moment_of_the_return_loses_nothing() {
     assert!(pool.close(LONG).is_complete());
 }
 
+/// With `fair_after` zero nobody barges: between the arrival of a waiter and its checkout there are the checkouts of
+/// those who came before it, and no others.
 #[test]
-fn nobody_passes_one_who_waits() {
+fn nobody_barges_past_a_waiter() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = Pool::builder().max_size(1).fair_after(Duration::ZERO).build(fake.direct()).unwrap();
+    let stop = AtomicBool::new(false);
+    let turns = AtomicU64::new(0);
+    thread::scope(|s| {
+        for _ in 0..3 {
+            s.spawn(|| {
+                while !stop.load(SeqCst) {
+                    let got = pool.get_timeout(LONG).unwrap();
+                    turns.fetch_add(1, SeqCst);
+                    drop(got);
+                }
+            });
+        }
+        let mut between: Vec<u64> = (0..300)
+            .map(|_| {
+                let before = turns.load(SeqCst);
+                let got = pool.get_timeout(LONG).unwrap();
+                let after = turns.load(SeqCst);
+                drop(got);
+                after - before
+            })
+            .collect();
+        stop.store(true, SeqCst);
+        between.sort_unstable();
+        // Half of them, since this thread may be preempted between its look and its arrival.
+        assert!(between[150] <= 3, "{between:?}");
+    });
+    assert!(pool.close(LONG).is_complete());
+}
+
+/// With the default a running thread may barge for a moment: nobody waits for long all the same, and each gets turns.
+#[test]
+fn bargers_leave_turns_to_everybody() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
@@ -129,7 +163,7 @@ fn five_thousand() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     let before = pool.stats().waits;
     let (tell, told) = unbounded();
     let begun = Instant::now();
@@ -151,7 +185,7 @@ fn five_thousand() {
 
     // One connection serves them all.
     let begun = Instant::now();
-    drop(held);
+    drop(checked_out);
     waiters.into_iter().for_each(|w| w.join().unwrap());
     println!("{WAITERS} served after {:?}", begun.elapsed());
     let order = all(told);
@@ -161,12 +195,12 @@ fn five_thousand() {
 }
 
 #[test]
-fn five_thousand_turned_out_at_once() {
+fn five_thousand_refused_at_once_by_a_close() {
     const WAITERS: u64 = 5_000;
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     let waiters: Vec<_> = (0..WAITERS)
         .map(|_| {
             let pool = pool.clone();
@@ -177,7 +211,7 @@ fn five_thousand_turned_out_at_once() {
     let report = pool.close(Duration::ZERO);
     assert_eq!((report.waiters, report.left.len()), (WAITERS as u32, 1), "{report}");
     assert!(waiters.into_iter().all(|w| w.unwrap().join().unwrap()));
-    drop(held);
+    drop(checked_out);
     fake.wait_alive(0);
 }
 
@@ -186,25 +220,25 @@ fn max_waiting() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().name("full").max_size(1).max_waiting(3).build(fake.direct()).unwrap();
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     thread::scope(|s| {
         let waiters: Vec<_> = (0..3).map(|_| s.spawn(|| pool.get_timeout(LONG).map(drop))).collect();
         arrived(&pool, 3);
         let begun = Instant::now();
         let error = pool.get_timeout(LONG).unwrap_err();
-        assert!(begun.elapsed() < EPSILON, "turned away after {:?}", begun.elapsed());
+        assert!(begun.elapsed() < EPSILON, "refused after {:?}", begun.elapsed());
         assert!(error.is_too_many_waiting() && error.is_exhausted(), "{error}");
         assert_eq!(error.to_string(), "pool 'full': 3 wait already, and max_waiting is 3");
         let ErrorKind::TooManyWaiting(crowd) = error.kind() else { panic!("{error:?}") };
         assert_eq!((crowd.waiting, crowd.max_waiting), (3, 3));
         assert_eq!((pool.stats().rejected, pool.stats().waiting), (1, 3));
-        drop(held);
+        drop(checked_out);
         waiters.into_iter().for_each(|w| w.join().unwrap().unwrap());
     });
     drop(pool.get().unwrap());
 
-    // One who gave up makes room.
-    let held = pool.get().unwrap();
+    // A waiter that timed out makes room.
+    let checked_out = pool.get().unwrap();
     thread::scope(|s| {
         let waits = pool.stats().waits;
         let impatient = s.spawn(|| pool.get_timeout(ms(20)).is_err());
@@ -214,7 +248,7 @@ fn max_waiting() {
         let third = s.spawn(|| pool.get_timeout(LONG).is_ok());
         arrived(&pool, waits + 4);
         assert!(pool.get_timeout(LONG).unwrap_err().is_too_many_waiting());
-        drop(held);
+        drop(checked_out);
         assert!(patient.into_iter().chain([third]).all(|w| w.join().unwrap()));
     });
     assert!(pool.close(LONG).is_complete());
@@ -234,23 +268,23 @@ fn max_waiting_zero() {
     assert_eq!(fake.calls(Call::Open), 1);
     fake.release(Call::Open);
     assert!(wait_until(within(LONG), || pool.state().idle_connections == 1));
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     assert!(pool.get().unwrap_err().is_too_many_waiting());
     assert!(wait_until(within(LONG), || pool.state().idle_connections == 1));
-    drop((pool.get().unwrap(), held));
+    drop((pool.get().unwrap(), checked_out));
     assert!(pool.close(LONG).is_complete());
 }
 
-/// What `fair_after` says: who runs may take what it has just returned, or it may not.
+/// A running thread may check out again what it has just returned, or it may not, as `fair_after` says.
 #[test]
-fn the_right_of_way_is_what_was_set() {
+fn fair_after_is_what_was_set() {
     let _alone = alone();
     let fake = Fake::new();
-    for (limit, passes) in [(Duration::ZERO, false), (LONG, true)] {
+    for (limit, may_barge) in [(Duration::ZERO, false), (LONG, true)] {
         let pool = Pool::builder().max_size(1).fair_after(limit).build(fake.direct()).unwrap();
-        let mut passed = false;
+        let mut barged = false;
         for n in 0..200 {
-            let held = pool.get().unwrap();
+            let checked_out = pool.get().unwrap();
             let waits = pool.stats().waits;
             let (done, over) = bounded::<()>(0);
             thread::scope(|s| {
@@ -261,17 +295,17 @@ fn the_right_of_way_is_what_was_set() {
                     drop(got);
                 });
                 arrived(&pool, waits + 1);
-                drop(held);
-                passed |= pool.try_get().is_some();
+                drop(checked_out);
+                barged |= pool.try_get().is_some();
                 drop(done);
                 waiter.join().unwrap();
             });
-            if passed {
-                assert!(passes, "the {n}th was passed, with {limit:?}");
+            if barged {
+                assert!(may_barge, "a caller barged past the {n}th waiter, with {limit:?}");
                 break;
             }
         }
-        assert_eq!(passed, passes, "{limit:?}");
+        assert_eq!(barged, may_barge, "{limit:?}");
         assert!(pool.close(LONG).is_complete());
     }
 }

@@ -1,5 +1,5 @@
-//! The floor stands: `min_idle` connections are ready, whatever `max_idle` is; keeping them costs no opens; and what is
-//! lost of them is replaced unasked.
+//! P1 and P2: the floor stands: `min_idle` connections are ready, whatever `max_idle` is; keeping them costs no opens;
+//! and those that are closed are replaced unasked.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -85,7 +85,7 @@ fn a_burst_goes_back_to_the_floor() {
 }
 
 #[test]
-fn what_is_taken_out_is_replaced() {
+fn what_is_checked_out_is_replaced() {
     let _beside = crate::support::beside_others();
     let pool = pool().build(manager("floor-taken")).unwrap();
     let stands_without = |backend: i32| {

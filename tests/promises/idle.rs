@@ -1,5 +1,5 @@
-//! Idle means idle: a connection unused for `max_idle` is closed then, not at some tick after it; all of them, not one
-//! at a time; and a trickle of work keeps one of them, not all.
+//! P1: idle means idle. A connection unused for `max_idle` is closed then, not at some tick after it; all of them, not
+//! one at a time; and a trickle of work keeps one of them, not all.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

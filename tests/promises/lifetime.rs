@@ -1,5 +1,5 @@
-//! Lifetime is an upper bound: none is handed out past it, idle ones go at it, busy ones when they come back; and a
-//! floor is replaced before it goes.
+//! P2: lifetime is an upper bound. No connection is handed out past it; an idle one is closed at it, one in use when it
+//! is returned; and a connection of the floor is replaced before it is closed.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -180,7 +180,7 @@ fn a_floor_is_replaced_before_it_goes() {
 }
 
 #[test]
-fn one_that_is_out_lives_until_it_is_back() {
+fn one_in_use_lives_until_it_is_returned() {
     let _others = beside_others();
     const SHORT: Duration = ms(400);
     let pool = pool(2).max_lifetime(SHORT).build(manager("old-out")).unwrap();

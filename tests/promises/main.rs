@@ -1,7 +1,8 @@
 //! What the pool promises, whatever the database: one file for each promise, which begins with the promise.
 //!
-//! All tests of one program share its threads, its server and its log. A test that loads the machine, or that a load would
-//! disturb, holds `alone()`; every other one holds `beside_others()`, so that nothing runs beside one that is alone.
+//! All tests of one program share its threads, its server and its log. A test that loads the machine, or that a load
+//! would disturb, holds `alone()`; every other one holds `beside_others()`, so that nothing runs beside one that is
+//! alone.
 
 #[path = "../direct/mod.rs"]
 mod direct;
@@ -22,7 +23,6 @@ mod errors;
 mod fair;
 mod floor;
 mod hang;
-mod hard_use;
 mod idle;
 mod lifetime;
 mod panic;

@@ -4,19 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fake::{Act, Call, Fake, FakeConn, FakeError, PANIC};
-use crate::support::{EPSILON, alone, ms, threads_named, wait_until};
+use crate::fake::{Act, Call, Fake, FakeConn, FakeError, PANIC, run};
+use crate::support::{EPSILON, SOON, alone, ms, threads_named, wait_until, within};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Validate};
-
-/// Far longer than what it is given to takes anywhere.
-const LONG: Duration = Duration::from_secs(20);
 
 const MAX_SIZE: u32 = 3;
 const MAX_IDLE: Duration = ms(100);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 /// Panics as a user's code would, and prints nothing.
 fn panic_quietly() -> ! {
@@ -31,12 +24,12 @@ fn builder<M: Manage>() -> Builder<M> {
 /// The pool is as good as new.
 #[track_caller]
 fn nothing_is_lost<M: Manage<Connection = FakeConn, Error = FakeError>>(pool: Pool<M>, fake: &Fake) {
-    let held: Vec<_> = (0..MAX_SIZE).map(|_| pool.get_timeout(LONG).unwrap()).collect();
-    assert!(wait_until(within(LONG), || fake.alive() == u64::from(MAX_SIZE)), "{} alive", fake.alive());
+    let checked_out: Vec<_> = (0..MAX_SIZE).map(|_| pool.get_timeout(SOON).unwrap()).collect();
+    assert!(wait_until(within(SOON), || fake.alive() == u64::from(MAX_SIZE)), "{} alive", fake.alive());
     let stats = pool.stats();
     assert_eq!((stats.in_use, stats.size(), stats.waiting, stats.abandoned), (MAX_SIZE, MAX_SIZE, 0, 0), "{stats}");
     assert!(pool.get_timeout(ms(1)).unwrap_err().is_exhausted());
-    drop(held);
+    drop(checked_out);
     let last_use = Instant::now();
     let gone = wait_until(last_use + MAX_IDLE + EPSILON, || pool.stats().size() == 0);
     assert!(gone, "evictions do not go on: {}", pool.connections());
@@ -45,7 +38,7 @@ fn nothing_is_lost<M: Manage<Connection = FakeConn, Error = FakeError>>(pool: Po
     // One, as soon as that of an earlier test, which a connection returned late had called back, has gone.
     let reapers = || threads_named("p6-reaper").len();
     assert!(wait_until(within(EPSILON), || reapers() == 1), "{} reapers", reapers());
-    let report = pool.close(LONG);
+    let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
     assert!(wait_until(within(EPSILON), || threads_named("p6").is_empty()), "{:?}", threads_named("p6"));
 }
@@ -63,10 +56,13 @@ fn survives<M: Manage<Connection = FakeConn, Error = FakeError>>(
     fake.set(call, Act::Panic);
     fake.live(&pool);
     assert!(fake.calls(call) > before, "{call:?} did not happen");
+    let came = pool.stats().checkouts + pool.stats().waits;
     thread::scope(|s| {
         // More than there may be connections, so that some wait.
-        let waiters: Vec<_> = (0..5).map(|_| s.spawn(|| pool.get_timeout(LONG).map(drop))).collect();
-        thread::sleep(ms(20));
+        let waiters: Vec<_> = (0..5).map(|_| s.spawn(|| pool.get_timeout(SOON).map(drop))).collect();
+        // Each has come to the pool: it waits, or it was served or refused.
+        let arrived = || pool.stats().checkouts + pool.stats().waits - came;
+        assert!(wait_until(within(SOON), || arrived() >= 5), "{} of 5: {}", arrived(), pool.stats());
         fake.set(call, Act::Succeed);
         for waiter in waiters {
             waiter.join().unwrap().unwrap();
@@ -102,6 +98,23 @@ fn in_a_validation_on_the_callers_thread() {
     let fake = Fake::new();
     fake.keeps_limits(true);
     survives(Call::Validate, &fake, builder().validation_timeout(ms(10)), fake.direct());
+
+    // The same on this very thread: the validation fits into what this caller may wait.
+    let fake = Fake::new();
+    fake.keeps_limits(true);
+    let pool = builder().validation_timeout(ms(10)).build(fake.direct()).unwrap();
+    let (tell, told) = crossbeam_channel::unbounded();
+    fake.next(
+        Call::Validate,
+        [run(move || {
+            tell.send(thread::current().id()).unwrap();
+            panic_quietly();
+        })],
+    );
+    drop(pool.get_timeout(SOON).unwrap());
+    assert_eq!(told.try_recv(), Ok(thread::current().id()), "the validation that panicked ran on the caller");
+    assert_eq!(pool.stats().closed_for(CloseReason::Panicked), 1, "{}", pool.stats());
+    nothing_is_lost(pool, &fake);
 }
 
 #[test]
@@ -166,7 +179,7 @@ fn says_what_it_was() {
 }
 
 #[test]
-fn in_what_cuts_a_connection() {
+fn in_an_abort_or_a_cancel() {
     let _alone = alone();
     let fake = Fake::new();
     fake.abortable(true);
@@ -177,20 +190,20 @@ fn in_what_cuts_a_connection() {
     assert!(pool.get_timeout(ms(60)).unwrap_err().is_timeout());
     fake.wait_calls(Call::Abort, 1);
     fake.release(Call::Open);
-    drop(pool.get_timeout(LONG).unwrap());
-    assert!(wait_until(within(LONG), || pool.stats().abandoned == 0), "{}", pool.stats());
+    drop(pool.get_timeout(SOON).unwrap());
+    assert!(wait_until(within(SOON), || pool.stats().abandoned == 0), "{}", pool.stats());
 
-    // One that is lent when the grace of a close is over: a cancel that panics is followed by the abort all the same.
+    // One that is in use when the grace of a close is over: a cancel that panics is followed by the abort all the same.
     let aborts = fake.calls(Call::Abort);
-    let held = thread::scope(|s| s.spawn(|| pool.get_timeout(LONG).unwrap()).join().unwrap());
+    let checked_out = thread::scope(|s| s.spawn(|| pool.get_timeout(SOON).unwrap()).join().unwrap());
     let report = pool.close(ms(50));
     assert_eq!((report.left.len(), report.aborted.len()), (1, 1), "{report}");
     fake.wait_calls(Call::Cancel, 1);
     fake.wait_calls(Call::Abort, aborts + 1);
-    drop(held);
+    drop(checked_out);
     // In this order: a thread that has just been started does not bear its name yet.
-    assert!(wait_until(within(LONG), || fake.alive() == 0));
-    assert!(wait_until(within(LONG), || threads_named("p6").is_empty()), "{:?}", threads_named("p6"));
+    assert!(wait_until(within(SOON), || fake.alive() == 0));
+    assert!(wait_until(within(SOON), || threads_named("p6").is_empty()), "{:?}", threads_named("p6"));
 }
 
 #[test]
@@ -206,7 +219,7 @@ fn in_the_drop_of_an_extension() {
     let fake = Fake::new();
     let pool = builder().build(fake.r2d2()).unwrap();
     for _ in 0..10 {
-        let mut conn = pool.get_timeout(LONG).unwrap();
+        let mut conn = pool.get_timeout(SOON).unwrap();
         PooledConnection::extensions_mut(&mut conn).insert(Sour);
         match conn.id % 2 {
             0 => PooledConnection::discard(conn),
@@ -230,8 +243,8 @@ fn of_the_user_costs_that_connection() {
         let unlucky = pool.get().unwrap();
         let (kept_id, unlucky_id) = (kept.id, unlucky.id);
         let last = pool.get().unwrap();
-        let waiter = s.spawn(|| pool.get_timeout(LONG).map(|c| c.id));
-        assert!(wait_until(within(LONG), || pool.stats().waiting == 1));
+        let waiter = s.spawn(|| pool.get_timeout(SOON).map(|c| c.id));
+        assert!(wait_until(within(SOON), || pool.stats().waiting == 1));
         // What a handler does on the way makes no difference.
         fake.set(Call::HandleCheckin, Act::Panic);
         fake.set(Call::HandleRelease, Act::Panic);

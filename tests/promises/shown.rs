@@ -1,15 +1,13 @@
-//! What comes from outside (a pool's name, a thread's, the words of a manager or of a panic) does nothing where it is shown
-//! but stand there, and has an end.
+//! P8: what comes from outside (a pool's name, a thread's, the words of a manager or of a panic) is shown escaped, and
+//! cut at a length.
 
-use crate::support::{alone, capture, logged, ms, threads_named, wait_until};
+use crate::support::{SOON, alone, capture, logged, ms, threads_named, wait_until};
 use log::Level;
 use millpond::{Cause, Manage, Opening, Pool, Returned};
 use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
 /// A control sequence that clears a terminal, a record that nobody made, and a change of direction.
 const HARMFUL: &str = "\x1b[2J\r\n[ERROR] forged\u{202e}\u{7}";
 /// What must not be seen of it.

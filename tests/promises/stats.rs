@@ -1,4 +1,4 @@
-//! What a pool can be seen doing: counters and gauges, rows, warnings of leaks, log records.
+//! P8: what a pool can be seen doing: counters and gauges, rows, warnings of leaks, log records.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread;
@@ -6,19 +6,14 @@ use std::time::{Duration, Instant};
 
 use crate::direct::Direct;
 use crate::fake::{Act, Call, Fake};
-use crate::support::{Database, EPSILON, Logged, Proxy, SEEN, Server, alone, capture, logged, ms, wait_until};
+use crate::support::{
+    Database, EPSILON, Logged, Proxy, SEEN, SOON, Server, alone, capture, logged, ms, wait_until, within,
+};
 use crossbeam_channel::{Sender, bounded, unbounded};
 use log::{Level, LevelFilter};
 use millpond::event::{CheckinEvent, CheckoutEvent, HandleEvent};
 use millpond::{CloseReason, ConnectionState, Manage, Pool, PooledConnection, Returned, Stats, Validate};
 use postgres::NoTls;
-
-/// Longer than anything takes that is not stuck.
-const SOON: Duration = Duration::from_secs(20);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 #[track_caller]
 fn assert_within(what: Duration, from: Duration, to: Duration) {
@@ -182,7 +177,7 @@ fn gauges() {
     use ConnectionState::*;
     assert_eq!(rows, [(1, Idle), (2, InUse), (3, Checking), (4, Closing), (5, Opening)]);
 
-    // What takes longer than its limit is given up.
+    // What takes longer than its limit is abandoned.
     see(&pool, |s| (s.checking, s.closing, s.abandoned, s.abandonments) == (0, 0, 2, 2));
     assert_eq!(pool.stats().closed_for(CloseReason::Abandoned), 1);
     fake.release(Call::Close);
@@ -203,12 +198,12 @@ fn times() {
     for _ in 0..9 {
         drop(pool.get().unwrap());
     }
-    let held = pool.get().unwrap();
+    let checked_out = pool.get().unwrap();
     thread::scope(|s| {
         let waits = s.spawn(|| pool.get().map(drop));
         see(&pool, |s| s.waiting == 1);
         thread::sleep(ms(100));
-        drop(held);
+        drop(checked_out);
         waits.join().unwrap().unwrap();
     });
     let s = pool.stats();
@@ -348,7 +343,7 @@ fn texts() {
         lines,
         [
             "#N (server id N) idle for T, age T, used N time",
-            "#N (server id N) in use for T, age T, used N time, by 'texts' at FILE:L",
+            "#N (server id N) in use for T, age T, used N time, by 'stats::texts' at FILE:L",
             "#N opening for T, age T, used N times"
         ]
     );
@@ -362,7 +357,7 @@ fn texts() {
     assert_eq!(
         masked(&report),
         "pool 'orders' not wholly closed after T; threads that have not ended: N; left: \
-         #N (server id N) in use for T, age T, used N time, by 'texts' at FILE:L, #N opening for T, age T, used N times"
+         #N (server id N) in use for T, age T, used N time, by 'stats::texts' at FILE:L, #N opening for T, age T, used N times"
     );
     drop(b);
     fake.release(Call::Open);
@@ -492,15 +487,15 @@ fn a_life_in_the_log() {
     proxy.cut();
 
     // The end is told, and what is left of the pool.
-    let lent = pool.get_timeout(SOON).unwrap();
+    let in_use = pool.get_timeout(SOON).unwrap();
     let line = line!() + 1;
     thread::scope(|s| s.spawn(|| pool.close(ms(50))).join().unwrap());
     let closing = format!("closing: `close` was called ({}:{line}:", file!());
     let told = |start: &str| !logged(|l| l.level == Level::Info && l.text.contains(start)).is_empty();
     assert!(wait_until(within(SOON), || told(&closing)), "{:#?}", records("life"));
-    let left = "not wholly closed after T; left: #N (server id N) in use for T, age T, used N time, by 'a_life_in_the_log' at FILE:L (aborted)";
+    let left = "not wholly closed after T; left: #N (server id N) in use for T, age T, used N time, by 'stats::a_life_in_the_log' at FILE:L (aborted)";
     see_record("life", Level::Warn, left);
-    drop(lent);
+    drop(in_use);
     see_record("life", Level::Debug, "closed #N: pool closed, age T");
     assert!(pool.close(SOON).is_complete());
     see_record("life", Level::Info, "closed in T; nothing is left");
@@ -570,7 +565,7 @@ fn no_secret_in_an_error_or_in_debug() {
     assert!(texts.iter().all(|text| !text.contains(SECRET)), "{texts:?}");
 }
 
-/// An event of a checkout says how long it was waited for, and one of a return for how long it was held.
+/// An event of a checkout says how long it was waited for, and one of a return for how long it was in use.
 #[test]
 fn events_tell_the_wait_and_the_hold() {
     #[derive(Debug)]
@@ -588,7 +583,7 @@ fn events_tell_the_wait_and_the_hold() {
     let fake = Fake::new();
     let (tell, told) = unbounded();
     let pool = Pool::builder().max_size(1).event_handler(Box::new(Tell(tell))).build(fake.direct()).unwrap();
-    // Longer than anything is waited for or held, were it counted from the pool's birth.
+    // Longer than anything is waited for or in use, were it counted from the pool's birth.
     thread::sleep(HOLD * 3);
     let first = pool.get().unwrap();
     let while_told: Vec<_> = told.try_iter().collect();
@@ -609,7 +604,7 @@ fn events_tell_the_wait_and_the_hold() {
     });
     let told: Vec<_> = told.try_iter().collect();
     let kinds: Vec<_> = told.iter().map(|event| event.0).collect();
-    // The second may take it before the first has told that it was put back.
+    // The second may take it before the first has told that it was returned.
     assert!([["in", "out", "in"], ["out", "in", "in"]].contains(&kinds[..].try_into().unwrap()), "{told:?}");
     for (kind, duration) in told {
         let about = HOLD - EPSILON..=HOLD * 2;

@@ -31,5 +31,7 @@ pub use log::{Capture, Logged, capture, logged};
 pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, SEEN, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched};
+pub use wait::{
+    EPSILON, SEEN, SOON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched, within,
+};
 pub use watch::{History, Sample, Watch};

@@ -1,0 +1,210 @@
+//! Checkout and return: what a caller may take from the idle stack, and what becomes of what it returns.
+
+use super::Ledger;
+use super::effects::{Caller, Condition, Order, SlotJob, Take, Token};
+use super::slots::Check;
+use crate::leaf::clock::Moment;
+use crate::settings::Validate;
+use crate::stats::CloseReason;
+
+impl<C, W: Clone> Ledger<C, W> {
+    /// Takes an idle connection if one may be handed out at this moment. A connection that needs a check comes as
+    /// [`Take::Check`] to a caller that can check it `here`, on its own thread, and not at all to another.
+    #[inline]
+    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+        self.step(now, |l, now| l.take_idle(now, caller, here))
+    }
+
+    #[inline]
+    pub(super) fn take_idle(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+        if self.closed || !self.may_barge(now) {
+            return Take::Nothing;
+        }
+        let Some((index, check)) = self.next_idle(0, now) else { return Take::Nothing };
+        // A caller that came later does not take what others wait for out of the stack for a check.
+        if check && (!here || self.front.is_some()) {
+            return Take::Nothing;
+        }
+        let conn = self.pop_idle();
+        let token = self.token(index);
+        if check {
+            self.start_check(index, now, Check::Own(caller));
+            Take::Check(token, conn, self.ticket(now))
+        } else {
+            if let Some(front) = &mut self.front {
+                front.barged += 1;
+            }
+            self.check_out(index, now, caller);
+            Take::Ready(token, conn)
+        }
+    }
+
+    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. A connection that is only stale
+    /// comes as [`Take::Check`]: the caller is to look at it without asking the server, and to say what it saw to
+    /// [`looked_at`](Ledger::looked_at).
+    pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
+        self.step(now, |l, now| {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
+                l.asked_at = now;
+                return Take::Ready(token, conn);
+            }
+            if !l.closed && l.front.is_none() {
+                if let Some((index, _)) = l.next_idle(0, now) {
+                    let is_suspect = l.is_suspect(&l.slots[index as usize]);
+                    if matches!(l.settings.validate, Validate::AfterIdle(_)) && !is_suspect {
+                        let conn = l.pop_idle();
+                        l.start_check(index, now, Check::Own(caller));
+                        return Take::Check(l.token(index), conn, l.ticket(now));
+                    }
+                }
+                if let Some((token, conn)) = l.take_checked(now, caller) {
+                    return Take::Ready(token, conn);
+                }
+            }
+            l.note_asked(now);
+            Take::Nothing
+        })
+    }
+
+    /// Takes a connection that needs a check, if one that was made since a caller asked in vain serves for it.
+    pub(super) fn take_checked(&mut self, now: Moment, caller: Caller) -> Option<(Token, C)> {
+        let (index, _) = self.next_idle(0, now)?;
+        if !self.serves_who_asked(index) {
+            return None;
+        }
+        let conn = self.pop_idle();
+        self.asked_at = now;
+        self.check_out(index, now, caller);
+        Some((self.token(index), conn))
+    }
+
+    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once): it seems `well`, or there was
+    /// nothing to be seen. `None`: the caller may not have it; then the executor checks it, for the next.
+    pub(crate) fn looked_at(
+        &mut self,
+        now: Moment,
+        token: Token,
+        conn: C,
+        caller: Caller,
+        well: bool,
+    ) -> Option<(Token, C)> {
+        self.step(now, |l, now| {
+            let index = token.index;
+            if let Some(reason) = l.unfit(index, now) {
+                l.close_connection(index, conn, reason, now);
+                return None;
+            }
+            let well = well && !l.is_suspect(&l.slots[index as usize]);
+            if l.may_barge(now) && (well || l.serves_who_asked(index)) {
+                l.asked_at = now;
+                l.check_out(index, now, caller);
+                return Some((token, conn));
+            }
+            l.note_asked(now);
+            l.supply(index, conn, now, false);
+            l.ask();
+            None
+        })
+    }
+
+    /// The idle connection that would be handed out after `others`, and whether it needs a check. Whatever has expired at
+    /// that place is closed first.
+    #[inline]
+    pub(super) fn next_idle(&mut self, others: usize, now: Moment) -> Option<(u32, bool)> {
+        loop {
+            let at = self.idle.len().checked_sub(others + 1)?;
+            let index = self.idle[at].0;
+            let slot = &self.slots[index as usize];
+            if !self.is_expired(slot, now) {
+                return Some((index, self.needs_check(slot, now)));
+            }
+            self.expire(at, now);
+        }
+    }
+
+    /// Closes the connection at this place of the stack, which was found expired before the reaper came.
+    #[cold]
+    fn expire(&mut self, at: usize, now: Moment) {
+        let (index, conn) = self.idle.remove(at);
+        let due = self.slots[index as usize].dies;
+        self.close_due(index, conn, CloseReason::Lifetime, now, due);
+    }
+
+    /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool no
+    /// longer keeps it, or another was found dead meanwhile, so that the check proves nothing.
+    pub(crate) fn own_check_passed(
+        &mut self,
+        now: Moment,
+        begun: Moment,
+        token: Token,
+        conn: C,
+        caller: Caller,
+    ) -> Option<(Token, C)> {
+        self.step(now, |l, now| {
+            let index = token.index;
+            let fresh = l.proved(index, begun);
+            match l.unfit(index, now) {
+                Some(reason) => l.close_connection(index, conn, reason, now),
+                None if !fresh => l.supply(index, conn, now, false),
+                None => {
+                    l.check_out(index, now, caller);
+                    return Some((token, conn));
+                }
+            }
+            None
+        })
+    }
+
+    // ---------------------------------------------------------------------------------------------- return
+
+    /// A connection is returned.
+    #[inline]
+    pub(crate) fn returned(&mut self, now: Moment, token: Token, conn: C, back: Condition) {
+        self.step(now, |l, now| {
+            let index = token.index;
+            l.debug_assert_in_use(&token);
+            l.tally.usage_time.record(now.nanos_since(l.slots[index as usize].since));
+            let mut reason = l.unfit(index, now);
+            match back {
+                Condition::Keep => {}
+                Condition::Reset if reason.is_none() => {
+                    let slot = &mut l.slots[index as usize];
+                    slot.unused_since = now;
+                    let caller = slot.caller();
+                    l.start_check(index, now, Check::Reset);
+                    return l.effects.orders.push(Order::Job(SlotJob::Reset(token, conn, caller)));
+                }
+                Condition::Reset => {}
+                Condition::Discard(why) => reason = Some(why),
+                Condition::Broken => {
+                    l.suspect();
+                    reason = Some(CloseReason::Broken);
+                }
+                Condition::Outdated => {
+                    // Once for all connections that are as old: those opened since are not the ones that were meant.
+                    if l.slots[index as usize].generation == l.generation {
+                        l.outdate(now);
+                    }
+                    reason = Some(CloseReason::Outdated);
+                }
+            }
+            match reason {
+                Some(reason) => l.close_connection(index, conn, reason, now),
+                None => {
+                    l.slots[index as usize].unused_since = now;
+                    l.supply(index, conn, now, false);
+                }
+            }
+        });
+    }
+
+    /// A connection leaves the pool with its caller: the pool no longer counts it.
+    pub(crate) fn detach(&mut self, now: Moment, token: Token) {
+        self.step(now, |l, now| {
+            l.debug_assert_in_use(&token);
+            l.tally.usage_time.record(now.nanos_since(l.slots[token.index as usize].since));
+            l.tally.detached += 1;
+            l.release(token.index);
+        });
+    }
+}

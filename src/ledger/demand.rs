@@ -1,0 +1,359 @@
+//! Demand: what is checked and opened, and when. [`plan`](Ledger::plan) runs at the end of every step.
+
+use std::time::Duration;
+
+use super::Ledger;
+use super::effects::{Order, Outcome, SlotJob};
+use super::slots::{Check, Close, State};
+use crate::leaf::clock::Moment;
+
+/// The shortest pause after a failed open, and the first of those that double.
+pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
+/// The longest pause between opens while a caller waits.
+const BACKOFF_WAITED_FOR: Duration = Duration::from_secs(1);
+/// The longest pause between opens while none does.
+const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
+/// The first pause after a permanent refusal. A password is not mended in milliseconds, and a server may lock the account
+/// of those who hammer it.
+const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
+/// The greatest part of a pause that jitter takes off, so that many pools do not come back in step.
+const BACKOFF_JITTER: f64 = 0.2;
+
+/// How long waiters count on an open: so many times as long as it usually takes...
+const OPEN_PATIENCE: u32 = 3;
+/// ... but at least so long, for a server that has much to do is not helped by being dialled again...
+const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
+/// ... and so long while nothing is known of what is usual.
+const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
+/// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if a caller waits for its
+/// place: the server it leads to may be the one that failed.
+const REPLACED_PATIENCE: u32 = 10;
+
+/// Protects a server that answers nobody. It is the least time between two dials once as many jobs as the pool has slots are
+/// abandoned, and the last dial did not come through; or once more than as many are.
+pub(super) const PROBE_PERIOD: Duration = Duration::from_secs(60);
+
+/// A run of failed opens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    count: u32,
+    pub(super) last: Moment,
+    pub(super) permanent: bool,
+    /// The server is not dialled before.
+    pub(super) retry: Moment,
+    why: FailedOpen,
+}
+
+/// Why the last open failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FailedOpen {
+    /// The open came back with a cause, which the runtime has noted before it told the ledger.
+    AsReported,
+    /// The open was abandoned at its limit.
+    NoAnswer,
+    /// The open took so long that the connection's life was over when it arrived.
+    TooOld { took: Duration },
+}
+
+impl<C, W: Clone> Ledger<C, W> {
+    /// Why the last open failed, if opens fail at present.
+    // The runtime does not ask yet.
+    #[allow(dead_code)]
+    pub(crate) fn failing(&self) -> Option<FailedOpen> {
+        self.failure.map(|failure| failure.why)
+    }
+
+    /// Whether the server has refused for good, as far as is known.
+    pub(crate) fn is_refusing(&self) -> bool {
+        self.failure.is_some_and(|failure| failure.permanent)
+    }
+
+    // ---------------------------------------------------------------------------------------------- the plan
+
+    /// Sees to it that waiters are served and the floor stands, as far as the rules allow at this moment; and that the
+    /// reaper looks again when they will allow more.
+    pub(super) fn plan(&mut self, now: Moment) {
+        self.dirty = false;
+        self.stop_counting_on(now);
+        if !self.closed {
+            if self.front.is_some() && self.is_refused(now) {
+                self.dismiss_queue(now, || Outcome::Refused);
+            }
+            let demand = self.plan_checks(now);
+            self.plan_opens(now, demand);
+            if demand > 0 || self.watchers > 0 {
+                self.arm_for_patience();
+            }
+        }
+        if self.counted.ordered_closes() > 0 {
+            self.arm_for_patience();
+        }
+    }
+
+    /// Notifies the waiters for whom a connection is ready, and for the others has idle connections checked that need it.
+    /// Returns how many connections are then wanted beside those that are ready.
+    fn plan_checks(&mut self, now: Moment) -> u32 {
+        loop {
+            let ready = self.ready(now);
+            self.notify(ready);
+            self.asked &= ready == 0;
+            let demand = self.demand_beside(ready);
+            // After a check that failed more are checked than are wanted, doubling with every further failure.
+            let ahead = if self.check_failures == 0 {
+                0
+            } else {
+                1u32.checked_shl(self.check_failures - 1).unwrap_or(u32::MAX)
+            };
+            let enough = self.counted.quick_checks() >= demand.saturating_add(ahead);
+            if demand == 0 || enough || !self.start_next_check(ready, now) {
+                return demand;
+            }
+        }
+    }
+
+    /// Orders opens, as long as another is wanted and may be dialled.
+    fn plan_opens(&mut self, now: Moment, demand: u32) {
+        while self.wants_open(demand, None) {
+            let at = self.dial_at(now);
+            if at <= now {
+                self.order_open(now);
+            } else if demand == 0 || !self.make_room(now) {
+                return self.arm(at);
+            }
+        }
+    }
+
+    /// Whether another open is wanted for this demand: for the waiters, who count on every check and open that does not
+    /// take longer than usual; and for the floor, which counts on the idle connections that last and on all that come
+    /// without being waited for. This is the one rule for refill and for replacement. `beside`: the open that asks, slow or
+    /// not, is not counted.
+    pub(super) fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
+        let mut quick = self.counted.quick_opens();
+        let mut slow = self.counted.slow_opens();
+        match beside {
+            Some(true) => slow -= 1,
+            Some(false) => quick -= 1,
+            None => {}
+        }
+        // One more is dialled than is waited for, not one after another: a server that answers none of them is not helped,
+        // and opens that hang take slots.
+        let counted_on = quick + slow.saturating_sub(1) + self.counted.quick_checks();
+        // After a check that failed an open is among what is under way: six dead connections cost one connect, not six
+        // timeouts in a row.
+        let missed = self.check_failures > 0 && quick + slow == 0;
+        let users = demand > 0 && (missed || counted_on < demand);
+        // (`build` waits for the floor.)
+        let slow = slow.saturating_sub(u32::from(self.watchers > 0));
+        let coming = quick + slow + self.counted.checks();
+        users || self.counted.lasting() + coming.saturating_sub(demand) < self.settings.min_idle
+    }
+
+    /// How many callers wait, or have asked, for whom no connection is ready.
+    pub(super) fn demand(&self, now: Moment) -> u32 {
+        self.demand_beside(self.ready(now))
+    }
+
+    fn demand_beside(&self, ready: usize) -> u32 {
+        self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
+    }
+
+    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there is
+    /// none.
+    fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
+        let Some((index, _)) = self.next_idle(ready, now) else { return false };
+        let (_, conn) = self.idle.remove(self.idle.len() - 1 - ready);
+        let token = self.token(index);
+        self.start_check(index, now, Check::Executor);
+        self.effects.orders.push(Order::Job(SlotJob::Check(token, conn)));
+        true
+    }
+
+    fn order_open(&mut self, now: Moment) {
+        let token = self.occupy(now);
+        self.count_on(token.index, now.plus(self.open_patience()));
+        self.effects.orders.push(Order::Job(SlotJob::Open(token)));
+    }
+
+    /// A job that takes longer than usual is no longer counted on.
+    fn stop_counting_on(&mut self, now: Moment) {
+        while let Some(&(until, index)) = self.patience.first() {
+            if until > now {
+                return;
+            }
+            self.end_patience(index);
+            self.set_slow(index);
+            let slot = &self.slots[index as usize];
+            if let State::Closing(..) = slot.state {
+                let id = slot.id;
+                self.effects.orders.push(Order::Slow { id });
+            }
+        }
+    }
+
+    fn arm_for_patience(&mut self) {
+        if let Some(&(until, _)) = self.patience.first() {
+            self.arm(until);
+        }
+    }
+
+    /// How long an open is counted on.
+    pub(super) fn open_patience(&self) -> Duration {
+        match self.usual_open {
+            Some(usual) => usual.saturating_mul(OPEN_PATIENCE).max(OPEN_PATIENCE_LEAST),
+            None => OPEN_PATIENCE_FIRST,
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- callers that do not wait
+
+    /// Asks for one connection to be made ready, for a caller that does not wait for it.
+    pub(crate) fn prepare(&mut self, now: Moment) {
+        self.step(now, |l, now| {
+            if !l.closed {
+                l.shorten_back_off(now);
+                l.ask();
+            }
+        });
+    }
+
+    /// A [hurried](Ledger::join) caller has given up: what was ordered for it is to be there for the next. `even_now`: the
+    /// caller may have been gone before that had begun, and it is wanted all the same.
+    pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {
+        self.step(now, |l, now| {
+            if !l.closed {
+                l.note_asked(now);
+                if even_now {
+                    l.shorten_back_off(now);
+                    l.ask();
+                }
+            }
+        });
+    }
+
+    /// One connection is to be made ready. The wish ends when one is, or when an open fails: no caller waits to see the
+    /// open tried again.
+    pub(super) fn ask(&mut self) {
+        self.asked = true;
+    }
+
+    /// A caller that does not wait has found nothing. What is under way by now, and counted on, was ordered for a caller
+    /// like it.
+    pub(super) fn note_asked(&mut self, now: Moment) {
+        let under_way = self.slots().filter(|slot| match slot.state {
+            State::Checking(check, job) => !matches!(check, Check::Own(_)) && !job.slow,
+            State::Opening(job) => !job.slow,
+            _ => false,
+        });
+        self.asked_at = under_way.map(|slot| slot.since).min().unwrap_or(now);
+    }
+
+    // ---------------------------------------------------------------------------------------------- dialling
+
+    /// The earliest moment at which another connection may be dialled as things stand. `NEVER`: only an event can make
+    /// room.
+    fn dial_at(&self, now: Moment) -> Moment {
+        if self.counted.total() >= self.settings.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
+    }
+
+    /// The same, if there were room.
+    fn dial_with_room_at(&self, now: Moment) -> Moment {
+        let opening = self.counted.opens();
+        // One open that takes longer than usual does not count: opens that hang keep no caller from another.
+        let hangs = u32::from(self.counted.slow_opens() > 0);
+        if self.closed || opening >= self.settings.parallel_opens.saturating_add(hangs) {
+            return Moment::NEVER;
+        }
+        let mut at = now;
+        if let Some(failure) = &self.failure {
+            // While opens fail, one at a time is enough to learn that they no longer do; and one beside an open that hangs.
+            if self.counted.quick_opens() > 0 || opening > 1 {
+                return Moment::NEVER;
+            }
+            at = at.max(failure.retry);
+        }
+        if self.abandoned + opening >= self.settings.max_size {
+            if opening > 0 {
+                return Moment::NEVER;
+            }
+            // At the bound the next may be dialled if the last came through, for then it was no connect that hung.
+            if self.failure.is_some() || self.abandoned > self.settings.max_size {
+                at = at.max(self.last_dial.plus(PROBE_PERIOD));
+            }
+        }
+        at
+    }
+
+    /// Abandons the close of a connection that was replaced, and hangs, or gives up a stuck slot, if nothing but a place is
+    /// missing.
+    fn make_room(&mut self, now: Moment) -> bool {
+        let full = self.counted.total() >= self.settings.max_size && self.counted.begun_closes() > 0;
+        if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
+            return false;
+        }
+        // After the job is abandoned a dial must be left, or its place is of no use. (Were there a failure, its back-off
+        // would be over.)
+        if self.abandoned + self.counted.opens() + 1 >= self.settings.max_size
+            && (self.counted.opens() > 0 || self.failure.is_some())
+        {
+            return false;
+        }
+        let is_stuck = |state| matches!(state, State::Closing(Close::Stuck, _));
+        if let Some(stuck) = self.slots.iter().position(|slot| is_stuck(slot.state)) {
+            // Its slot could not be freed before.
+            self.give_up(stuck as u32);
+            return true;
+        }
+        let generation = self.generation;
+        let slots = self.limits.iter().map(|&(_, index)| (index, &self.slots[index as usize]));
+        let oldest = slots
+            .filter(|(_, slot)| matches!(slot.state, State::Closing(Close::Runs, _)) && slot.generation < generation)
+            .min_by_key(|&(_, slot)| slot.since);
+        match oldest.map(|(index, slot)| (index, slot.since.plus(self.settings.close_timeout / REPLACED_PATIENCE))) {
+            Some((index, until)) if until <= now => {
+                self.abandon(index, now, 0.5);
+                true
+            }
+            Some((_, until)) => {
+                self.arm(until);
+                false
+            }
+            None => false,
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- failed opens
+
+    /// Whether it is hopeless to wait at this moment.
+    pub(super) fn is_refused(&self, now: Moment) -> bool {
+        let refused = self.failure.is_some_and(|failure| failure.permanent && now < failure.retry);
+        refused && self.counted.alive() == 0
+    }
+
+    /// Notes a failed open, and when to try again.
+    pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, permanent: bool, jitter: f64) {
+        let count = match self.failure {
+            // The open was dialled before the last one had failed: it says nothing new.
+            Some(f) if f.permanent == permanent && begun < f.last => f.count,
+            Some(f) if f.permanent == permanent => f.count.saturating_add(1),
+            _ => 1,
+        };
+        let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
+        // (`build` waits as well, though not in the queue.)
+        let waited_for = self.front.is_some() || self.watchers > 0;
+        let longest = if permanent || !waited_for { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
+        let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
+        let retry = now.plus(whole.mul_f64(1.0 - BACKOFF_JITTER * jitter.clamp(0.0, 1.0)).max(first));
+        self.failure = Some(Failure { count, last: now, permanent, retry, why });
+        self.asked = false;
+        self.effects.changed |= self.watchers > 0;
+    }
+
+    /// The first waiter does not sit out a back-off that began when no caller waited, unless the refusal was permanent.
+    pub(super) fn shorten_back_off(&mut self, now: Moment) {
+        if let Some(failure) = &mut self.failure {
+            if !failure.permanent {
+                failure.retry = failure.retry.min(now.max(failure.last.plus(BACKOFF_FIRST)));
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! What time ends: [`reap`](Ledger::reap) closes what was idle for too long and what is too old, has idle connections kept
+//! alive, reports leaks and abandons jobs past their limits.
+
+use std::time::Duration;
+
+use super::Ledger;
+use super::demand::FailedOpen;
+use super::effects::{Order, SlotJob};
+use super::slots::{Check, Close, Job, State};
+use crate::leaf::clock::Moment;
+use crate::stats::{CloseReason, ConnectionState};
+
+/// How long before the end of its life a floor connection is replaced: a twentieth of it, at most this.
+const MAX_REPLACEMENT_LEAD: Duration = Duration::from_secs(5);
+
+impl<C, W: Clone> Ledger<C, W> {
+    /// Does what is due, and sets the next alarm.
+    pub(crate) fn reap(&mut self, now: Moment, jitter: f64) {
+        let now = self.tick(now);
+        self.alarm = Moment::NEVER;
+        // Floor connections near their end are marked first, so that what replaces them is ordered before they go.
+        self.mark_expiring_soon(now);
+        self.plan(now);
+        while let Some(&(dies, index)) = self.lifetimes.first() {
+            if dies > now {
+                break;
+            }
+            self.lifetimes.pop_first();
+            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
+                let conn = self.remove_idle(index);
+                self.close_due(index, conn, CloseReason::Lifetime, now, dies);
+            }
+        }
+        self.evict_idle(now);
+        while let Some(&(limit, index)) = self.limits.first() {
+            if limit > now {
+                break;
+            }
+            self.abandon(index, now, jitter);
+        }
+        self.keep_alive(now);
+        self.report_leaks(now);
+        self.plan(now);
+        self.alarm = self.alarm.min(self.next_deadline());
+        // The reaper, which calls this, sleeps until the alarm just set.
+        self.effects.wake_reaper = false;
+    }
+
+    /// When something will be due, beside what the plan has armed for.
+    fn next_deadline(&self) -> Moment {
+        let mut next = self.idle_deadline();
+        if let Some(&(dies, _)) = self.lifetimes.first() {
+            next = next.min(dies);
+        }
+        if self.settings.min_idle > 0 {
+            if let Some(&(dies, _)) =
+                self.lifetimes.range((self.marked_until, 0)..).find(|&&(dies, _)| dies > self.marked_until)
+            {
+                next = next.min(dies.minus(self.lead()));
+            }
+        }
+        if let Some(&(limit, _)) = self.limits.first() {
+            next = next.min(limit);
+        }
+        next.min(self.keepalive_due().0).min(self.leak_due())
+    }
+
+    // ---------------------------------------------------------------------------------------------- idle
+
+    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only bring a
+    /// deadline that lies ahead.
+    #[inline]
+    pub(super) fn idle_deadline(&self) -> Moment {
+        match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
+            (Some(max), Some(&(index, _))) => self.slots[index as usize].since.plus(max),
+            _ => Moment::NEVER,
+        }
+    }
+
+    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay.
+    pub(super) fn evict_idle(&mut self, now: Moment) {
+        let Some(max) = self.settings.max_idle else { return };
+        if self.idle_deadline() > now {
+            return;
+        }
+        let floor = self.settings.min_idle as usize;
+        let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
+        for (index, conn) in self.drain_idle(floor, end) {
+            let due = self.slots[index as usize].since.plus(max).max(self.stack_changed_at);
+            self.close_due(index, conn, CloseReason::Idle, now, due);
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- lifetime
+
+    /// How long before the end of its life a floor connection is replaced.
+    pub(super) fn lead(&self) -> Duration {
+        self.settings.max_lifetime.map_or(Duration::ZERO, |whole| (whole / 20).min(MAX_REPLACEMENT_LEAD))
+    }
+
+    /// Marks the idle connections that end within the replacement lead.
+    fn mark_expiring_soon(&mut self, now: Moment) {
+        if self.settings.min_idle == 0 {
+            return;
+        }
+        let until = now.plus(self.lead());
+        let due: Vec<u32> =
+            self.lifetimes.range((self.marked_until, 0)..=(until, u32::MAX)).map(|&(_, index)| index).collect();
+        for index in due {
+            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
+                self.set_expiring_soon(index);
+            }
+        }
+        self.marked_until = self.marked_until.max(until);
+    }
+
+    // ---------------------------------------------------------------------------------------------- keepalive
+
+    /// The idle connection whose keepalive is due first, and when. One at a time: `NEVER` while one goes on.
+    fn keepalive_due(&self) -> (Moment, u32) {
+        let never = (Moment::NEVER, 0);
+        match self.settings.keepalive {
+            Some(period) if self.keepalive.is_none() && !self.closed => {
+                // Of equals the lowest in the stack is the first.
+                let due = |&(index, _): &(u32, C)| {
+                    let slot = &self.slots[index as usize];
+                    (slot.since.max(slot.proven).plus(period), index)
+                };
+                self.idle.iter().map(due).min_by_key(|&(at, _)| at).unwrap_or(never)
+            }
+            _ => never,
+        }
+    }
+
+    fn keep_alive(&mut self, now: Moment) {
+        let (due, index) = self.keepalive_due();
+        if due <= now && due != Moment::NEVER {
+            let conn = self.remove_idle(index);
+            self.start_check(index, now, Check::Executor);
+            let token = self.token(index);
+            self.keepalive = Some(token.id);
+            self.effects.orders.push(Order::Job(SlotJob::Check(token, conn)));
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- leaks
+
+    /// When the next checkout will have lasted too long.
+    fn leak_due(&self) -> Moment {
+        let Some(threshold) = self.settings.leak_threshold else { return Moment::NEVER };
+        let in_use = self.slots.iter().filter(|slot| matches!(slot.state, State::InUse { warned: false, .. }));
+        in_use.map(|slot| slot.since.plus(threshold)).min().unwrap_or(Moment::NEVER)
+    }
+
+    fn report_leaks(&mut self, now: Moment) {
+        let Some(threshold) = self.settings.leak_threshold else { return };
+        for index in 0..self.slots.len() as u32 {
+            let slot = &self.slots[index as usize];
+            if matches!(slot.state, State::InUse { warned: false, .. }) && slot.since.plus(threshold) <= now {
+                let leak = Order::Leak { id: slot.id, caller: slot.caller(), in_use_for: now.since(slot.since) };
+                self.effects.orders.push(leak);
+                self.tally.leaks += 1;
+                self.set_warned(index);
+            }
+        }
+    }
+
+    // ---------------------------------------------------------------------------------------------- limits
+
+    /// How long a check or reset may take.
+    pub(super) fn limit_of(&self, check: Check) -> Duration {
+        match check {
+            Check::Own(_) | Check::Executor => self.settings.validation_timeout,
+            Check::Reset => self.settings.close_timeout,
+        }
+    }
+
+    /// Whether the slot of a connection that may be alive can be given up. It cannot if as many jobs are abandoned already,
+    /// or may yet be, as the pool has slots.
+    pub(super) fn may_abandon(&self) -> bool {
+        self.abandoned + self.counted.opens() < self.settings.max_size
+    }
+
+    /// Abandons a job past its limit. An open frees its slot (dialling stops by itself). So does another job, if the pool
+    /// [may abandon](Ledger::may_abandon) one more.
+    pub(super) fn abandon(&mut self, index: u32, now: Moment, jitter: f64) {
+        let slot = &self.slots[index as usize];
+        let (id, was, state, born) = (slot.id, slot.as_seen(), slot.state, slot.born);
+        self.tally.abandonments += 1;
+        let limit = match state {
+            State::Opening(_) => {
+                self.tally.failed_opens += 1;
+                self.failed(now, born, FailedOpen::NoAnswer, false, jitter);
+                self.settings.open_timeout
+            }
+            State::Checking(check, _) => {
+                self.tally.closed(CloseReason::Abandoned);
+                if check != Check::Reset {
+                    self.suspect_after_check();
+                }
+                self.limit_of(check)
+            }
+            // (A close may be abandoned before its limit, for its place.)
+            State::Closing(..) => now.since(slot.since).min(self.settings.close_timeout),
+            State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs have limits"),
+        };
+        let cancel = matches!(state, State::Checking(Check::Reset, _) | State::Closing(..));
+        self.effects.orders.push(Order::Abandon { id, was, limit, cancel });
+        if was == ConnectionState::Opening || self.may_abandon() {
+            self.give_up(index);
+        } else {
+            self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
+        }
+    }
+
+    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that was
+    /// not done by now, and no other open takes their place.
+    pub(crate) fn abandon_opens(&mut self, now: Moment) {
+        self.tick(now);
+        let opens =
+            self.limits.iter().filter(|&&(_, index)| self.slots[index as usize].as_seen() == ConnectionState::Opening);
+        for index in opens.map(|&(_, index)| index).collect::<Vec<_>>() {
+            self.end_limit(index);
+        }
+        self.note_if_over();
+    }
+}

@@ -1,0 +1,68 @@
+//! Orders from above: what a user of the pool tells it at any time.
+
+use super::Ledger;
+use super::demand::BACKOFF_FIRST;
+use super::effects::Outcome;
+use crate::leaf::clock::Moment;
+use crate::stats::CloseReason;
+
+impl<C, W: Clone> Ledger<C, W> {
+    /// Sets the greatest number of connections. The excess goes: the longest unused at once, the others on return.
+    pub(crate) fn resize(&mut self, now: Moment, max_size: u32) {
+        self.step(now, |l, now| {
+            l.settings.max_size = max_size;
+            // (Connections that are being opened may never arrive.)
+            let excess = l.counted.alive().saturating_sub(max_size).min(l.idle.len() as u32);
+            for (index, conn) in l.drain_idle(0, excess as usize) {
+                l.close_connection(index, conn, CloseReason::Resized, now);
+            }
+        });
+    }
+
+    /// Sets the floor. A connection that it no longer keeps, and that is due, goes at once.
+    pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
+        self.step(now, |l, now| {
+            l.settings.min_idle = min_idle;
+            l.stack_changed_at = now;
+            l.evict_idle(now);
+            l.arm(now);
+        });
+    }
+
+    /// Replaces every connection whose opening began before now: the idle ones at once, the others on return.
+    pub(crate) fn recycle(&mut self, now: Moment) {
+        self.step(now, |l, now| l.outdate(now));
+    }
+
+    pub(super) fn outdate(&mut self, now: Moment) {
+        self.generation += 1;
+        for (index, conn) in self.drain_idle(0, self.idle.len()) {
+            self.close_connection(index, conn, CloseReason::Recycled, now);
+        }
+        // A server that was mended deserves a look before the back-off ends.
+        if let Some(failure) = &mut self.failure {
+            failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
+            failure.permanent = false;
+        }
+    }
+
+    /// Ends the pool: no caller waits any longer, no connection is kept. Returns how many waited; `None` if the pool was
+    /// closed before.
+    pub(crate) fn close(&mut self, now: Moment) -> Option<u32> {
+        self.step(now, |l, now| {
+            if l.closed {
+                return None;
+            }
+            l.closed = true;
+            l.asked = false;
+            let waiting = l.waiting();
+            l.dismiss_queue(now, || Outcome::Closed);
+            for (index, conn) in l.drain_idle(0, l.idle.len()) {
+                l.close_connection(index, conn, CloseReason::Closed, now);
+            }
+            l.arm(now);
+            l.effects.changed = true;
+            Some(waiting)
+        })
+    }
+}

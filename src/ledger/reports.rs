@@ -1,0 +1,200 @@
+//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current: the
+//! ledger then changes nothing, and the job closes what it has.
+
+use super::Ledger;
+use super::demand::FailedOpen;
+use super::effects::Token;
+use super::slots::{CHECK_PATIENCE, Check, Close, Job, State};
+use crate::leaf::clock::Moment;
+use crate::stats::{CloseReason, ConnectionState};
+use std::time::Duration;
+
+/// How long a close counts among those that run side by side. It takes a millisecond or two; one that takes longer may
+/// hang, and must not hold up the next by more than what is scheduling noise anyway. (The executor runs one more for each
+/// that takes longer, so that with every such pause twice as many have begun.)
+pub(super) const CLOSE_PATIENCE: Duration = Duration::from_millis(3);
+
+impl<C, W: Clone> Ledger<C, W> {
+    /// An open, check or reset starts to run: its limit counts from now. `None`: it was an open, nobody wants it any longer,
+    /// and its slot is free.
+    pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
+        self.step(now, |l, now| {
+            let index = token.index;
+            debug_assert_eq!(l.slots[index as usize].id, token.id, "a job begins with the slot it was given");
+            match l.slots[index as usize].state {
+                State::Opening(job) => {
+                    if l.closed || !l.wants_open(l.demand(now), Some(job.slow)) {
+                        l.release(index);
+                        return None;
+                    }
+                    l.dial(index, now, jitter);
+                }
+                State::Checking(check, job) => {
+                    l.restart_check(index);
+                    l.start_limit(index, now.plus(l.limit_of(check)));
+                    if !job.slow {
+                        l.count_on(index, now.plus(CHECK_PATIENCE));
+                    }
+                }
+                _ => unreachable!("no open, check or reset has this slot"),
+            }
+            Some(token)
+        })
+    }
+
+    /// An open dials now.
+    fn dial(&mut self, index: u32, now: Moment, jitter: f64) {
+        self.last_dial = now;
+        let dies = match self.settings.max_lifetime {
+            None => Moment::NEVER,
+            Some(whole) => {
+                let off = whole.mul_f64(self.settings.lifetime_jitter.clamp(0.0, 1.0) * jitter.clamp(0.0, 1.0));
+                now.plus(whole.saturating_sub(off))
+            }
+        };
+        let generation = self.generation;
+        let slot = &mut self.slots[index as usize];
+        (slot.born, slot.proven, slot.since, slot.dies, slot.generation) = (now, now, now, dies, generation);
+        self.restart_open(index);
+        self.start_limit(index, now.plus(self.settings.open_timeout));
+        self.count_on(index, now.plus(self.open_patience()));
+    }
+
+    /// A close starts to run, in a job of its own or in one that goes on to close what it has: it has a limit of its own.
+    pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
+        self.step(now, |l, now| {
+            if l.is_current(token) {
+                l.close_begins(token.index, now);
+            }
+        });
+    }
+
+    fn close_begins(&mut self, index: u32, now: Moment) {
+        match self.slots[index as usize].state {
+            State::Closing(Close::Ordered { due }, _) => {
+                if due != Moment::NEVER {
+                    self.tally.evicted_late(now.since(due));
+                }
+                self.start_closing(index, now);
+                self.count_on(index, now.plus(CLOSE_PATIENCE));
+            }
+            State::Closing(Close::Runs, _) => self.start_limit(index, now.plus(self.settings.close_timeout)),
+            _ => {}
+        }
+    }
+
+    /// A connection has arrived. `Err`: too late, the open was abandoned; the connection is to be closed, and its token
+    /// then [`free`](Ledger::free)d. `Ok(false)`: the connection's life was over when it arrived.
+    pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<bool, (Token, C)> {
+        self.step(now, |l, now| {
+            let index = token.index;
+            if !l.is_current(&token) {
+                return Err((token, conn));
+            }
+            let slot = &mut l.slots[index as usize];
+            slot.unused_since = now;
+            let (dies, born) = (slot.dies, slot.born);
+            let took = now.since(born);
+            l.tally.open_time.record(now.nanos_since(born));
+            if l.is_expired(&l.slots[index as usize], now) {
+                l.tally.failed_opens += 1;
+                l.failed(now, born, FailedOpen::TooOld { took }, false, 0.5);
+                // It is not counted among the closed connections, for it is not among the opened ones.
+                l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
+                return Ok(false);
+            }
+            // A single open says little of what is usual.
+            l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
+            l.failure = None;
+            // (Even if the connection is suspect by now: the server is there.)
+            l.check_failures = 0;
+            l.tally.opens += 1;
+            if dies != Moment::NEVER {
+                l.lifetimes.insert((dies, index));
+                l.arm(dies);
+                if l.settings.min_idle > 0 {
+                    l.arm(dies.minus(l.lead()));
+                }
+            }
+            l.proven(index, born, now, conn);
+            Ok(true)
+        })
+    }
+
+    /// An open has failed, with a cause that was noted before. The slot is not free until [`free`](Ledger::free), for the
+    /// job still has handlers to run.
+    pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
+        self.step(now, |l, now| {
+            let index = token.index;
+            if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
+                return;
+            }
+            let born = l.slots[index as usize].born;
+            l.start_closing(index, now);
+            l.tally.failed_opens += 1;
+            l.failed(now, born, FailedOpen::AsReported, permanent, jitter);
+        });
+    }
+
+    /// The executor's check or reset has succeeded. `Err`: too late, the job was abandoned; the connection is to be closed
+    /// and its token freed.
+    pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
+        self.step(now, |l, now| {
+            if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
+                return Err((token, conn));
+            }
+            l.proven(token.index, begun, now, conn);
+            Ok(())
+        })
+    }
+
+    /// The connection that the executor brings was well at `at`.
+    fn proven(&mut self, index: u32, at: Moment, now: Moment, conn: C) {
+        let fresh = self.proved(index, at);
+        match self.unfit(index, now) {
+            Some(reason) => self.close_connection(index, conn, reason, now),
+            None => {
+                // It is there for the caller that asked, unless it goes to one that waits.
+                self.asked &= !fresh || self.front.is_some();
+                self.supply(index, conn, now, fresh);
+            }
+        }
+    }
+
+    /// A check or reset has failed, the executor's or a caller's own. The slot is not free until [`free`](Ledger::free). A
+    /// failed check makes the siblings suspect; a failed reset says nothing of them.
+    pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
+        self.step(now, |l, now| {
+            let index = token.index;
+            let State::Checking(check, _) = l.slots[index as usize].state else { return };
+            if !l.is_current(token) {
+                return;
+            }
+            if let Check::Own(_) = check {
+                // The connection is closed by a job that is yet to begin.
+                l.change(index, State::Closing(Close::Ordered { due: Moment::NEVER }, Job::ordered(0)), now);
+            } else {
+                l.start_closing(index, now);
+            }
+            l.tally.closed(reason);
+            if reason == CloseReason::Invalid {
+                l.suspect_after_check();
+            }
+        });
+    }
+
+    /// A job has ended, and what it had is gone: its slot is free.
+    pub(crate) fn free(&mut self, now: Moment, token: Token) {
+        self.step(now, |l, _| {
+            if !l.is_current(&token) {
+                return l.came_back();
+            }
+            // An open or a check ends without a report if it panicked where nothing could catch that, or was never run.
+            debug_assert!(
+                !matches!(l.slots[token.index as usize].as_seen(), ConnectionState::Idle | ConnectionState::InUse),
+                "freed while idle or in use"
+            );
+            l.release(token.index);
+        });
+    }
+}

@@ -1,0 +1,406 @@
+//! What is opened and checked, and when: demand, back-off, patience, and the bound of abandoned jobs.
+
+use super::world::*;
+
+#[test]
+fn opens_are_parallel_up_to_the_limit() {
+    let mut w = World::new(Settings { max_size: 17, ..settings() });
+    w.takes.open = ms(100);
+    let threads: Vec<_> = (0..17).map(|_| w.get()).collect();
+    w.run(ms(499));
+    assert_eq!(w.in_use.len(), 16);
+    w.run(ms(1));
+    assert_eq!(w.in_use.len(), threads.len(), "ceil(17 / 4) x 100 ms");
+}
+
+#[test]
+fn connections_that_are_closing_count_against_max_size() {
+    let mut w = World::new(Settings { max_size: 10, ..settings() });
+    w.takes.close = secs(3);
+    w.burst(10);
+    for thread in (0..10).map(|_| w.get()).collect::<Vec<_>>() {
+        w.returned_as(thread, Condition::Discard(CloseReason::Discarded));
+    }
+    let threads: Vec<_> = (0..10).map(|_| w.get()).collect();
+    assert!(w.in_use.is_empty(), "there is no room");
+    // (Four begin at once, and four more each time that those before take longer than usual.)
+    w.run(secs(3) + CLOSE_PATIENCE * 2);
+    assert_eq!((w.in_use.len(), w.most), (threads.len(), 10));
+}
+
+#[test]
+fn demand_that_is_gone_is_not_dialled() {
+    // Two wait at once, one open is under way at most; a return serves the second before its open is ordered.
+    let mut w = World::new(Settings { parallel_opens: 1, ..settings() });
+    w.takes.open = ms(150);
+    w.burst(1);
+    let a = w.get();
+    let (b, c) = (w.get(), w.get());
+    w.run(ms(2));
+    w.returned(a);
+    assert!(w.has(b));
+    w.returned(b);
+    assert!(w.has(c));
+    w.returned(c);
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn an_ordered_open_asks_again_before_it_dials() {
+    let mut l: Ledger<Conn, Thread> = Ledger::new(settings(), Duration::ZERO);
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    assert!(l.begin(Moment::BIRTH, token, 0.0).is_none(), "no caller wants it any longer");
+    assert_eq!(l.counts().total(), 0);
+}
+
+#[test]
+fn an_ordered_open_may_serve_a_caller_that_does_not_wait() {
+    let mut l: Ledger<Conn, Thread> = Ledger::new(settings(), Duration::ZERO);
+    let (Join::Queued(ticket), _) = l.join(Moment::BIRTH, here(), None, false, 1) else { panic!() };
+    assert!(l.leave(Moment::BIRTH, ticket).is_some());
+    l.prepare(Moment::BIRTH);
+    let [Order::Job(SlotJob::Open(_))] = l.effects.orders[..] else { panic!("{:?}", l.effects.orders) };
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
+    let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
+    assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+    assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
+}
+
+#[test]
+fn after_transient_failures_opens_back_off_and_recover() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    let a = w.get();
+    w.run(secs(10));
+    // 0, 50, 150, 350, 750, then every second.
+    assert_eq!(w.dials.len(), 5 + 9);
+    assert!(w.refused.is_empty());
+    w.refuse = None;
+    w.run(secs(1));
+    assert!(w.has(a), "within a second of the server's return");
+}
+
+#[test]
+fn whatever_the_jitter_no_pause_is_longer_than_a_second_while_a_caller_waits() {
+    for jitter in [0.0, 0.5, 1.0] {
+        let mut w = World::new(settings());
+        w.refuse = Some(false);
+        w.jitter = jitter;
+        w.get();
+        w.run(secs(60));
+        let pauses = w.dials.windows(2).map(|d| d[1].since(d[0]));
+        assert!(pauses.clone().all(|pause| (BACKOFF_FIRST..=secs(1)).contains(&pause)), "{jitter}");
+        assert_eq!(pauses.max(), Some(ms(1_000 - (200.0 * jitter) as u64)), "not all pools in step");
+    }
+}
+
+#[test]
+fn while_no_caller_waits_the_pause_grows_and_the_first_waiter_ends_it() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.refuse = Some(false);
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(secs(300));
+    let before = w.dials.len();
+    assert!(before < 25, "{before} dials in five minutes with no caller");
+    w.refuse = None;
+    let a = w.get();
+    assert!(w.has(a), "the waiter shortened the back-off");
+}
+
+#[test]
+fn build_counts_as_a_waiter_for_the_back_off() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    w.ledger.watchers = 1;
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(secs(10));
+    // 0, 50, 150, 350, 750, then every second.
+    assert_eq!(w.dials.len(), 5 + 9);
+}
+
+#[test]
+fn a_back_off_that_is_shortened_keeps_its_least_pause() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    for _ in 0..100 {
+        let thread = w.get();
+        w.run(ms(1));
+        w.leave(thread);
+    }
+    assert!(w.dials.len() <= 3, "{} dials in 100 ms", w.dials.len());
+    assert!(w.dials.windows(2).all(|d| d[1].since(d[0]) >= BACKOFF_FIRST));
+}
+
+#[test]
+fn a_permanent_refusal_fails_all_waiters_at_once_and_is_remembered() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.refuse = Some(true);
+    w.takes.open = ms(3);
+    let threads: Vec<_> = (0..8).map(|_| w.get()).collect();
+    w.run(ms(3));
+    assert_eq!(w.refused, threads, "one round trip, every waiter");
+    let dialled = w.dials.len();
+    for _ in 0..490 {
+        w.run(ms(10));
+        let thread = w.get();
+        assert_eq!(w.refused.last(), Some(&thread));
+    }
+    assert_eq!(w.dials.len(), dialled, "no further login, however many ask");
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), dialled + 1, "one at a time while it fails");
+    w.refuse = None;
+    w.run(secs(60));
+    let thread = w.get();
+    w.run(ms(3));
+    assert!(w.has(thread), "passwords are mended");
+}
+
+#[test]
+fn while_a_connection_is_alive_waiters_keep_waiting() {
+    let mut w = World::new(settings());
+    w.burst(1);
+    let alive = w.get();
+    w.refuse = Some(true);
+    let b = w.get();
+    w.run(secs(1));
+    assert!(w.refused.is_empty());
+    w.returned(alive);
+    assert!(w.has(b));
+    let c = w.get();
+    w.returned_as(b, Condition::Broken);
+    assert_eq!(w.refused, [c], "now none is");
+}
+
+#[test]
+fn six_dead_connections_cost_one_connect() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 6, ..settings() });
+    w.burst(6);
+    w.run(secs(10));
+    w.dead = w.server.keys().copied().collect();
+    w.takes.check = secs(1); // each a full timeout
+    let a = w.get();
+    w.run(secs(1));
+    assert!(w.has(a), "with the first found dead, a new one is opened in its place");
+}
+
+#[test]
+fn a_silent_server_costs_no_more_jobs_than_max_size_and_a_probe_a_minute() {
+    let mut w = World::new(Settings { max_size: 3, open_timeout: secs(1), ..settings() });
+    w.takes.open = Duration::MAX;
+    let a = w.get();
+    w.run(secs(30));
+    assert_eq!(w.counts().abandoned, 3);
+    w.run(secs(600));
+    assert!(w.counts().abandoned <= 3 + 11, "{}", w.counts().abandoned);
+    w.takes.open = ms(1);
+    w.run(secs(61));
+    assert!(w.has(a), "a probe came through");
+}
+
+#[test]
+fn a_reset_or_a_keepalive_that_hangs_holds_up_no_caller() {
+    for reset in [true, false] {
+        let mut w = World::new(Settings { keepalive: (!reset).then_some(secs(10)), ..settings() });
+        w.takes.open = ms(10);
+        w.burst(1);
+        w.takes.check = Duration::MAX;
+        if reset {
+            let a = w.get();
+            w.returned_as(a, Condition::Reset);
+        } else {
+            w.run(secs(10));
+        }
+        assert_eq!(w.counts().checking, 1);
+        w.run(ms(30));
+        let b = w.get();
+        w.run(ms(69));
+        assert!(!w.has(b) && w.dials.len() == 1, "it may come any moment");
+        w.run(ms(11));
+        assert!(w.has(b), "there is room for another");
+        assert_eq!(w.counts().checking, 1, "which is not abandoned for that");
+        w.returned(b);
+    }
+}
+
+#[test]
+fn wishes_of_callers_that_do_not_wait_prepare_one_connection_at_a_time() {
+    let mut w = World::new(settings());
+    w.takes.open = ms(100);
+    for _ in 0..10 {
+        w.ledger.prepare(w.now);
+        w.apply();
+    }
+    assert_eq!(w.dials.len(), 1);
+    w.run(ms(100));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Ready(..)));
+}
+
+#[test]
+fn an_open_that_hangs_keeps_no_caller_from_what_is_idle() {
+    for waits in [true, false] {
+        let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+        w.burst(1);
+        let a = w.get();
+        w.takes.open = Duration::MAX;
+        let b = w.get(); // dials, and hangs
+        w.returned(a);
+        w.returned(b);
+        w.run(secs(2)); // what is idle needs a check by now
+        assert_eq!((w.counts().idle, w.counts().opening), (1, 1));
+        if waits {
+            let c = w.get();
+            assert!(w.has(c), "it needs no more than its check");
+        } else {
+            assert!(w.try_get().is_none());
+            assert!(w.try_get().is_some(), "it was checked for it");
+        }
+    }
+}
+
+#[test]
+fn beside_an_open_that_hangs_one_more_is_dialled() {
+    let mut w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    let a = w.get();
+    w.run(ms(999));
+    assert_eq!(w.dials.len(), 1, "it may come any moment");
+    w.takes.open = ms(10);
+    w.run(ms(11));
+    assert!(w.has(a), "long before the first is abandoned");
+    assert_eq!((w.abandoned, w.dials.len()), (0, 2));
+}
+
+#[test]
+fn how_long_an_open_is_counted_on_depends_on_what_is_usual() {
+    for (usual, patience) in [(ms(10), ms(250)), (ms(500), ms(1_500))] {
+        let mut w = World::new(settings());
+        w.takes.open = usual;
+        w.burst(1);
+        w.get();
+        w.takes.open = Duration::MAX;
+        let a = w.get();
+        w.run(patience - ms(1));
+        assert_eq!(w.dials.len(), 2);
+        w.takes.open = usual;
+        w.run(usual + ms(1));
+        assert!(w.has(a));
+        assert_eq!((w.abandoned, w.dials.len()), (0, 3));
+    }
+}
+
+#[test]
+fn a_server_that_answers_no_connect_is_not_dialled_a_third_time() {
+    let mut w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(secs(9));
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn the_close_of_a_recycled_connection_that_hangs_is_abandoned_for_a_waiter() {
+    let mut w = World::new(Settings { max_size: 3, ..settings() });
+    w.burst(3);
+    w.takes.close = Duration::MAX;
+    w.ledger.recycle(w.now);
+    w.apply();
+    let threads: Vec<_> = (0..2).map(|_| w.get()).collect();
+    w.run(ms(499));
+    assert!(w.in_use.is_empty() && w.abandoned == 0, "its close may end any moment");
+    w.run(ms(1));
+    assert!(threads.iter().all(|thread| w.has(*thread)), "a tenth of the limit of a close");
+    assert_eq!((w.abandoned, w.counts().abandoned, w.counts().closing), (2, 2, 1), "no more than are waited for");
+    // No caller waits for the third.
+    w.run(secs(4));
+    assert_eq!(w.abandoned, 2);
+}
+
+#[test]
+fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
+    // As many would be abandoned as the pool has slots: while opens fail, the next dial is a minute after the last.
+    for fails in [true, false] {
+        let mut w = World::new(Settings { max_size: 2, ..settings() });
+        w.burst(1);
+        w.takes.close = secs(2);
+        let kept = w.get();
+        if fails {
+            w.refuse = Some(false);
+            w.ledger.prepare(w.now);
+            w.apply();
+        }
+        w.run(secs(40));
+        w.refuse = None;
+        w.ledger.resize(w.now, 1);
+        w.returned_as(kept, Condition::Outdated);
+        let a = w.get();
+        w.run(ms(500));
+        assert_eq!(w.has(a), !fails);
+        assert_eq!(w.abandoned, u32::from(!fails));
+        w.run(ms(1_500));
+        assert!(w.has(a), "its close has ended");
+    }
+}
+
+#[test]
+fn a_reset_that_hangs_does_not_block_a_pool_of_one_for_a_minute() {
+    let mut w = World::new(Settings { max_size: 1, ..settings() });
+    w.takes.check = Duration::MAX;
+    let (a, b) = (w.get(), w.get());
+    w.returned_as(a, Condition::Reset);
+    w.run(secs(5));
+    assert!(w.has(b), "the server answers to connects");
+    assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
+    // A second one keeps its slot: as many are abandoned as may be.
+    let c = w.get();
+    w.returned_as(b, Condition::Reset);
+    w.run(secs(5));
+    assert!(!w.has(c));
+    assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
+}
+
+#[test]
+fn a_wish_that_shortens_the_pause_is_carried_out() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    for _ in 0..6 {
+        w.run(secs(60));
+        w.ledger.prepare(w.now);
+        w.apply();
+    }
+    let dials = w.dials.len();
+    w.run(ms(1));
+    w.refuse = None;
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.run(ms(50));
+    assert_eq!((w.dials.len(), w.counts().idle), (dials + 1, 1), "50 ms after the last failure");
+}
+
+#[test]
+fn the_ledger_says_why_the_last_open_failed() {
+    let mut w = World::new(settings());
+    assert_eq!(w.ledger.failing(), None);
+    w.refuse = Some(false);
+    w.get();
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported));
+    w.refuse = None;
+    w.run(ms(50));
+    assert_eq!(w.ledger.failing(), None, "the next open has succeeded");
+
+    w = World::new(Settings { max_lifetime: Some(secs(5)), ..settings() });
+    w.takes.open = secs(6);
+    w.get();
+    w.run(secs(6));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::TooOld { took: secs(6) }));
+
+    w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(secs(10));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
+}

@@ -1,0 +1,232 @@
+//! What time ends: idleness, lifetime, keepalive, leaks and limits.
+
+use super::world::*;
+
+#[test]
+fn seventeen_idle_connections_are_evicted_at_once() {
+    let mut w = World::new(Settings { max_idle: Some(secs(2)), ..settings() });
+    w.burst(17);
+    assert_eq!(w.counts().idle, 17);
+    w.run(ms(1_999));
+    assert_eq!(w.counts().idle, 17, "not a moment too early");
+    w.run(ms(1));
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 17));
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+    w.run(secs(10)); // past the limits of the jobs
+    assert_eq!(w.ledger.alarm(), Moment::NEVER, "an empty pool wakes nobody");
+}
+
+#[test]
+fn a_trickle_of_checkouts_keeps_one_connection() {
+    let mut w = World::new(Settings { max_idle: Some(secs(2)), ..settings() });
+    w.burst(17);
+    for _ in 0..20 {
+        w.run(ms(100));
+        w.use_once(ms(1));
+    }
+    assert_eq!(w.server.len(), 1);
+}
+
+#[test]
+fn the_floor_is_not_opened_and_closed_over_and_over() {
+    for trickle in [false, true] {
+        let mut w = World::new(Settings { min_idle: 4, max_idle: Some(secs(2)), ..settings() });
+        w.ledger.set_min_idle(w.now, 4);
+        w.apply();
+        for _ in 0..600_000 / 100 {
+            w.run(ms(100));
+            if trickle {
+                w.use_once(ms(1));
+            }
+        }
+        assert!(w.dials.len() <= 5, "{} opens in ten minutes", w.dials.len());
+        assert!(w.counts().idle >= 4);
+    }
+}
+
+#[test]
+fn the_floor_stays_when_the_others_are_evicted() {
+    let mut w = World::new(Settings { min_idle: 2, max_idle: Some(secs(2)), ..settings() });
+    w.burst(6);
+    w.run(secs(3));
+    assert_eq!(w.counts().idle, 2);
+    w.run(secs(600));
+    assert_eq!(w.counts().idle, 2);
+}
+
+#[test]
+fn with_max_idle_zero_nothing_is_kept() {
+    let mut w = World::new(Settings { max_idle: Some(Duration::ZERO), ..settings() });
+    w.use_once(ms(5));
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 1));
+    // But a waiter gets it.
+    w = World::new(Settings { max_idle: Some(Duration::ZERO), max_size: 1, ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.returned(a);
+    assert!(w.has(b));
+}
+
+#[test]
+fn with_max_idle_none_everything_is_kept() {
+    let mut w = World::new(Settings { max_idle: None, ..settings() });
+    w.burst(17);
+    w.run(secs(1_000_000));
+    assert_eq!(w.counts().idle, 17);
+    assert_eq!(w.ledger.alarm(), Moment::NEVER);
+}
+
+#[test]
+fn expired_connections_are_closed_on_time() {
+    let mut w = World::new(Settings { max_lifetime: Some(secs(3)), ..settings() });
+    w.takes.open = ms(10);
+    w.burst(3);
+    let kept = w.get();
+    w.run_to(Moment::BIRTH.plus(secs(3)));
+    assert_eq!(w.server.len(), 1, "the idle ones at the deadline, which counts from before the connect");
+    w.run(secs(10));
+    w.returned(kept);
+    assert_eq!((w.server.len(), w.closed_for(CloseReason::Lifetime)), (0, 3), "the one in use on return");
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+#[test]
+fn jitter_is_subtracted_from_the_lifetime() {
+    let mut w = World::new(Settings { max_lifetime: Some(secs(100)), lifetime_jitter: 0.1, ..settings() });
+    w.use_once(ms(1)); // the world draws the greatest jitter
+    w.run_to(Moment::BIRTH.plus(ms(89_999)));
+    assert_eq!(w.server.len(), 1);
+    w.run(ms(1));
+    assert_eq!(w.server.len(), 0);
+}
+
+#[test]
+fn the_resolution_of_the_clock_hands_nothing_out_late() {
+    let mut w = World::with_resolution(Settings { max_lifetime: Some(secs(3)), ..settings() }, ms(4));
+    w.use_once(ms(1));
+    w.run_to(Moment::BIRTH.plus(ms(2_996)));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "it may be 3,000 in truth");
+    w.apply();
+    w.run(ms(1));
+    assert_eq!(w.closed_for(CloseReason::Lifetime), 1);
+}
+
+#[test]
+fn a_floor_connection_is_replaced_before_it_expires() {
+    let mut w = World::new(Settings { min_idle: 4, max_lifetime: Some(secs(3)), max_idle: None, ..settings() });
+    w.takes.open = ms(20);
+    w.ledger.set_min_idle(w.now, 4);
+    w.apply();
+    w.run(secs(1));
+    for _ in 0..6000 {
+        w.run(ms(10));
+        assert!(w.counts().idle >= 4, "at {:?}", w.now);
+        assert!(w.server.values().all(|(born, _)| w.now.since(*born) <= secs(3)));
+    }
+    assert!(w.dials.len() as u64 <= 4 * (61 / 2), "{} opens: replaced once each, not over and over", w.dials.len());
+}
+
+#[test]
+fn a_floor_that_fills_the_pool_expires_before_it_is_replaced() {
+    let mut w =
+        World::new(Settings { min_idle: 4, max_size: 4, max_lifetime: Some(secs(3)), max_idle: None, ..settings() });
+    w.takes.open = ms(20);
+    w.ledger.set_min_idle(w.now, 4);
+    w.apply();
+    w.run(secs(60));
+    assert_eq!(w.most, 4);
+    assert!(w.dials.len() >= 4 * 19);
+}
+
+#[test]
+fn keepalive_checks_one_at_a_time_and_keeps_its_place() {
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), max_idle: Some(secs(25)), ..settings() });
+    w.takes.check = ms(100);
+    w.burst(3);
+    let order: Vec<_> = w.ledger.idle.iter().map(|i| i.1).collect();
+    w.run(secs(10));
+    assert_eq!(w.counts().checking, 1);
+    w.run(ms(50));
+    assert_eq!((w.counts().checking, w.counts().idle), (1, 2));
+    w.run(secs(1));
+    assert_eq!(w.ledger.idle.iter().map(|i| i.1).collect::<Vec<_>>(), order);
+    w.run_to(Moment::BIRTH.plus(secs(25)));
+    assert_eq!(w.server.len(), 0, "maintenance is not use");
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+#[test]
+fn a_job_past_its_limit_loses_its_slot() {
+    let mut w = World::new(Settings { max_size: 3, ..settings() });
+    w.takes.open = secs(60);
+    let a = w.get();
+    w.run(secs(10));
+    assert_eq!((w.abandoned, w.counts().abandoned), (1, 1));
+    w.takes.open = ms(1);
+    w.run(secs(2));
+    assert!(w.has(a), "the next attempt came through");
+    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the abandoned ones are still there");
+    w.run(secs(60));
+    assert_eq!((w.server.len(), w.counts().abandoned), (1, 0), "and gone when it came back");
+}
+
+#[test]
+fn beyond_the_bound_a_stuck_close_keeps_its_slot() {
+    let mut w = World::new(Settings { max_size: 2, ..settings() });
+    w.burst(2);
+    w.takes.close = secs(1_000);
+    for thread in [w.get(), w.get()] {
+        w.returned_as(thread, Condition::Discard(CloseReason::Discarded));
+    }
+    w.run(secs(5));
+    assert_eq!((w.counts().abandoned, w.counts().closing), (2, 0));
+    let probe = w.get();
+    w.run(secs(60));
+    w.returned_as(probe, Condition::Discard(CloseReason::Discarded));
+    w.run(secs(5));
+    assert_eq!((w.counts().abandoned, w.counts().closing, w.abandoned), (2, 1, 3));
+    w.run(secs(2_000));
+    assert_eq!((w.counts().abandoned, w.counts().closing, w.server.len()), (0, 0, 0));
+}
+
+#[test]
+fn a_leak_is_reported_once_per_checkout() {
+    let mut w = World::new(Settings { leak_threshold: Some(secs(5)), ..settings() });
+    let a = w.get();
+    let id = w.in_use[&a].1;
+    w.run(ms(4_999));
+    assert!(w.leaks.is_empty());
+    w.run(ms(1));
+    assert_eq!(w.leaks, [id]);
+    w.run(secs(60));
+    assert_eq!(w.leaks, [id]);
+    w.returned(a);
+    let b = w.get();
+    w.run(secs(5));
+    assert_eq!(w.leaks, [id, id]);
+    w.returned(b);
+}
+
+#[test]
+fn after_the_grace_an_open_that_hangs_has_no_limit() {
+    let mut w = World::new(Settings { max_size: 3, ..settings() });
+    w.burst(1);
+    let (a, b) = (w.get(), w.get());
+    w.returned_as(b, Condition::Discard(CloseReason::Discarded));
+    w.takes.open = secs(60);
+    w.takes.close = secs(2);
+    w.get();
+    w.ledger.close(w.now);
+    w.apply();
+    w.run(secs(1));
+    assert!(!w.ledger.is_over(), "an open and a close have limits");
+    w.returned(a);
+    w.ledger.abandon_opens(w.now);
+    w.apply();
+    assert!(!w.ledger.is_over(), "the close still has one");
+    w.run(secs(2));
+    assert!(w.ledger.is_over());
+    assert_eq!((w.counts().opening, w.counts().total(), w.abandoned), (1, 1, 0));
+    w.run(secs(60));
+    assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
+    assert_eq!(w.abandoned, 0);
+}

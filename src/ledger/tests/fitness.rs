@@ -1,0 +1,134 @@
+//! What may be handed out: validation and suspicion.
+
+use super::world::*;
+
+#[test]
+fn a_broken_connection_makes_its_siblings_suspect() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.burst(5);
+    let a = w.get();
+    w.run(ms(1));
+    w.returned_as(a, Condition::Broken);
+    for (conn, _) in w.server.clone() {
+        w.dead.push(conn);
+    }
+    let b = w.get();
+    w.run(Duration::ZERO);
+    assert!(w.has(b) && !w.dead.contains(&w.in_use[&b].1), "a new one");
+}
+
+#[test]
+fn a_connection_returned_later_is_suspect_too() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..settings() });
+    w.takes.check = ms(1);
+    let (a, b) = (w.get(), w.get());
+    let c = w.get();
+    w.run(ms(1));
+    w.returned_as(a, Condition::Broken);
+    assert!(w.has(c), "newly opened");
+    let d = w.get();
+    w.returned(b);
+    assert!(!w.has(d), "proven before the other broke: checked first");
+    w.run(ms(1));
+    assert!(w.has(d));
+}
+
+#[test]
+fn validation_follows_its_policy() {
+    for (validate, idle, expected) in [
+        (Validate::Never, secs(100), false),
+        (Validate::Always, Duration::ZERO, true),
+        (Validate::AfterIdle(secs(1)), ms(999), false),
+        (Validate::AfterIdle(secs(1)), ms(1_000), true),
+        (Validate::AfterIdle(Duration::ZERO), Duration::ZERO, true),
+    ] {
+        let mut w = World::new(Settings { validate, ..settings() });
+        w.burst(1);
+        w.run(idle);
+        match w.ledger.take(w.now, here(), true) {
+            Take::Ready(..) => assert!(!expected, "{validate:?} after {idle:?}"),
+            Take::Check(..) => assert!(expected, "{validate:?} after {idle:?}"),
+            Take::Nothing => panic!(),
+        }
+    }
+}
+
+#[test]
+fn what_was_checked_for_one_try_get_serves_the_next_until_another_is_found_dead() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.burst(3);
+    for found in [false, true] {
+        w.run(secs(100));
+        let dead = w.get();
+        w.run(secs(2));
+        assert_eq!(w.try_get(), None);
+        w.run(secs(200));
+        w.returned_as(dead, if found { Condition::Broken } else { Condition::Keep });
+        let served = w.try_get();
+        assert_eq!(served.is_some(), !found, "checked, 200 s ago");
+        served.into_iter().for_each(|thread| w.returned(thread));
+    }
+}
+
+#[test]
+fn what_was_checked_for_one_caller_serves_the_next() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.takes.check = ms(100);
+    w.burst(1);
+    w.run(secs(5));
+    // By `try_get`, which does not wait for it.
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing));
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.run(ms(100));
+    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("checked in vain") };
+    w.checked_out(1, token, conn);
+    w.returned(1);
+    // By a waiter that left.
+    w.run(secs(5));
+    let impatient = w.get();
+    assert!(w.leave(impatient));
+    w.run(ms(1_100));
+    let next = w.get();
+    assert!(!w.has(next), "a second after that check began, there is another");
+    w.run(ms(100));
+    assert!(w.has(next));
+    w.returned(next);
+    // Of those that are unused for as long, it stays where it was: a check is no use of it.
+    w.run(secs(600));
+    assert_eq!(w.counts().idle, 0);
+}
+
+#[test]
+fn a_check_that_began_before_another_was_found_dead_proves_nothing() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..settings() });
+    w.burst(2);
+    let dead = w.get();
+    w.run(secs(2));
+    w.takes.check = ms(10);
+    let a = w.get();
+    w.run(ms(5));
+    w.returned_as(dead, Condition::Broken);
+    w.takes.open = Duration::MAX;
+    w.run(ms(5));
+    assert!(!w.has(a), "what it brought may have died with the other");
+    w.run(ms(10));
+    assert!(w.has(a), "and was checked again");
+}
+
+#[test]
+fn an_own_check_that_began_before_another_was_found_dead_proves_nothing() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 2, ..settings() });
+    w.burst(2);
+    let dead = w.get();
+    w.run(secs(2));
+    w.takes.check = ms(10);
+    let a = w.get_or_check(true);
+    w.run(ms(5));
+    w.returned_as(dead, Condition::Broken);
+    w.takes.open = Duration::MAX;
+    w.run(ms(5));
+    assert!(!w.has(a));
+    w.run(ms(10));
+    assert!(w.has(a));
+}

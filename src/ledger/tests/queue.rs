@@ -1,0 +1,288 @@
+//! The queue, the hand-off, barging, and notified waiters.
+
+use super::world::*;
+
+#[test]
+fn waiters_are_served_in_order() {
+    let mut w = World::new(Settings { max_size: 1, ..settings() });
+    let first = w.get();
+    let threads: Vec<_> = (0..5_000).map(|_| w.get()).collect();
+    for thread in threads.iter().step_by(3) {
+        assert!(w.leave(*thread));
+    }
+    w.returned(first);
+    for (i, thread) in threads.iter().enumerate() {
+        if i % 3 != 0 {
+            w.returned(*thread); // panics if it is not this one's change
+        }
+    }
+    assert_eq!(w.ledger.tally.timeouts, 1_667);
+}
+
+#[test]
+fn with_fair_after_zero_no_caller_barges() {
+    let mut w = World::new(Settings { max_size: 1, ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.returned(a);
+    let c = w.get();
+    assert!(w.has(b) && !w.has(c));
+}
+
+#[test]
+fn no_more_callers_wait_than_max_waiting() {
+    let mut w = World::new(Settings { max_size: 1, max_waiting: Some(2), ..settings() });
+    let _out = w.get();
+    let (b, c) = (w.get(), w.get());
+    let d = w.get();
+    assert_eq!(w.refused, [d]);
+    assert!(w.leave(b) && w.leave(c));
+    assert_eq!(w.ledger.tally.rejected, 1);
+}
+
+/// A pool of `size`, all of it in use by the threads returned, and threads that take a while to wake.
+fn busy(size: u32) -> (World, Vec<Thread>) {
+    let mut w = World::new(Settings { max_size: size, fair_after: ms(1), ..settings() });
+    let threads = (0..size).map(|_| w.get()).collect();
+    w.wake_time = us(30);
+    (w, threads)
+}
+
+#[test]
+fn a_running_thread_may_barge_four_times_in_twenty_microseconds() {
+    let (mut w, threads) = busy(1);
+    let first = w.get();
+    let mut running = threads[0];
+    for barged in 0..MAX_BARGES {
+        assert_eq!(w.ledger.front.unwrap().barged, barged);
+        w.run(us(1));
+        w.returned(running);
+        assert!(!w.has(first), "left to the running thread, {barged}");
+        running = w.get();
+        assert!(w.has(running));
+    }
+    assert_eq!(w.awake.len(), 1, "notified once, however often a connection was there");
+    w.returned(running);
+    assert!(!w.has(first), "barged often enough, but in no time");
+    running = w.get();
+    w.run(HANDED_OFF_AFTER - us(u64::from(MAX_BARGES)));
+    w.returned(running);
+    assert!(w.has(first), "barged often enough, and first for long enough");
+    assert_eq!(w.in_vain, 0);
+}
+
+#[test]
+fn barges_are_counted_anew_for_the_next_first_waiter() {
+    let (mut w, threads) = busy(1);
+    let (first, second) = (w.get(), w.get());
+    let mut running = threads[0];
+    for _ in 0..MAX_BARGES {
+        w.run(us(10));
+        w.returned(running);
+        running = w.get();
+    }
+    w.returned(running);
+    w.returned(first);
+    assert!(!w.has(second), "no caller has barged it since it became the first");
+    for _ in 0..MAX_BARGES {
+        running = w.get();
+        w.run(us(3));
+        w.returned(running);
+        assert!(!w.has(second), "nor has it been the first for long");
+    }
+    running = w.get();
+    w.run(us(8));
+    w.returned(running);
+    assert!(w.has(second));
+}
+
+#[test]
+fn no_caller_barges_a_waiter_after_fair_after() {
+    let (mut w, threads) = busy(2);
+    w.wake_time = secs(1); // as good as never
+    let first = w.get();
+    w.run(us(999));
+    w.returned(threads[0]);
+    let faster = w.get();
+    assert!(w.has(faster), "at the last moment");
+    w.returned(faster);
+    w.run(us(1));
+    let later = w.get();
+    assert!(!w.has(later), "though one is idle");
+    assert_eq!(w.counts().idle, 1);
+    w.returned(threads[1]);
+    assert!(w.has(first), "what is returned is handed off");
+    // And the idle one is for the next waiter, which has not waited for so long.
+    w.run(secs(1));
+    assert!(w.has(later));
+}
+
+#[test]
+fn a_waiter_notified_in_vain_keeps_its_place_and_is_notified_again() {
+    let (mut w, threads) = busy(1);
+    let first = w.get();
+    w.returned(threads[0]);
+    let faster = w.get();
+    w.run(us(30));
+    assert_eq!((w.in_vain, w.awake.len(), w.counts().waiting), (1, 0, 1));
+    let second = w.get();
+    w.returned(faster);
+    w.run(us(30));
+    assert!(w.has(first) && !w.has(second));
+}
+
+#[test]
+fn no_more_waiters_are_notified_than_connections_are_ready() {
+    let (mut w, threads) = busy(3);
+    let waiting: Vec<_> = (0..10).map(|_| w.get()).collect();
+    for thread in &threads {
+        w.returned(*thread);
+        let again = w.get();
+        w.returned(again);
+    }
+    assert_eq!((w.awake.len(), w.counts().idle), (3, 3));
+    w.run(us(30));
+    assert!(waiting[..3].iter().all(|thread| w.has(*thread)), "in order");
+    assert_eq!((w.in_vain, w.counts().waiting), (0, 7));
+}
+
+#[test]
+fn when_a_notified_waiter_leaves_the_next_is_notified() {
+    let (mut w, threads) = busy(1);
+    let (first, second) = (w.get(), w.get());
+    w.returned(threads[0]);
+    w.run(us(10));
+    assert!(w.leave(first));
+    w.run(us(30));
+    assert!(w.has(second));
+}
+
+#[test]
+fn when_a_notified_waiter_is_handed_a_connection_the_next_is_notified() {
+    let (mut w, threads) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.run(us(990));
+    w.returned(threads[0]);
+    w.run(us(10));
+    w.returned(threads[1]);
+    assert!(w.has(first), "handed off, on its way to the other one");
+    w.run(us(30));
+    assert!(w.has(second));
+    assert_eq!(w.in_vain, 0);
+}
+
+#[test]
+fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
+    let (mut w, threads) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.run(us(995));
+    // Both are notified, and others are faster.
+    w.returned(threads[0]);
+    w.returned(threads[1]);
+    let faster = [w.get(), w.get()];
+    w.run(us(2));
+    w.returned(faster[0]);
+    w.oversleeps(first, ms(5));
+    w.run(ms(1));
+    assert_eq!((w.in_vain, w.counts().idle), (1, 1), "the second has left it to the first");
+    w.run(ms(5));
+    assert!(w.has(first) && !w.has(second));
+}
+
+#[test]
+fn the_first_waiter_is_notified_again_for_what_is_left_to_it() {
+    let (mut w, threads) = busy(2);
+    let (first, second) = (w.get(), w.get());
+    w.returned(threads[0]);
+    w.returned(threads[1]);
+    w.oversleeps(second, ms(2));
+    let faster = [w.get(), w.get()];
+    w.run(us(30));
+    assert_eq!(w.in_vain, 1, "the first was notified in vain, and is asleep again");
+    w.returned(faster[0]);
+    w.run(ms(2));
+    assert_eq!(w.in_vain, 2, "the second came, and the first had waited for `fair_after`");
+    assert!(w.has(first) && !w.has(second));
+}
+
+#[test]
+fn a_notified_waiter_may_take_a_connection_if_one_is_left_for_the_first() {
+    let (mut w, threads) = busy(2);
+    w.wake_time = ms(2);
+    let (first, second) = (w.get(), w.get());
+    w.returned(threads[1]);
+    w.returned(threads[0]);
+    w.oversleeps(first, ms(5));
+    w.run(ms(2));
+    assert!(w.has(second) && !w.has(first));
+    assert_eq!((w.in_vain, w.counts().idle, w.ledger.front.unwrap().barged), (0, 1, 1));
+    w.run(ms(3));
+    assert!(w.has(first));
+}
+
+#[test]
+fn what_became_suspect_is_checked_for_notified_waiters() {
+    let (mut w, threads) = busy(2);
+    w.ledger.settings.validate = Validate::AfterIdle(secs(1));
+    w.takes.check = us(5);
+    let first = w.get();
+    w.returned(threads[0]);
+    w.run(us(1));
+    w.returned_as(threads[1], Condition::Broken);
+    assert!(
+        matches!(w.ledger.take(w.now, here(), true), Take::Nothing),
+        "nor is it checked by a caller that came later"
+    );
+    w.run(us(4));
+    assert!(!w.has(first), "notified, and it must not have a suspect connection");
+    w.run(us(1));
+    assert!(w.has(first), "checked at once, not when it comes and finds nothing");
+}
+
+#[test]
+fn close_dismisses_notified_waiters_in_order() {
+    let (mut w, threads) = busy(2);
+    let waiting: Vec<_> = (0..4).map(|_| w.get()).collect();
+    w.returned(threads[0]);
+    assert_eq!(w.ledger.close(w.now), Some(4));
+    w.apply();
+    assert_eq!(w.dismissed, waiting);
+    w.run(ms(1));
+}
+
+#[test]
+fn a_connection_that_would_be_evicted_is_handed_off() {
+    let (mut w, threads) = busy(1);
+    w.ledger.settings.max_idle = Some(Duration::ZERO);
+    let first = w.get();
+    w.returned(threads[0]);
+    assert!(w.has(first) && w.closes.is_empty());
+}
+
+#[test]
+fn a_wish_to_prepare_checks_nothing_that_waiters_are_notified_for() {
+    let (mut w, threads) = busy(1);
+    w.ledger.settings.validate = Validate::AfterIdle(secs(1));
+    let first = w.get();
+    w.returned(threads[0]);
+    w.ledger.prepare(w.now);
+    w.apply();
+    assert_eq!((w.counts().idle, w.counts().checking), (1, 0));
+    w.run(us(30));
+    assert!(w.has(first));
+}
+
+#[test]
+fn a_caller_that_comes_from_its_own_check_has_waited_all_the_while() {
+    let mut w = World::new(Settings { validate: Validate::Always, fair_after: us(700), max_size: 2, ..settings() });
+    w.burst(1);
+    w.takes.check = ms(1);
+    w.takes.open = ms(5);
+    w.takes.close = secs(1);
+    w.dead = w.server.keys().copied().collect();
+    let begun = w.now;
+    w.get_or_check(true);
+    w.run(us(10));
+    w.get();
+    w.run(ms(1));
+    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so no caller barges it, nor those behind it");
+}

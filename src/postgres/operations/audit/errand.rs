@@ -1,0 +1,63 @@
+//! A connection for one errand: an audit, or the end of a backend.
+
+use crate::postgres::error::Error;
+use crate::postgres::operations::manager::{Pool, PostgresManager};
+use crate::postgres::wire::Connector;
+use crate::{Manage, Opening};
+use ::postgres::Client;
+use ::postgres::error::SqlState;
+use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// Runs `ask` on a connection of its own, or on one of the pool's if the server has no room for one more. `ask` also
+/// gets the backend's pid as the login gave it to the connection, if that is known.
+#[track_caller]
+pub(super) fn on_a_connection<T: Connector, R>(
+    pool: &Pool<T>,
+    ask: impl FnOnce(&mut Client, Option<i32>) -> Result<R, Error>,
+) -> Result<R, Error> {
+    let limit = pool.settings().open_timeout;
+    let opening = Arc::new(Opening::new(pool.name().into(), limit));
+    let _timer = Timer::start(Arc::clone(&opening), limit);
+    match pool.manager().open(&opening) {
+        Ok(mut connection) => {
+            let pid = connection.backend_pid().filter(|_| connection.is_observed());
+            let answer = ask(&mut connection, pid);
+            PostgresManager::<T>::close(pool.manager(), connection, limit);
+            answer
+        }
+        Err(e) if e.code() == Some(&SqlState::TOO_MANY_CONNECTIONS) => {
+            let mut connection = pool.get().map_err(|other| Error::own(format!("{e}; and {other}"), false))?;
+            let pid = connection.backend_pid().filter(|_| connection.is_observed());
+            ask(&mut connection, pid)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Aborts a connection at its limit, unless it is dropped before.
+struct Timer(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Timer {
+    fn start(opening: Arc<Opening>, limit: Duration) -> Timer {
+        let (stop, stopped) = bounded::<()>(0);
+        let thread = thread::Builder::new().name("millpond-audit".into()).spawn(move || {
+            if stopped.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                opening.abort_from_now_on();
+                opening.abort();
+            }
+        });
+        Timer(thread.ok().map(|thread| (stop, thread)))
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.0.take() {
+            drop(stop);
+            let _ = thread.join();
+        }
+    }
+}

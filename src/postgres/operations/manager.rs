@@ -1,0 +1,437 @@
+//! [`PostgresManager`]: opens, checks, cleans and closes PostgreSQL connections.
+
+use super::budget::{self, Budget};
+use super::guards::ServerGuards;
+use super::names::application_name;
+use crate::leaf::text::{CAUSE, Short, brief};
+use crate::postgres::error::{Error, parse_error};
+use crate::postgres::session::{
+    CANCEL_LIMIT, Canceller, Connection, DEFAULT_CAPACITY, Opened, Reset, SendCancel, cancel_within, send_within,
+};
+use crate::postgres::wire::{Connector, Observer, Status, Watch};
+use crate::{Cause, Manage, Opening, Returned, Start};
+use ::postgres::config::{Host, TargetSessionAttrs};
+use ::postgres::error::DbError;
+use ::postgres::{Client, Config, NoTls};
+use r2d2_postgres::PostgresConnectionManager;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A pool of PostgreSQL connections.
+pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;
+
+/// How long a caller waits for a request to cancel, unless the configuration has a `connect_timeout`.
+const CALLERS_CANCEL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
+/// How long sent data may stay unacknowledged: what the keepalives above come to.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(90);
+/// The default of `keepalives_idle` in the `postgres` crate, which does not say whether it was set.
+const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
+/// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
+///
+/// A connection has answered a question before a caller gets it: a pooler that is paused or full lets everybody in.
+///
+/// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
+/// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3
+/// times) and `tcp_user_timeout` (90 s).
+///
+/// It is not itself an [`r2d2::ManageConnection`] (a type cannot be both); [`into_r2d2`](PostgresManager::into_r2d2)
+/// makes one of it.
+#[derive(Clone)]
+pub struct PostgresManager<T> {
+    config: Config,
+    tls: T,
+    observe: bool,
+    reset: Reset,
+    statement_cache: usize,
+    processes: Option<u32>,
+    budget: Budget,
+    guards: ServerGuards,
+}
+
+impl<T: Connector> PostgresManager<T> {
+    /// Manages connections with this configuration and TLS connector. (Build the connector once and clone it: some load
+    /// the system's certificates each time.)
+    ///
+    /// Notices are the configuration's: unless it has a `notice_callback`, `postgres` logs them at info, as they come.
+    pub fn new(config: Config, tls: T) -> Self {
+        PostgresManager {
+            config,
+            tls,
+            observe: true,
+            reset: Reset::default(),
+            statement_cache: DEFAULT_CAPACITY,
+            processes: None,
+            budget: Budget::default(),
+            guards: ServerGuards::default(),
+        }
+    }
+
+    /// [`new`](PostgresManager::new) with a connection string. The server's notices are logged as `postgres` does it,
+    /// at info with its target, but escaped and shortened.
+    ///
+    /// # Errors
+    ///
+    /// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
+    pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
+        let mut config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
+        // Part of a password, then: it would be looked up by name, and be in the logs of the resolver.
+        if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
+            let text = "invalid connection string: an `@` in a host's name (in a user name or password write %40)";
+            return Err(Error::own(text, true));
+        }
+        config.notice_callback(log_notice);
+        Ok(Self::new(config, tls))
+    }
+
+    /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`. Unix sockets never are.
+    #[must_use]
+    pub fn observe(mut self, observe: bool) -> Self {
+        self.observe = observe;
+        self
+    }
+
+    /// What is done to a connection that comes back. Default [`Reset::Rollback`].
+    #[must_use]
+    pub fn reset(mut self, reset: Reset) -> Self {
+        self.reset = reset;
+        self
+    }
+
+    /// How many [prepared statements](crate::postgres#statements) each connection remembers. Default 256. The one
+    /// unused longest is closed for a new one. The server keeps each of them in memory, on every connection.
+    ///
+    /// 0 switches it off. That is the setting for a transaction pooler: see [the
+    /// module](crate::postgres#transaction-poolers).
+    #[must_use]
+    pub fn statement_cache(mut self, statements: usize) -> Self {
+        self.statement_cache = statements;
+        self
+    }
+
+    /// How many processes with a pool like this one the server has to serve at the same time, this one included, and
+    /// both the old and the new ones while a deployment lasts. `build` then asks the server what it allows the role and
+    /// database (`max_connections` less the reserves, and the `CONNECTION LIMIT`s of both), compares `processes` x
+    /// `max_size` with it, and warns or [refuses](PostgresManager::budget): "8 processes x 17 = 136, but the server
+    /// allows app 97 (max_connections 100 less 3 reserved)". See [`budget`](crate::postgres::budget()) and [how to
+    /// choose the numbers](crate::postgres::choosing_the_numbers).
+    ///
+    /// Default `None`: nothing is compared. Zero is refused by `build`. Nothing is compared by `build_unchecked`, nor
+    /// by [`Pool::resize`](crate::Pool::resize). Behind a pooler, which an [observed](crate::postgres#the-observer)
+    /// connection can tell, the server's numbers are logged and nothing is refused: it is the pooler that opens
+    /// connections there.
+    #[must_use]
+    pub fn processes(mut self, processes: impl Into<Option<u32>>) -> Self {
+        self.processes = processes.into();
+        self
+    }
+
+    /// What `build` does if [`processes`](PostgresManager::processes) together may open more connections than the
+    /// server allows. Default [`Budget::Warn`].
+    #[must_use]
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// What the server is to do if this client dies or vanishes, set with every connection. Default: nothing of the
+    /// kind. Not for a pooler in transaction mode. See [`ServerGuards`].
+    ///
+    /// `build` and `get` fail if the server does not know one of them, and say which. `build` also fails if one would
+    /// end connections that the pool means to keep.
+    #[must_use]
+    pub fn server_guards(mut self, guards: ServerGuards) -> Self {
+        self.guards = guards;
+        self
+    }
+
+    /// A builder of a pool with this manager, to be [`open`](crate::Builder::open)ed.
+    pub fn builder(self) -> crate::Builder<Self> {
+        crate::Builder::new().manager(self)
+    }
+
+    /// The same configuration as a manager for r2d2, with none of what this one does more.
+    pub fn into_r2d2(self) -> PostgresConnectionManager<T> {
+        PostgresConnectionManager::new(self.config, self.tls)
+    }
+
+    /// [`Canceller::cancel`], which needs no manager.
+    ///
+    /// # Errors
+    ///
+    /// As [`Canceller::cancel`].
+    pub fn cancel(&self, canceller: &Canceller) -> Result<(), Error> {
+        canceller.cancel()
+    }
+
+    fn observer(&self, config: &Config) -> Option<Observer<T>> {
+        if self.observe { Observer::new(config, self.tls.clone()) } else { None }
+    }
+
+    /// The user's configuration: never to be shown as a whole.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Under which name this process's connections of the pool are known to the server.
+    pub(super) fn application_name(&self, pool: &str) -> String {
+        match self.config.get_application_name() {
+            Some(name) => name.to_string(),
+            None => application_name(pool, std::process::id()),
+        }
+    }
+
+    fn guard(&self, connection: &mut Connection) -> Result<(), Error> {
+        match self.guards.sql() {
+            Some(sql) => connection
+                .batch_execute(&sql)
+                .map_err(|e| Error::doing(format!("cannot set the server guards ({sql})"), e)),
+            None => Ok(()),
+        }
+    }
+
+    /// The user's configuration, with what it leaves open.
+    fn complete(&self, pool: &str, limit: Duration) -> Config {
+        let mut config = self.config.clone();
+        config.application_name(&self.application_name(pool));
+        if config.get_connect_timeout().is_none() {
+            // Each address has this long: the last of several should have its turn within the limit.
+            let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
+            config.connect_timeout(limit / u32::try_from(hosts).unwrap_or(u32::MAX));
+        }
+        let (idle, interval, retries) = KEEPALIVE;
+        if config.get_keepalives() {
+            if config.get_keepalives_idle() == KEEPALIVE_IDLE_UNSET {
+                config.keepalives_idle(idle);
+            }
+            if config.get_keepalives_interval().is_none() {
+                config.keepalives_interval(interval);
+            }
+            if config.get_keepalives_retries().is_none() {
+                config.keepalives_retries(retries);
+            }
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(TCP_USER_TIMEOUT);
+        }
+        config
+    }
+
+    fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
+        let config = self.complete(opening.pool(), opening.limit());
+        let cancel_limit = self.config.get_connect_timeout().copied().unwrap_or(CALLERS_CANCEL_LIMIT);
+        let begun = Instant::now();
+        let Some(observer) = self.observer(&config) else {
+            let client = config.connect(self.tls.clone())?;
+            let took = begun.elapsed();
+            let (token, tls) = (client.cancel_token(), self.tls.clone());
+            let cancel: SendCancel = Arc::new(move |limit| {
+                let (token, tls) = (token.clone(), tls.clone());
+                send_within(limit, move || token.cancel_query(tls), || {})
+            });
+            let send = Arc::clone(&cancel);
+            opening.on_cancel(move || {
+                let _ = send(CANCEL_LIMIT);
+            });
+            return Ok(Opened { client, watch: None, cancel, cancel_limit, took });
+        };
+        let watch = Watch::new();
+        let switch = Arc::clone(&watch);
+        opening.on_abort(move || switch.abort());
+        // A pooler lets everybody in. Only an answer shows that there is a server behind it.
+        let greet = |mut client: Client| client.is_valid(opening.limit()).map(|()| client);
+        let client = observer.connect(&watch).and_then(greet).map_err(|error| {
+            if watch.is_aborted() {
+                // Why the attempt was aborted says more than that it was.
+                let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
+                return Error::own(text, false);
+            }
+            Error::of(error, &watch)
+        })?;
+        if watch.status() != Status::Idle {
+            // The drop of the client is not to wait for an answer.
+            watch.abort();
+            let status = "what is asked first was answered with a transaction status with which no session begins";
+            return Err(Error::own(status, false));
+        }
+        let took = begun.elapsed();
+        let token = client.cancel_token();
+        let cancel: SendCancel = Arc::new(move |limit| {
+            let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
+            let switch = Arc::clone(&watch);
+            send_within(limit, move || observer.cancel(&token, &watch), || switch.abort())
+        });
+        let (send, seen) = (Arc::clone(&cancel), Arc::clone(&watch));
+        opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &send, &seen));
+        Ok(Opened { client, watch: Some(watch), cancel, cancel_limit, took })
+    }
+}
+
+/// Logs a notice as `postgres` does it, but escaped and shortened: anybody who can run SQL can raise one. It is a
+/// record of the client's and not of the pool's, so it stays on the thread that uses the client, where `postgres` logs
+/// it too: the pool waits for nothing there, and the configuration that has this callback may serve several pools, or
+/// none.
+fn log_notice(notice: DbError) {
+    let text = brief(format_args!("{}: {}", notice.severity(), notice.message()), CAUSE);
+    log::info!(target: "postgres::config", "{text}");
+}
+
+impl<T: Connector> Manage for PostgresManager<T> {
+    type Connection = Connection;
+    type Error = Error;
+
+    fn open(&self, opening: &Opening) -> Result<Connection, Error> {
+        let mut connection = Connection::new(self.connect(opening)?, self.statement_cache)?;
+        match self.guard(&mut connection) {
+            Ok(()) => Ok(connection),
+            Err(e) => {
+                connection.close(opening.limit());
+                Err(e)
+            }
+        }
+    }
+
+    fn validate(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
+        connection.ping(limit)
+    }
+
+    /// `Client::is_valid` ends in time, observed or not.
+    fn keeps_limits(&self) -> bool {
+        true
+    }
+
+    fn peek(&self, connection: &mut Connection) -> Option<Result<(), Error>> {
+        connection.peek()
+    }
+
+    fn returned(&self, connection: &mut Connection) -> Returned {
+        // A write that was refused says something of the node only where a node that takes writes was asked for.
+        let writes = self.config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
+        connection.state(self.reset, writes)
+    }
+
+    fn reset(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
+        connection.clean(self.reset, limit)?;
+        // The guards were discarded with the rest of the session's settings.
+        if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
+    }
+
+    /// `DISCARD ALL` does not tell a customizer's settings from a caller's.
+    fn undoes_on_acquire(&self) -> bool {
+        self.reset == Reset::DiscardAll
+    }
+
+    fn remark(&self, connection: &mut Connection) -> Option<String> {
+        connection.take_remark()
+    }
+
+    fn close(&self, connection: Connection, limit: Duration) {
+        connection.close(limit);
+    }
+
+    fn started(&self, connection: &mut Connection, start: &Start<'_>) -> Result<(), Cause> {
+        self.guards.check(start.settings())?;
+        let pid = connection.backend_pid();
+        match self.processes {
+            Some(processes) => budget::compare(connection, pid, processes, self.budget, start),
+            None => Ok(()),
+        }
+    }
+
+    fn server_id(&self, connection: &Connection) -> Option<u64> {
+        // PgBouncer's may be negative.
+        u64::try_from(connection.backend_pid()?).ok()
+    }
+
+    fn explain(&self, error: &Error) -> Cause {
+        let cause = Cause::of(error.clone());
+        if error.is_permanent() { cause.permanent() } else { cause }
+    }
+}
+
+/// Shows neither the password nor the configuration as a whole. Of a password that is not escaped in a URL the parts
+/// behind an `@`, `/` or `,` are taken for hosts, or for a database; so whatever stands before an `@` is left out.
+impl<T> fmt::Debug for PostgresManager<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));
+        let dbname = self.config.get_dbname().map(|name| behind_at(name).unwrap_or_else(|| name.to_owned()));
+        let mut hosts: Vec<Box<dyn fmt::Debug + '_>> = Vec::new();
+        for host in self.config.get_hosts() {
+            match host {
+                Host::Tcp(name) if name.contains('@') => hosts = vec![Box::new(behind_at(name).unwrap_or_default())],
+                host => hosts.push(Box::new(host)),
+            }
+        }
+        if self.config.get_dbname().is_some_and(|name| name.contains('@')) {
+            hosts = vec![Box::new("…")];
+        }
+        f.debug_struct("PostgresManager")
+            .field("hosts", &hosts)
+            .field("user", &self.config.get_user())
+            .field("dbname", &dbname)
+            .field("observe", &self.observe)
+            .field("reset", &self.reset)
+            .field("statement_cache", &self.statement_cache)
+            .field("processes", &self.processes)
+            .field("budget", &self.budget)
+            .field("guards", &self.guards)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ::postgres::NoTls;
+
+    fn manager(params: &str) -> PostgresManager<NoTls> {
+        PostgresManager::parse(params, NoTls).unwrap()
+    }
+
+    #[test]
+    fn what_is_left_open_is_set_and_nothing_else() {
+        let set = manager("host=h").complete("orders", Duration::from_secs(10));
+        assert_eq!(set.get_application_name(), Some(&*format!("orders [{}]", std::process::id())));
+        assert_eq!(set.get_connect_timeout(), Some(&Duration::from_secs(10)));
+        assert_eq!(set.get_keepalives_idle(), Duration::from_secs(60));
+        assert_eq!(set.get_tcp_user_timeout(), Some(&Duration::from_secs(90)));
+        let kept = manager("host=a,b application_name=mine connect_timeout=3 keepalives_idle=7 tcp_user_timeout=8")
+            .complete("orders", Duration::from_secs(10));
+        assert_eq!(kept.get_application_name(), Some("mine"));
+        assert_eq!(kept.get_connect_timeout(), Some(&Duration::from_secs(3)));
+        assert_eq!(kept.get_keepalives_idle(), Duration::from_secs(7));
+        assert_eq!(kept.get_tcp_user_timeout(), Some(&Duration::from_secs(8)));
+        let two = manager("host=a,b").complete("orders", Duration::from_secs(10));
+        assert_eq!(two.get_connect_timeout(), Some(&Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn debug_keeps_the_password() {
+        let text = format!("{:?}", manager("host=h user=u password=hunter2"));
+        assert!(!text.contains("hunter2") && text.contains("\"u\""), "{text}");
+        // Not escaped, it ends at its first `@` or `/`, and the rest is taken for what follows it.
+        for (params, shown) in [
+            ("postgres://u:p@hunter2@h/db", "[\"…@h\"]"),
+            ("postgres://u:p@hun,hunter2@a,b/db", "[\"…@a\", Tcp(\"b\")]"),
+            ("postgres://u:p@hun/hunter2@h/db", "\"…@h/db\""),
+        ] {
+            let text = format!("{:?}", PostgresManager::new(params.parse().unwrap(), NoTls));
+            assert!(!text.contains("hun") && text.contains(shown), "{text}");
+        }
+        let text = format!("{:?}", manager("host=a,b dbname=c user=d@e"));
+        assert!(text.contains("[Tcp(\"a\"), Tcp(\"b\")]") && text.contains("\"c\"") && text.contains("d@e"), "{text}");
+    }
+
+    #[test]
+    fn an_unescaped_password_is_not_taken_for_a_host() {
+        let parse = |params: &str| PostgresManager::parse(params, NoTls).map(drop).map_err(|e| e.to_string());
+        let error = parse("postgres://u:p@hunter2@h/db").unwrap_err();
+        assert!(error.contains("%40") && !error.contains("hunter2"), "{error}");
+        assert_eq!(parse("postgres://u%40e:p%40hunter2@h/d%40b"), Ok(()));
+        assert_eq!(parse("host=h user=u@e password=p@hunter2 dbname=d@b"), Ok(()));
+    }
+}

@@ -1,0 +1,55 @@
+//! [`Marked`]: a client that remembers whether a call has reached it, of which something may be left.
+
+use crate::postgres::wire;
+use ::postgres::Client;
+
+/// A `Client`, marked by every call that reaches it. Nobody can ask a client for what is queued and not yet written
+/// (the end of a COPY that the server refused, say), or written and not yet answered. So every way to the client marks
+/// it, and a caller need not remember to. A call that leaves nothing behind has to say so, and to succeed
+/// ([`completed`](Marked::completed)).
+pub(super) struct Marked {
+    client: Client,
+    marked: bool,
+}
+
+impl Marked {
+    /// A client with which nothing is under way.
+    pub(super) fn new(client: Client) -> Marked {
+        Marked { client, marked: false }
+    }
+
+    /// The client, for whatever the caller does with it. Marks it.
+    pub(super) fn reach(&mut self) -> &mut Client {
+        self.marked = true;
+        &mut self.client
+    }
+
+    /// Makes a call that leaves nothing behind when it succeeds. If the call fails or panics the client is marked.
+    pub(super) fn completed<R, E>(&mut self, call: impl FnOnce(&mut Client) -> Result<R, E>) -> Result<R, E> {
+        let before = std::mem::replace(&mut self.marked, true);
+        let result = call(&mut self.client);
+        if result.is_ok() {
+            self.marked = before;
+        }
+        result
+    }
+
+    pub(super) fn is_marked(&self) -> bool {
+        self.marked
+    }
+
+    /// For when the client was looked after: nothing is queued, and what is under way is known.
+    pub(super) fn unmark(&mut self) {
+        self.marked = false;
+    }
+
+    /// Drops the notifications that the client has read, which leaves nothing behind.
+    pub(super) fn drop_notifications(&mut self) {
+        wire::drop_notifications(&mut self.client);
+    }
+
+    /// The client, for reading. Does not mark it.
+    pub(super) fn peek(&self) -> &Client {
+        &self.client
+    }
+}

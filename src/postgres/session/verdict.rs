@@ -1,0 +1,122 @@
+//! What becomes of a connection that a caller returns: a table from what is found to what the pool does.
+//!
+//! The table is a pure function. [`Connection`](super::Connection) gathers the facts, once for each return.
+
+use super::reset::Reset;
+use crate::Returned;
+
+/// What is found of a connection that comes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Facts {
+    /// The client has seen the end of its connection, or found it dead when it sent what was queued.
+    Dead,
+    /// The caller has sent a request to cancel, which may arrive late.
+    CancelSent,
+    /// The server has lost the statements with which `postgres` looks up types.
+    LookupsLost,
+    /// The connection is not observed, so the server has to be asked.
+    Unobserved,
+    /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean).
+    Clean,
+    /// The caller has gone while an answer was under way, in a COPY to the server or not. To read the answer may take
+    /// long.
+    Answering { in_copy: bool },
+    /// No answer is under way, and nothing is queued.
+    AtRest(AtRest),
+}
+
+/// What is found of a connection on which no answer is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct AtRest {
+    /// The server has ended the connection, with an error.
+    pub(super) ended: bool,
+    /// The node has refused a write, and does not say that it takes writes, where a node that does was asked for.
+    pub(super) read_only_node: bool,
+    /// The connection must not be used again: it is lost, in a COPY, or has missed a prepared statement.
+    pub(super) unusable: bool,
+    /// The connection is idle, outside of a transaction.
+    pub(super) idle: bool,
+}
+
+/// What the pool is to do with a connection of which this is found. Of two rows that match the upper one counts.
+#[rustfmt::skip]
+pub(super) fn verdict(facts: Facts, reset: Reset) -> Returned {
+    match (facts, reset) {
+        (Facts::Dead,                                              _) => Returned::Broken,
+        (Facts::AtRest(AtRest { ended: true, .. }),                _) => Returned::Broken,
+
+        (Facts::CancelSent | Facts::LookupsLost,                   _) => Returned::Discard,
+        (Facts::Answering { in_copy: true },                       _) => Returned::Discard,
+
+        (Facts::AtRest(AtRest { read_only_node: true, .. }),       _) => Returned::Outdated,
+        (Facts::AtRest(AtRest { unusable: true, .. }),             _) => Returned::Discard,
+
+        (Facts::Unobserved,                              Reset::None) => Returned::Keep,
+        (Facts::Unobserved,                                        _) => Returned::Reset,
+        (Facts::Answering { in_copy: false },                      _) => Returned::Reset,
+
+        (Facts::Clean | Facts::AtRest(_),          Reset::DiscardAll) => Returned::Reset,
+        (Facts::Clean | Facts::AtRest(_),                Reset::None) => Returned::Keep,
+        (Facts::Clean,                               Reset::Rollback) => Returned::Keep,
+        (Facts::AtRest(AtRest { idle: true, .. }),   Reset::Rollback) => Returned::Keep,
+        (Facts::AtRest(AtRest { idle: false, .. }),  Reset::Rollback) => Returned::Reset,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Returned::{Broken, Discard, Keep, Outdated};
+
+    const RESET: Returned = Returned::Reset;
+
+    fn at_rest([ended, read_only_node, unusable, idle]: [u8; 4]) -> Facts {
+        let is = |n| n == 1;
+        Facts::AtRest(AtRest {
+            ended: is(ended),
+            read_only_node: is(read_only_node),
+            unusable: is(unusable),
+            idle: is(idle),
+        })
+    }
+
+    #[test]
+    fn every_row() {
+        // What is found, and what is to be done with `Rollback`, `DiscardAll` and `None`.
+        let mut table = vec![
+            (Facts::Dead, [Broken, Broken, Broken]),
+            (Facts::CancelSent, [Discard, Discard, Discard]),
+            (Facts::LookupsLost, [Discard, Discard, Discard]),
+            (Facts::Unobserved, [RESET, RESET, Keep]),
+            (Facts::Clean, [Keep, RESET, Keep]),
+            (Facts::Answering { in_copy: true }, [Discard, Discard, Discard]),
+            (Facts::Answering { in_copy: false }, [RESET, RESET, RESET]),
+        ];
+        // Ended, on a read-only node, unusable, idle.
+        for (bits, verdicts) in [
+            ([0, 0, 0, 0], [RESET, RESET, Keep]),
+            ([0, 0, 0, 1], [Keep, RESET, Keep]),
+            ([0, 0, 1, 0], [Discard, Discard, Discard]),
+            ([0, 0, 1, 1], [Discard, Discard, Discard]),
+            ([0, 1, 0, 0], [Outdated, Outdated, Outdated]),
+            ([0, 1, 0, 1], [Outdated, Outdated, Outdated]),
+            ([0, 1, 1, 0], [Outdated, Outdated, Outdated]),
+            ([0, 1, 1, 1], [Outdated, Outdated, Outdated]),
+            ([1, 0, 0, 0], [Broken, Broken, Broken]),
+            ([1, 0, 0, 1], [Broken, Broken, Broken]),
+            ([1, 0, 1, 0], [Broken, Broken, Broken]),
+            ([1, 0, 1, 1], [Broken, Broken, Broken]),
+            ([1, 1, 0, 0], [Broken, Broken, Broken]),
+            ([1, 1, 0, 1], [Broken, Broken, Broken]),
+            ([1, 1, 1, 0], [Broken, Broken, Broken]),
+            ([1, 1, 1, 1], [Broken, Broken, Broken]),
+        ] {
+            table.push((at_rest(bits), verdicts));
+        }
+        for (facts, verdicts) in table {
+            for (reset, expected) in [Reset::Rollback, Reset::DiscardAll, Reset::None].into_iter().zip(verdicts) {
+                assert_eq!(verdict(facts, reset), expected, "{facts:?}, {reset:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! Cuts one direction of the byte stream into messages, whatever pieces the bytes come in.
+
+/// Stands for the tag that the first message of a frontend does not have.
+pub(super) const STARTUP: u8 = 0;
+
+/// A length that no message of the protocol has, or one above the limit.
+#[derive(Debug)]
+pub(super) struct BadLength;
+
+/// One direction of a connection, message by message: a tag, a length that counts itself, a body.
+#[derive(Debug)]
+pub(super) struct Frames {
+    header: [u8; 5],
+    /// How many bytes of the header have come.
+    header_filled: usize,
+    /// How many bytes of the body are still to come, once the header is there.
+    body_left: usize,
+    /// The beginning of the body, as much of it as is wanted.
+    prefix: Vec<u8>,
+}
+
+impl Frames {
+    pub(super) fn new() -> Frames {
+        Frames { header: [0; 5], header_filled: 0, body_left: 0, prefix: Vec::new() }
+    }
+
+    /// The frontend's direction, whose first message has no tag: as if a [`STARTUP`] had come before it.
+    pub(super) fn untagged_first() -> Frames {
+        Frames { header: [STARTUP; 5], header_filled: 1, ..Frames::new() }
+    }
+
+    /// Takes bytes up to the end of a message, and returns its tag if the end was among them. `prefix` says how many
+    /// bytes of the body are wanted of each kind of message. No body may have more than `longest` bytes.
+    pub(super) fn next(
+        &mut self,
+        bytes: &mut &[u8],
+        prefix: impl Fn(u8) -> usize,
+        longest: usize,
+    ) -> Result<Option<u8>, BadLength> {
+        if self.header_filled < 5 {
+            let piece = split_off(bytes, 5 - self.header_filled);
+            self.header[self.header_filled..][..piece.len()].copy_from_slice(piece);
+            self.header_filled += piece.len();
+            if self.header_filled < 5 {
+                return Ok(None);
+            }
+            let [_, length @ ..] = self.header;
+            // Signed, as `postgres` reads it.
+            let body = i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok());
+            self.body_left = body.filter(|&body| body <= longest).ok_or(BadLength)?;
+            self.prefix.clear();
+        }
+        let tag = self.header[0];
+        let piece = split_off(bytes, self.body_left);
+        self.body_left -= piece.len();
+        let room = prefix(tag).saturating_sub(self.prefix.len());
+        self.prefix.extend_from_slice(&piece[..piece.len().min(room)]);
+        if self.body_left > 0 {
+            return Ok(None);
+        }
+        self.header_filled = 0;
+        Ok(Some(tag))
+    }
+
+    /// The header of the last message: its tag, and its length as it was sent.
+    pub(super) fn header(&self) -> (u8, [u8; 4]) {
+        let [tag, length @ ..] = self.header;
+        (tag, length)
+    }
+
+    /// The beginning of the last message's body.
+    pub(super) fn prefix(&self) -> &[u8] {
+        &self.prefix
+    }
+
+    /// How long the last message was, its header included.
+    pub(super) fn length(&self) -> usize {
+        let [_, length @ ..] = self.header;
+        u32::from_be_bytes(length) as usize + 1
+    }
+
+    /// Whether the last byte that came was neither the last of a message nor before the first one.
+    pub(super) fn is_inside(&self) -> bool {
+        self.header_filled > 0
+    }
+}
+
+/// Takes up to `at_most` bytes off the front.
+pub(super) fn split_off<'a>(bytes: &mut &'a [u8], at_most: usize) -> &'a [u8] {
+    let (piece, rest) = bytes.split_at(at_most.min(bytes.len()));
+    *bytes = rest;
+    piece
+}

@@ -1,0 +1,25 @@
+//! The bytes of one connection: how they are watched, what is known from them, and how the connection is aborted.
+//!
+//! By hand, since `postgres` has no hook for any of this, and `postgres-protocol` parses whole messages out of buffers.
+//!
+//! From the bottom up: [`frames`] cuts bytes into messages, [`scanner`] follows the protocol, [`watch`] shares what is
+//! known between stream and pool, [`negotiation`] and [`tap`] make the stream, [`observer`] opens connections over it,
+//! and [`look`] says what can be seen of a client without asking its server.
+
+mod frames;
+mod look;
+mod negotiation;
+mod observer;
+mod probe;
+mod scanner;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+pub(super) use look::{drop_notifications, flush, look};
+pub(super) use negotiation::{NegotiationError, is_answer_in_clear};
+pub use observer::Connector;
+pub(super) use observer::Observer;
+pub(super) use scanner::Status;
+pub(super) use watch::Watch;

@@ -1,0 +1,225 @@
+//! What stands between the TCP connect and the startup packet: the choice between clear text and TLS, by the user's
+//! terms.
+//!
+//! `postgres` believes that the stream is encrypted, so nothing behind this file would notice a mistake in it.
+//!
+//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it, in
+//!   so many words (`N`); never after an error, never after the server said yes.
+//! * One byte is read before the TLS handshake, not more: what a man in the middle slips in behind it must fail the
+//!   handshake, not be believed.
+
+use crate::leaf::text::{self, Shown};
+use ::postgres::config::{SslMode, SslNegotiation};
+use ::postgres::tls::TlsConnect;
+use ::postgres::{NoTls, Socket};
+use std::any::TypeId;
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub(super) mode: SslMode,
+    pub(super) negotiation: SslNegotiation,
+    /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
+    /// connector; no certificate may be compared with it.
+    pub(super) nameless: bool,
+    /// How long each of several hosts may take from TCP's connect to the end of the login: `connect_timeout`, as in
+    /// libpq. (To `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried
+    /// for ever.)
+    pub(super) host_limit: Option<Duration>,
+}
+
+/// The stream that the bytes really travel over.
+pub(super) enum Transport<S> {
+    Raw(Socket),
+    Tls(S),
+}
+
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
+/// Does what `postgres` does between the TCP connect and the startup packet, by the user's terms. A mode that is not
+/// known here is taken as the strictest.
+pub(super) async fn negotiate<C>(
+    mut socket: Socket,
+    tls: Result<C, NegotiationError>,
+    terms: Terms,
+) -> Result<Transport<C::Stream>, NegotiationError>
+where
+    C: TlsConnect<Socket> + 'static,
+{
+    let direct = terms.negotiation == SslNegotiation::Direct;
+    match terms.mode {
+        SslMode::Disable => return Ok(Transport::Raw(socket)),
+        SslMode::Prefer if TypeId::of::<C>() == TypeId::of::<NoTls>() => {
+            return Ok(Transport::Raw(socket));
+        }
+        SslMode::Prefer if direct => return Err(NegotiationError::Weak),
+        _ => {}
+    }
+    if !direct {
+        let mut answer = [0];
+        socket.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
+        socket.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
+        match &answer {
+            b"S" => {}
+            b"N" if terms.mode == SslMode::Prefer => return Ok(Transport::Raw(socket)),
+            b"N" => return Err(NegotiationError::Declined),
+            b"E" => return Err(NegotiationError::Failed(error_text(&mut socket).await)),
+            &[other] => return Err(NegotiationError::NoAnswer(other)),
+        }
+    }
+    match tls?.connect(socket).await {
+        Ok(stream) => Ok(Transport::Tls(stream)),
+        Err(error) => {
+            let error: BoxError = error.into();
+            let in_clear = direct && is_answer_in_clear(&*error);
+            Err(if in_clear { NegotiationError::InClear(error) } else { NegotiationError::Handshake(error) })
+        }
+    }
+}
+
+/// Whether a handshake failed because the answer was no TLS at all, by the words of rustls and of OpenSSL. A server
+/// that has no process for a client answers in clear, whatever it was asked.
+pub(in crate::postgres) fn is_answer_in_clear(error: &(dyn StdError + 'static)) -> bool {
+    let text = error.to_string();
+    ["InvalidContentType", "wrong version number", "packet length too long"].iter().any(|words| text.contains(words))
+        || error.source().is_some_and(is_answer_in_clear)
+}
+
+/// How much of an error is read that comes instead of TLS, in bytes.
+const LONGEST_ERROR: usize = 1024;
+/// For how long that error is waited for at most.
+const ERROR_LIMIT: Duration = Duration::from_secs(1);
+
+/// The text of an error that came in answer to the request for TLS, of which the tag has been read. Anybody on the way
+/// may have sent it: it is for people, and nothing is concluded from it.
+///
+/// A server that has no process for a client sends the error of the second version of the protocol, a text that ends
+/// with a NUL; others might send that of the third, fields behind a length. No text begins as such a length does.
+async fn error_text(socket: &mut Socket) -> String {
+    let (mut received, mut piece) = (Vec::new(), [0; LONGEST_ERROR]);
+    let is_whole = |error: &[u8]| match error {
+        [0, a, b, c, ..] => error.len() >= u32::from_be_bytes([0, *a, *b, *c]) as usize,
+        _ => error.contains(&0) && error[0] != 0,
+    };
+    let read = async {
+        while received.len() < LONGEST_ERROR && !is_whole(&received) {
+            match socket.read(&mut piece).await {
+                Ok(n) if n > 0 => received.extend_from_slice(&piece[..n]),
+                _ => break,
+            }
+        }
+    };
+    // The part that has come by the limit will do.
+    let _ = timeout(ERROR_LIMIT, read).await;
+    let text = match &*received {
+        [0, _, _, _, fields @ ..] => fields.split(|&byte| byte == 0).find_map(|field| field.strip_prefix(b"M")),
+        text => text.split(|&byte| byte == 0).next(),
+    };
+    text::brief(String::from_utf8_lossy(text.unwrap_or_default()).trim_end(), text::CAUSE / 2)
+}
+
+/// Why there was no stream to log in over. The texts are those of `postgres` where it has the case.
+#[derive(Debug)]
+pub(in crate::postgres) enum NegotiationError {
+    /// By [`Watch::abort`](super::Watch::abort).
+    Aborted,
+    /// The socket failed before the server had answered the request for TLS.
+    Io(io::Error),
+    /// The user's terms require TLS, and the server does not do it.
+    Declined,
+    /// The server answered the request for TLS with an error, of this text.
+    Failed(String),
+    /// The server answered the request for TLS with this byte, which is no answer.
+    NoAnswer(u8),
+    /// TLS was begun without asking for it, and the answer was no TLS.
+    InClear(BoxError),
+    /// The user's terms are `prefer` with `direct`.
+    Weak,
+    /// TLS was wanted, and the configuration has addresses only.
+    NoHostName,
+    /// The connector refused to begin, for an invalid host name, say.
+    Connector(BoxError),
+    /// The handshake failed: the certificate is not trusted or not this host's, or the server broke off.
+    Handshake(BoxError),
+}
+
+impl NegotiationError {
+    /// The negotiation's error within `error`, if there is one.
+    pub(in crate::postgres) fn of(error: &::postgres::Error) -> Option<&NegotiationError> {
+        error.source()?.downcast_ref()
+    }
+
+    /// Whether the same attempt may succeed in a moment: the connection failed, not the agreement. A failed handshake
+    /// is taken for a disagreement unless an I/O error in it says that the stream ended.
+    pub(in crate::postgres) fn is_transient(&self) -> bool {
+        match self {
+            NegotiationError::Aborted
+            | NegotiationError::Io(_)
+            | NegotiationError::Failed(_)
+            | NegotiationError::NoAnswer(_)
+            | NegotiationError::InClear(_) => true,
+            NegotiationError::Handshake(error) => {
+                let mut next: Option<&(dyn StdError + 'static)> = Some(&**error);
+                while let Some(error) = next {
+                    match error.downcast_ref::<io::Error>().map(io::Error::kind) {
+                        // Connectors wrap their own verdicts in these kinds.
+                        None
+                        | Some(io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::Other) => {}
+                        Some(_) => return true,
+                    }
+                    next = error.source();
+                }
+                false
+            }
+            NegotiationError::Declined
+            | NegotiationError::Weak
+            | NegotiationError::NoHostName
+            | NegotiationError::Connector(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for NegotiationError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NegotiationError::Aborted => "the connection was aborted",
+            NegotiationError::Declined => "server does not support TLS",
+            NegotiationError::Weak => {
+                "weak sslmode \"prefer\" may not be used with sslnegotiation=direct (use \"require\")"
+            }
+            NegotiationError::NoHostName => "no hostname provided for TLS handshake",
+            NegotiationError::Failed(text) => {
+                return write!(f, "the server answered the request for TLS with an error, unverified: {}", Shown(text));
+            }
+            NegotiationError::NoAnswer(answer) => {
+                let answer = char::from(*answer).escape_default();
+                return write!(f, "the server answered the request for TLS with '{answer}', which is no answer");
+            }
+            NegotiationError::Io(error) => return error.fmt(f),
+            NegotiationError::Connector(error)
+            | NegotiationError::Handshake(error)
+            | NegotiationError::InClear(error) => return error.fmt(f),
+        })
+    }
+}
+
+// Transparent: it shows what it holds, so its source is what lies behind that.
+impl StdError for NegotiationError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            NegotiationError::Io(error) => error.source(),
+            NegotiationError::Connector(error)
+            | NegotiationError::Handshake(error)
+            | NegotiationError::InClear(error) => error.source(),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,461 @@
+//! Follows the messages of one connection, and knows what the server still has to answer.
+//!
+//! A [`Scanner`] is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
+//! messages and at the bodies of four short kinds from the server; nothing that the user sends is kept. It cannot fail:
+//! bytes that are not the protocol only make it [poisoned](Scanner::is_poisoned). Until the login is over anybody may
+//! be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
+//!
+//! It rests on two facts of the protocol. Answers come in the order of the requests, so a queue of requests tells which
+//! one a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is
+//! under way.
+
+use super::frames::{BadLength, Frames, STARTUP};
+use crate::leaf::text::CUT;
+use std::collections::VecDeque;
+use std::fmt;
+
+#[cfg(test)]
+mod tests;
+
+/// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of
+/// an error; a notice of a trigger on login may be longer.
+const LONGEST_LOGIN_MESSAGE: usize = 64 * 1024;
+/// The most that a server may send before the login is over, in bytes: its parameters and notices are many, and short.
+const LONGEST_LOGIN: usize = 1024 * 1024;
+/// How much of an error is kept, in bytes. Its severity and SQLSTATE come first.
+const ERROR_PREFIX: usize = 1024;
+
+/// Where the session stands, by the server's last `ReadyForQuery`.
+///
+/// After an error that message is often still under way when the caller already has its `Err`; while
+/// [`Scanner::is_busy`] the status may be one request old.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::postgres) enum Status {
+    /// The server has not sent one yet, or one with a status that the protocol does not have.
+    Unknown,
+    Idle,
+    InTransaction,
+    /// In a transaction that can only be rolled back.
+    Failed,
+}
+
+/// A request that the server has not answered to its end, by what it still awaits before its `ReadyForQuery`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Request {
+    /// The startup packet, a simple query or a function call, which awaits its answer.
+    Simple,
+    /// A batch of the extended protocol, which awaits its answer.
+    Batch,
+    /// A batch that began with a `Bind`, of a statement that was prepared before, and awaits its `BindComplete`. Until
+    /// that comes nothing of the statement has run; from then on it is a [`Batch`](Request::Batch) like any other.
+    Bind,
+    /// A batch of nothing but `Close`, which is what `postgres` sends when a statement is dropped. Nobody waits for it.
+    Close,
+    /// It has failed, and awaits nothing else.
+    Failed,
+    /// A batch of nothing but `Close` that has failed.
+    FailedClose,
+}
+
+/// What the frontend has sent since its last query or `Sync`. The next `Sync` makes a request of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batch {
+    Empty,
+    /// Only `Close`.
+    Closes,
+    /// A `Bind`, perhaps after some `Close`, and whatever followed it.
+    BindFirst,
+    Other,
+}
+
+/// Knows one connection by the bytes that pass; see the [module](self).
+#[derive(Debug)]
+pub(super) struct Scanner {
+    backend: Frames,
+    frontend: Frames,
+    /// The oldest first.
+    pending: VecDeque<Request>,
+    batch: Batch,
+    status: Status,
+    pid: Option<i32>,
+    /// From `CopyInResponse` to the next `ReadyForQuery`.
+    copy_in: bool,
+    poisoned: bool,
+    /// A message had a length that cannot be, so where the next one begins is not known, and nothing is read any more.
+    unreadable: bool,
+    /// The server's side ended, by its own close or by an error of the socket.
+    ended: bool,
+    /// The SQLSTATE of the error by which the server ended the connection.
+    fatal: Option<[u8; 5]>,
+    /// The text that came with `fatal`, or its beginning.
+    fatal_text: Option<String>,
+    refused_write: bool,
+    refused_statement: bool,
+    missed_statement: bool,
+    /// A request has failed since the failures were last forgotten.
+    failed_request: bool,
+    in_hot_standby: Option<bool>,
+    read_only_by_default: Option<bool>,
+    /// How many bytes the server may still send until the login is over; `None` once it is.
+    login_left: Option<usize>,
+    login_fault: Option<LoginFault>,
+}
+
+/// A message before the login is over that must be neither believed nor waited for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum LoginFault {
+    /// A message with this tag and of so many bytes.
+    TooLong(u8, usize),
+    /// Message after message.
+    TooMuch,
+    /// An error by the second version of the protocol: a text without a length. A server that cannot even start a
+    /// process for a client speaks like that.
+    PlainText(String),
+    /// A transaction status with which no session begins.
+    Status(u8),
+}
+
+impl fmt::Display for LoginFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LoginFault::TooLong(tag, length) => {
+                let tag = char::from(*tag).escape_default();
+                write!(
+                    f,
+                    "a message ('{tag}') of {length} bytes before the login was over, where {LONGEST_LOGIN_MESSAGE} are \
+                     the most"
+                )
+            }
+            LoginFault::TooMuch => write!(f, "more than {LONGEST_LOGIN} bytes before the login was over"),
+            LoginFault::PlainText(text) => {
+                write!(f, "the server said, before the login was over: {}", text.trim_end())
+            }
+            LoginFault::Status(status) => {
+                let status = char::from(*status).escape_default();
+                write!(f, "the login ended in the transaction status '{status}', and no session begins like that")
+            }
+        }
+    }
+}
+
+impl std::error::Error for LoginFault {}
+
+/// How many bytes of a message's body are kept until its end has come. The longest parameter of interest is
+/// `default_transaction_read_only`.
+fn body_prefix(tag: u8) -> usize {
+    match tag {
+        b'Z' => 1,
+        b'K' => 4,
+        b'S' => 64,
+        b'E' => ERROR_PREFIX,
+        _ => 0,
+    }
+}
+
+impl Scanner {
+    pub(super) fn new() -> Scanner {
+        Scanner {
+            backend: Frames::new(),
+            frontend: Frames::untagged_first(),
+            pending: VecDeque::new(),
+            batch: Batch::Empty,
+            status: Status::Unknown,
+            pid: None,
+            copy_in: false,
+            poisoned: false,
+            unreadable: false,
+            ended: false,
+            fatal: None,
+            fatal_text: None,
+            refused_write: false,
+            refused_statement: false,
+            missed_statement: false,
+            failed_request: false,
+            in_hot_standby: None,
+            read_only_by_default: None,
+            login_left: Some(LONGEST_LOGIN),
+            login_fault: None,
+        }
+    }
+
+    /// These bytes went to the server. Only the bytes that the stream accepted belong here, or a retry is counted
+    /// twice.
+    pub(super) fn sent(&mut self, mut bytes: &[u8]) {
+        while !self.unreadable {
+            match self.frontend.next(&mut bytes, |_| 0, usize::MAX) {
+                Ok(Some(tag)) => self.on_frontend(tag),
+                Ok(None) => return,
+                Err(BadLength) => self.stop_reading(),
+            }
+        }
+    }
+
+    /// These bytes came from the server.
+    pub(super) fn received(&mut self, mut bytes: &[u8]) {
+        while !self.unreadable {
+            let longest = self.login_left.map_or(usize::MAX, |left| left.min(LONGEST_LOGIN_MESSAGE));
+            match self.backend.next(&mut bytes, body_prefix, longest) {
+                Ok(Some(tag)) => self.on_backend(tag),
+                Ok(None) => return,
+                Err(BadLength) => {
+                    if let Some(left) = self.login_left {
+                        self.login_fault = self.fault_of_length(left, bytes);
+                    }
+                    self.stop_reading();
+                }
+            }
+        }
+    }
+
+    /// What is wrong with the message whose header has just come, before the login is over; `rest` came behind it.
+    fn fault_of_length(&self, left: usize, rest: &[u8]) -> Option<LoginFault> {
+        let (tag, length) = self.backend.header();
+        if tag == b'E' && left == LONGEST_LOGIN && !length.iter().any(u8::is_ascii_control) {
+            // As libpq tells them apart: no error is as long as a text is when its first letters are read as a length.
+            let text = length.iter().chain(rest).take(ERROR_PREFIX).take_while(|&&byte| byte != 0);
+            let text = text.copied().collect::<Vec<_>>();
+            return Some(LoginFault::PlainText(String::from_utf8_lossy(&text).into_owned()));
+        }
+        match u32::from_be_bytes(length) as usize {
+            // Of such a length `postgres` makes an error of its own.
+            ..4 => None,
+            length if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(LoginFault::TooMuch),
+            length => Some(LoginFault::TooLong(tag, length)),
+        }
+    }
+
+    /// The stream ended or failed.
+    pub(super) fn ended(&mut self) {
+        self.ended = true;
+    }
+
+    /// The end of a message of the frontend's.
+    fn on_frontend(&mut self, tag: u8) {
+        match tag {
+            STARTUP | b'Q' | b'F' => {
+                self.pending.push_back(Request::Simple);
+                self.batch = Batch::Empty;
+            }
+            b'S' => {
+                self.pending.push_back(match self.batch {
+                    Batch::Closes => Request::Close,
+                    Batch::BindFirst => Request::Bind,
+                    Batch::Empty | Batch::Other => Request::Batch,
+                });
+                self.batch = Batch::Empty;
+            }
+            b'C' if self.batch == Batch::Empty => self.batch = Batch::Closes,
+            b'C' => {}
+            b'B' if matches!(self.batch, Batch::Empty | Batch::Closes) => self.batch = Batch::BindFirst,
+            // Poison, rule 1. `postgres` queues the end of a COPY even when the server refused the COPY. The server
+            // skips it but answers the `Sync` that follows, and from then on every call gets the answer to the one
+            // before it (rust-postgres #789).
+            b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
+            _ if self.batch == Batch::BindFirst => {}
+            _ => self.batch = Batch::Other,
+        }
+    }
+
+    /// The end of a message of the backend's.
+    fn on_backend(&mut self, tag: u8) {
+        let body = self.backend.prefix();
+        if let Some(left) = &mut self.login_left {
+            *left = left.saturating_sub(self.backend.length());
+        }
+        match tag {
+            b'Z' => {
+                self.status = match body {
+                    b"I" => Status::Idle,
+                    b"T" => Status::InTransaction,
+                    b"E" => Status::Failed,
+                    _ => Status::Unknown,
+                };
+                if self.login_left.take().is_some() && self.status != Status::Idle {
+                    self.login_fault = Some(LoginFault::Status(body.first().copied().unwrap_or(0)));
+                }
+                self.copy_in = false;
+                // Poison, rule 2: an answer to no request.
+                self.poisoned |= self.pending.pop_front().is_none();
+            }
+            b'2' => {
+                if let Some(oldest @ Request::Bind) = self.pending.front_mut() {
+                    *oldest = Request::Batch;
+                }
+            }
+            b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
+            b'G' => {
+                self.copy_in = true;
+                // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
+                if matches!(self.pending.front(), Some(Request::Batch | Request::Bind)) {
+                    self.pending.pop_front();
+                }
+            }
+            b'E' => {
+                self.failed_request = true;
+                // Poison, rule 3: whether that `Sync` was ignored now depends on when the COPY failed.
+                self.poisoned |= self.copy_in;
+                let code = field(body, b'C').and_then(|code| code.try_into().ok());
+                self.refused_write |= code == Some(*b"25006");
+                if let Some(oldest) = self.pending.front_mut() {
+                    if *oldest == Request::Bind {
+                        self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
+                        self.missed_statement |= code == Some(*b"26000");
+                    }
+                    *oldest = match *oldest {
+                        Request::Close | Request::FailedClose => Request::FailedClose,
+                        _ => Request::Failed,
+                    };
+                }
+                // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
+                if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
+                    self.fatal = code;
+                    self.fatal_text = field(body, b'M').map(|text| {
+                        let is_cut = body.len() == ERROR_PREFIX && body.ends_with(text);
+                        let (kept, end) =
+                            if is_cut { (text.len().saturating_sub(CUT.len()), CUT) } else { (text.len(), "") };
+                        String::from_utf8_lossy(&text[..kept]).into_owned() + end
+                    });
+                }
+            }
+            b'S' => {
+                let mut words = body.split(|&byte| byte == 0);
+                let parameter = match words.next() {
+                    Some(b"in_hot_standby") => &mut self.in_hot_standby,
+                    Some(b"default_transaction_read_only") => &mut self.read_only_by_default,
+                    _ => return,
+                };
+                *parameter = words.next().map(|value| value == b"on");
+            }
+            _ => {}
+        }
+    }
+
+    fn stop_reading(&mut self) {
+        self.unreadable = true;
+        // Poison, rule 4: bytes that are not the protocol.
+        self.poisoned = true;
+    }
+
+    /// As of the last `ReadyForQuery`.
+    pub(super) fn status(&self) -> Status {
+        self.status
+    }
+
+    /// What the server, or a pooler in its place, calls this backend: a name for logs. PgBouncer's are its own and may
+    /// be negative.
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// How many requests the server has not finished answering.
+    #[cfg(test)]
+    pub(super) fn outstanding(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// The server waits for the user's rows, or for the end of them.
+    pub(super) fn in_copy(&self) -> bool {
+        self.copy_in
+    }
+
+    /// Requests and answers no longer match, or soon will not: the next call may get another call's answer.
+    #[cfg(test)]
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    /// Something is under way that may still change the status: a request is [unanswered](Scanner::has_unanswered), or
+    /// the beginning of a message has come.
+    pub(super) fn is_busy(&self) -> bool {
+        self.has_unanswered() || self.is_mid_message()
+    }
+
+    /// The beginning of a message of the server's has come, and its end has not.
+    pub(super) fn is_mid_message(&self) -> bool {
+        self.backend.is_inside()
+    }
+
+    /// A request is half sent or not yet answered to its end, or there is a COPY. The closing of a dropped statement
+    /// does not count, for it cannot fail.
+    pub(super) fn has_unanswered(&self) -> bool {
+        let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
+        self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
+    }
+
+    /// The oldest request has failed, and its `ReadyForQuery` has not come.
+    pub(super) fn has_oldest_failed(&self) -> bool {
+        matches!(self.pending.front(), Some(Request::Failed | Request::FailedClose))
+    }
+
+    /// A request has failed since the failures were last [forgotten](Scanner::forget_failures).
+    pub(super) fn has_failed_request(&self) -> bool {
+        self.failed_request
+    }
+
+    /// Whatever has failed until now left nothing behind.
+    pub(super) fn forget_failures(&mut self) {
+        self.failed_request = false;
+    }
+
+    /// Nothing more can come of it: it is poisoned, or the server has hung up, or sent an error by which it does.
+    pub(super) fn is_lost(&self) -> bool {
+        self.poisoned || self.ended || self.fatal.is_some()
+    }
+
+    /// Nothing is under way, no transaction is open, and the connection is not lost.
+    pub(super) fn is_idle(&self) -> bool {
+        self.status == Status::Idle && !self.is_busy() && !self.is_lost()
+    }
+
+    /// [Idle](Scanner::is_idle), without a refused write or a missed statement: as a connection is after most uses.
+    pub(super) fn is_clean(&self) -> bool {
+        self.is_idle() && !self.refused_write && !self.missed_statement
+    }
+
+    /// The message that came must not be passed on, nor anything after it.
+    pub(super) fn login_fault(&self) -> Option<&LoginFault> {
+        self.login_fault.as_ref()
+    }
+
+    /// The SQLSTATE with which the server ended the connection.
+    pub(super) fn fatal(&self) -> Option<[u8; 5]> {
+        self.fatal
+    }
+
+    /// The text with which the server ended the connection.
+    pub(super) fn fatal_text(&self) -> Option<&str> {
+        self.fatal_text.as_deref()
+    }
+
+    /// A statement failed with 25006 since the last call: the node is read-only, or the transaction was.
+    pub(super) fn take_refused_write(&mut self) -> bool {
+        std::mem::take(&mut self.refused_write)
+    }
+
+    /// A prepared statement was refused before it ran, since the last call: it is missing (26000), or its result has
+    /// changed (0A000).
+    pub(super) fn take_refused_statement(&mut self) -> bool {
+        std::mem::take(&mut self.refused_statement)
+    }
+
+    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have
+    /// removed those of the `postgres` crate as well, which does not notice.
+    pub(super) fn has_missed_a_statement(&self) -> bool {
+        self.missed_statement
+    }
+
+    /// Whether the server is a standby; reported since PostgreSQL 14.
+    pub(super) fn in_hot_standby(&self) -> Option<bool> {
+        self.in_hot_standby
+    }
+
+    /// The session's `default_transaction_read_only`; reported since PostgreSQL 14.
+    pub(super) fn read_only_by_default(&self) -> Option<bool> {
+        self.read_only_by_default
+    }
+}
+
+/// The field of an error message that begins with `key`.
+fn field(body: &[u8], key: u8) -> Option<&[u8]> {
+    body.split(|&byte| byte == 0).find_map(|field| field.strip_prefix(&[key]))
+}

@@ -1,0 +1,122 @@
+//! [`Tap`]: the stream that `postgres` gets, with a [`Scanner`](super::scanner::Scanner) beside it.
+
+use super::negotiation::Transport;
+use super::scanner::Status;
+use super::watch::Watched;
+use ::postgres::tls::{ChannelBinding, TlsStream};
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
+
+/// Runs out if a host does not end the login in time; `None` once it has, or if there is no such limit.
+pub(super) type LoginTimer = Option<Pin<Box<Sleep>>>;
+
+pub(super) fn is_over(timer: &mut LoginTimer, cx: &mut Context<'_>) -> bool {
+    timer.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
+}
+
+pub(super) fn too_slow() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the server accepts connections and does not answer")
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Duplex for S {}
+
+/// A stream that is watched.
+pub(super) struct Tap<S> {
+    pub(super) transport: Transport<S>,
+    pub(super) watched: Watched,
+    pub(super) login_timer: LoginTimer,
+    /// Hang up only after the other side has: for a request to cancel. libpq does so, `postgres` does not, and
+    /// PgBouncer 1.18 forgets the request when its sender is gone, or ends itself (pgbouncer #801).
+    pub(super) lingers: bool,
+}
+
+impl<S: TlsStream + Unpin> Tap<S> {
+    /// The stream, unless it was aborted.
+    fn stream(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
+        self.watched.check(cx)?;
+        if self.login_timer.is_some() {
+            if self.watched.scanner().status() != Status::Unknown {
+                self.login_timer = None;
+            } else if is_over(&mut self.login_timer, cx) {
+                return Err(too_slow());
+            }
+        }
+        Ok(match &mut self.transport {
+            Transport::Raw(socket) => Pin::new(socket),
+            Transport::Tls(stream) => Pin::new(stream),
+        })
+    }
+}
+
+impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let (before, room) = (buf.filled().len(), buf.remaining());
+        if self.watched.probe().feed(buf) {
+            return Poll::Ready(Ok(()));
+        }
+        let Poll::Ready(result) = self.stream(cx)?.poll_read(cx, buf) else {
+            let between = !self.watched.scanner().is_mid_message();
+            if self.watched.probe().on_nothing(cx, between) && self.watched.probe().feed(buf) {
+                return Poll::Ready(Ok(()));
+            }
+            return Poll::Pending;
+        };
+        let read = &buf.filled()[before..];
+        let mut scanner = self.watched.scanner();
+        scanner.received(read);
+        if let Some(fault) = scanner.login_fault().cloned() {
+            scanner.ended();
+            drop(scanner);
+            buf.set_filled(before);
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, fault)));
+        }
+        if result.is_err() || (read.is_empty() && room > 0) {
+            scanner.ended();
+        }
+        Poll::Ready(result)
+    }
+}
+
+impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = ready!(self.stream(cx)?.poll_write(cx, buf));
+        match result {
+            Ok(written) => self.watched.scanner().sent(&buf[..written]),
+            Err(_) => self.watched.scanner().ended(),
+        }
+        Poll::Ready(result)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.lingers {
+            let mut ignored = [0; 64];
+            loop {
+                let mut buf = ReadBuf::new(&mut ignored);
+                match ready!(self.stream(cx)?.poll_read(cx, &mut buf)) {
+                    Ok(()) if !buf.filled().is_empty() => {}
+                    // The other side has hung up, in good order or by a reset: there is nobody left to say good-bye to.
+                    _ => return Poll::Ready(Ok(())),
+                }
+            }
+        }
+        self.stream(cx)?.poll_shutdown(cx)
+    }
+}
+
+impl<S: TlsStream + Unpin> TlsStream for Tap<S> {
+    fn channel_binding(&self) -> ChannelBinding {
+        match &self.transport {
+            Transport::Raw(_) => ChannelBinding::none(),
+            Transport::Tls(stream) => stream.channel_binding(),
+        }
+    }
+}

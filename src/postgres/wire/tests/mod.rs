@@ -1,0 +1,55 @@
+//! The observer against servers that lie and fall silent ([`guards`], [`switch`]), and against PostgreSQL beside the
+//! plain crate ([`real`]).
+
+mod fake;
+mod guards;
+mod real;
+#[path = "../../../../tests/support/mod.rs"]
+mod support;
+mod switch;
+#[path = "../../../../tests/support/tls.rs"]
+mod tls;
+
+use super::*;
+use ::postgres::config::Config;
+use ::postgres::error::SqlState;
+use ::postgres::tls::{MakeTlsConnect, TlsConnect};
+use ::postgres::{Client, NoTls, Socket};
+use parking_lot::Mutex;
+use std::error::Error as StdError;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An error and all that lies behind it, in words.
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+fn config(text: &str) -> Config {
+    text.parse().unwrap_or_else(|error| panic!("{text}: {}", chain(&error)))
+}
+
+fn observer<T: Connector>(text: &str, tls: T) -> Observer<T> {
+    Observer::new(&config(text), tls).expect("no unix socket in it")
+}
+
+/// A connection that must come about.
+fn connected<T: Connector>(text: &str, tls: T) -> (Client, Arc<Watch>) {
+    let watch = Watch::new();
+    match observer(text, tls).connect(&watch) {
+        Ok(client) => (client, watch),
+        Err(error) => panic!("{text}: {}", chain(&error)),
+    }
+}
+
+/// A connection that must not come about.
+fn refused<T: Connector>(text: &str, tls: T) -> ::postgres::Error {
+    match observer(text, tls).connect(&Watch::new()) {
+        Ok(_) => panic!("{text}: connected"),
+        Err(error) => error,
+    }
+}

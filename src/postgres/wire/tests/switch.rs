@@ -1,0 +1,193 @@
+//! A silent server, at every stage, and the switch that ends the wait.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::fake::{Fake, let_in, message, read_message};
+use super::support::ms;
+use super::tls::Identity;
+use super::*;
+
+/// Far less than for ever, and more than any noise.
+const PROMPTLY: Duration = Duration::from_secs(2);
+
+/// A server that plays its part of `script`, reports it, and is silent until the client goes.
+fn silent_after(script: impl FnOnce(&mut TcpStream) + Send + 'static) -> (Fake<()>, mpsc::Receiver<()>) {
+    let (silent, reached) = mpsc::channel();
+    let fake = Fake::new(move |mut stream| {
+        script(&mut stream);
+        let _ = silent.send(());
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    (fake, reached)
+}
+
+/// Aborts once the server has gone silent, and returns the moment.
+fn abort_when(reached: mpsc::Receiver<()>, watch: &Arc<Watch>) -> thread::JoinHandle<Instant> {
+    let watch = watch.clone();
+    thread::spawn(move || {
+        reached.recv().unwrap();
+        // The client has something to wait for now; let it begin to wait.
+        thread::sleep(ms(20));
+        watch.abort();
+        Instant::now()
+    })
+}
+
+fn was_aborted(error: &::postgres::Error) -> bool {
+    let io = error.source().and_then(|error| error.downcast_ref::<io::Error>());
+    io.map(io::Error::kind) == Some(io::ErrorKind::ConnectionAborted)
+}
+
+/// No thread's runtime is kept alive by a watch whose stream is gone.
+fn assert_lets_go(watch: &Watch) {
+    assert!(!watch.has_waker());
+}
+
+/// A server's part until it falls silent.
+type Script = fn(&mut TcpStream);
+
+#[test]
+fn aborts_a_connect_at_every_stage() {
+    let reads_the_request_for_tls: Script = |stream| drop(read_message(stream));
+    let agrees_to_tls: Script = |stream| {
+        read_message(stream);
+        stream.write_all(b"S").unwrap();
+        read_message(stream);
+    };
+    let declines_tls: Script = |stream| {
+        read_message(stream);
+        stream.write_all(b"N").unwrap();
+        read_message(stream);
+    };
+    let reads_hello: Script = |stream| drop(read_message(stream));
+    let reads_the_startup: Script = |stream| drop(read_message(stream));
+    let takes_the_password: Script = |stream| {
+        read_message(stream);
+        stream.write_all(&message(b'R', &[0, 0, 0, 3])).unwrap();
+        read_message(stream);
+    };
+    for (stage, terms, script, negotiating) in [
+        ("request for TLS", "sslmode=require", reads_the_request_for_tls, true),
+        ("handshake", "sslmode=require", agrees_to_tls, true),
+        ("direct handshake", "sslmode=require sslnegotiation=direct", reads_hello, true),
+        ("startup after N", "sslmode=prefer", declines_tls, false),
+        ("startup", "sslmode=disable", reads_the_startup, false),
+        ("password", "sslmode=disable", takes_the_password, false),
+    ] {
+        let (fake, reached) = silent_after(script);
+        let watch = Watch::new();
+        let aborter = abort_when(reached, &watch);
+        let error = observer(&fake.config(terms), Identity::get().trusting()).connect(&watch).err().unwrap();
+        assert!(aborter.join().unwrap().elapsed() < PROMPTLY, "{stage}");
+        match NegotiationError::of(&error) {
+            Some(error) => {
+                assert!(negotiating && matches!(error, NegotiationError::Aborted), "{stage}: {error}");
+                assert!(error.is_transient());
+            }
+            None => assert!(!negotiating && was_aborted(&error), "{stage}: {}", chain(&error)),
+        }
+        assert!(watch.is_aborted() && watch.is_lost());
+        assert_lets_go(&watch);
+        fake.result();
+    }
+}
+
+#[test]
+fn a_watch_that_is_aborted_stays_aborted() {
+    let (fake, _reached) = silent_after(|_| ());
+    let watch = Watch::new();
+    watch.abort();
+    let error = observer(&fake.config("sslmode=disable"), NoTls).connect(&watch).err().unwrap();
+    assert!(matches!(NegotiationError::of(&error), Some(NegotiationError::Aborted)));
+    assert_lets_go(&watch);
+    fake.result();
+}
+
+#[test]
+fn aborts_a_query_and_the_drop_after_it() {
+    for terms in ["sslmode=disable", "sslmode=require"] {
+        let (reached, stage) = mpsc::channel();
+        let fake = Fake::new(move |mut stream| {
+            let mut tls = Identity::get().server();
+            let mut encrypted;
+            let stream: &mut dyn ReadWrite = match terms {
+                "sslmode=disable" => &mut stream,
+                _ => {
+                    read_message(&mut stream);
+                    stream.write_all(b"S").unwrap();
+                    encrypted = rustls::Stream::new(&mut tls, &mut stream);
+                    &mut encrypted
+                }
+            };
+            let_in(stream, 1, b'I');
+            stream.read_exact(&mut [0; 5]).unwrap();
+            reached.send(()).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let (mut client, watch) = connected(&fake.config(terms), Identity::get().trusting());
+        assert!(watch.is_idle());
+        let aborter = abort_when(stage, &watch);
+        let error = client.simple_query("SELECT 1").unwrap_err();
+        let aborted = aborter.join().unwrap();
+        assert!(was_aborted(&error), "{}", chain(&error));
+        assert!(watch.is_lost() && !watch.is_idle() && client.is_closed());
+        drop(client);
+        assert!(aborted.elapsed() < PROMPTLY);
+        assert_lets_go(&watch);
+        fake.result();
+    }
+}
+
+trait ReadWrite: Read + Write {}
+
+impl<S: Read + Write> ReadWrite for S {}
+
+#[test]
+fn aborts_a_drop_that_waits_for_an_answer() {
+    let (fake, reached) = silent_after(|stream| {
+        let_in(stream, 1, b'I');
+        read_message(stream);
+    });
+    let (mut client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
+    client.is_valid(ms(50)).unwrap_err();
+    assert!(watch.is_busy() && !watch.is_lost());
+    let (gone, end) = mpsc::channel();
+    let dropper = thread::spawn(move || {
+        drop(client);
+        gone.send(()).unwrap();
+    });
+    // Given: without the abort it waits.
+    end.recv_timeout(ms(100)).unwrap_err();
+    let aborted = abort_when(reached, &watch).join().unwrap();
+    end.recv().unwrap();
+    assert!(aborted.elapsed() < PROMPTLY);
+    dropper.join().unwrap();
+    assert_lets_go(&watch);
+    fake.result();
+}
+
+#[test]
+fn an_idle_connection_that_is_aborted_is_not_idle() {
+    let (fake, _reached) = silent_after(|stream| let_in(stream, 1, b'I'));
+    let (client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
+    assert!(watch.is_idle() && !watch.is_lost());
+    watch.abort();
+    assert!(!watch.is_idle() && watch.is_lost());
+    drop(client);
+    fake.result();
+}
+
+#[test]
+fn a_watch_does_not_keep_a_finished_connection_alive() {
+    let (fake, _reached) = silent_after(|stream| let_in(stream, 1, b'I'));
+    let (client, watch) = connected(&fake.config("sslmode=disable"), NoTls);
+    assert!(watch.has_waker());
+    drop(client);
+    assert!(!watch.is_aborted());
+    assert_lets_go(&watch);
+    fake.result();
+}

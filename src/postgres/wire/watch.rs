@@ -1,0 +1,209 @@
+//! [`Watch`]: what is known of one connection, and the switch that aborts it. The stream and the pool share it.
+//!
+//! Its questions block on nothing but a short lock, so any thread may ask them at any time.
+
+use super::probe::Probe;
+use super::scanner::{Scanner, Status};
+use ::postgres::error::SqlState;
+use parking_lot::{Mutex, MutexGuard};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Waker};
+
+/// What is known of one connection, and the switch that aborts it.
+#[derive(Debug)]
+pub(in crate::postgres) struct Watch {
+    scanner: Mutex<Scanner>,
+    aborted: AtomicBool,
+    /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream
+    /// goes.
+    waker: Mutex<Option<Waker>>,
+    pub(super) probe: Probe,
+}
+
+impl Watch {
+    pub(in crate::postgres) fn new() -> Arc<Watch> {
+        Arc::new(Watch {
+            scanner: Mutex::new(Scanner::new()),
+            aborted: AtomicBool::new(false),
+            waker: Mutex::new(None),
+            probe: Probe::default(),
+        })
+    }
+
+    /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
+    pub(in crate::postgres) fn abort(&self) {
+        // In this order: see [`Watched::check`].
+        self.aborted.store(true, Ordering::SeqCst);
+        let waker = self.waker.lock().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    pub(in crate::postgres) fn is_aborted(&self) -> bool {
+        self.aborted.load(Ordering::SeqCst)
+    }
+
+    /// See [`Status`].
+    pub(in crate::postgres) fn status(&self) -> Status {
+        self.scanner.lock().status()
+    }
+
+    /// See [`Scanner::pid`].
+    pub(in crate::postgres) fn pid(&self) -> Option<i32> {
+        self.scanner.lock().pid()
+    }
+
+    /// See [`Scanner::in_copy`].
+    pub(in crate::postgres) fn in_copy(&self) -> bool {
+        self.scanner.lock().in_copy()
+    }
+
+    /// See [`Scanner::is_busy`]. Not a fault: after an error the answer's end is often still under way. A ping that is
+    /// answered in time settles it.
+    pub(in crate::postgres) fn is_busy(&self) -> bool {
+        self.scanner.lock().is_busy()
+    }
+
+    /// See [`Scanner::is_mid_message`]. Not a fault either: the rest is on its way, and comes before the next answer.
+    pub(in crate::postgres) fn is_mid_message(&self) -> bool {
+        self.scanner.lock().is_mid_message()
+    }
+
+    /// A caller may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may
+    /// remain unread while nobody uses the connection.)
+    pub(in crate::postgres) fn is_waiting(&self) -> bool {
+        let scanner = self.scanner.lock();
+        scanner.has_unanswered() && !scanner.has_oldest_failed() && !scanner.is_lost() && !self.is_aborted()
+    }
+
+    /// The connection can only be thrown away.
+    pub(in crate::postgres) fn is_lost(&self) -> bool {
+        self.is_aborted() || self.scanner.lock().is_lost()
+    }
+
+    /// Fit for any caller: nothing under way, no transaction, not lost. A request that is queued and not yet written is
+    /// not seen: [`flush`](super::flush) first.
+    pub(in crate::postgres) fn is_idle(&self) -> bool {
+        self.scanner.lock().is_idle() && !self.is_aborted()
+    }
+
+    /// See [`Scanner::is_clean`]. As [`is_idle`](Watch::is_idle), it does not see what is queued.
+    pub(in crate::postgres) fn is_clean(&self) -> bool {
+        self.scanner.lock().is_clean() && !self.is_aborted()
+    }
+
+    /// See [`Scanner::has_failed_request`].
+    pub(in crate::postgres) fn has_failed_request(&self) -> bool {
+        self.scanner.lock().has_failed_request()
+    }
+
+    /// It was made sure that questions and answers match.
+    pub(in crate::postgres) fn forget_failures(&self) {
+        self.scanner.lock().forget_failures();
+    }
+
+    /// See [`Scanner::fatal`].
+    pub(in crate::postgres) fn fatal(&self) -> Option<SqlState> {
+        let code = self.scanner.lock().fatal()?;
+        std::str::from_utf8(&code).ok().map(SqlState::from_code)
+    }
+
+    /// With which SQLSTATE, and with which text, the server ended the connection.
+    pub(in crate::postgres) fn fatal_error(&self) -> Option<(SqlState, String)> {
+        let code = self.fatal()?;
+        Some((code, self.scanner.lock().fatal_text().unwrap_or_default().to_owned()))
+    }
+
+    /// See [`Scanner::take_refused_write`].
+    pub(in crate::postgres) fn take_refused_write(&self) -> bool {
+        self.scanner.lock().take_refused_write()
+    }
+
+    /// See [`Scanner::has_missed_a_statement`].
+    pub(in crate::postgres) fn has_missed_a_statement(&self) -> bool {
+        self.scanner.lock().has_missed_a_statement()
+    }
+
+    /// See [`Scanner::take_refused_statement`].
+    pub(in crate::postgres) fn take_refused_statement(&self) -> bool {
+        self.scanner.lock().take_refused_statement()
+    }
+
+    /// The node says that it takes writes, as of the last answer: a refused one was refused for its transaction.
+    /// Servers before 14 and poolers say nothing.
+    pub(in crate::postgres) fn takes_writes(&self) -> bool {
+        let scanner = self.scanner.lock();
+        let node = (scanner.in_hot_standby(), scanner.read_only_by_default());
+        node == (Some(false), Some(false)) && !scanner.is_busy()
+    }
+}
+
+#[cfg(test)]
+impl Watch {
+    /// See [`Scanner::is_poisoned`].
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.scanner.lock().is_poisoned()
+    }
+
+    /// See [`Scanner::outstanding`].
+    pub(super) fn outstanding(&self) -> usize {
+        self.scanner.lock().outstanding()
+    }
+
+    /// See [`Scanner::in_hot_standby`].
+    pub(super) fn in_hot_standby(&self) -> Option<bool> {
+        self.scanner.lock().in_hot_standby()
+    }
+
+    /// See [`Scanner::read_only_by_default`].
+    pub(super) fn read_only_by_default(&self) -> Option<bool> {
+        self.scanner.lock().read_only_by_default()
+    }
+
+    /// Whether a stream's thread, and with it its runtime, is kept to be woken.
+    pub(super) fn has_waker(&self) -> bool {
+        self.waker.lock().is_some()
+    }
+}
+
+/// A stream's half of its watch: holding one means that this stream is the one being watched.
+pub(super) struct Watched(Arc<Watch>);
+
+impl Watched {
+    /// Begins a new stream. One `connect` may try several addresses, and what was known of the last one is void.
+    pub(super) fn begin(watch: Arc<Watch>) -> Watched {
+        *watch.scanner.lock() = Scanner::new();
+        Watched(watch)
+    }
+
+    /// Fails if the connection was aborted. Stands before every poll: the waker is left first, and then the switch is
+    /// read; [`Watch::abort`] does it the other way round. So an abort is seen either here or by being woken.
+    pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
+        match &mut *self.0.waker.lock() {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        if self.0.is_aborted() {
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was aborted"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn scanner(&self) -> MutexGuard<'_, Scanner> {
+        self.0.scanner.lock()
+    }
+
+    pub(super) fn probe(&self) -> &Probe {
+        &self.0.probe
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let waker = self.0.waker.lock().take();
+        drop(waker);
+    }
+}
