@@ -11,10 +11,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use support::{Database, ms, wait_until};
-
-/// For what another process does in its own time.
-const SOON: Duration = Duration::from_secs(20);
+use support::{Database, SOON, ms, wait_until};
 
 /// The grace of the example's guard, and what the end of a process takes on a loaded machine.
 const GRACE: Duration = Duration::from_secs(5 + 2);

@@ -11,16 +11,9 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use support::{
-    Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, Server, Silent, alone, beside_others, ms, threads_named,
-    wait_until,
+    Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, SOON, Server, Silent, alone, beside_others, ms,
+    threads_named, wait_until, within,
 };
-
-/// For what another process does in its own time.
-const SOON: Duration = Duration::from_secs(10);
-
-fn within(limit: Duration) -> Instant {
-    Instant::now() + limit
-}
 
 fn connect(conninfo: &str) -> Client {
     Client::connect(conninfo, NoTls).expect("a connection")
@@ -100,7 +93,7 @@ fn settings_are_the_callers() {
 }
 
 #[test]
-fn waiting_gives_up_at_its_deadline() {
+fn waiting_ends_at_its_deadline() {
     let _alone = alone();
     let start = Instant::now();
     assert!(!wait_until(start + ms(100), || false));

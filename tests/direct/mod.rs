@@ -13,13 +13,13 @@ use postgres::{Client, Config, Error, NoTls};
 
 pub struct Direct {
     config: Config,
-    /// How often a connection was cut, after it was cancelled.
-    pub cuts: Arc<AtomicU32>,
+    /// How often a connection was aborted, after it was cancelled.
+    pub aborts: Arc<AtomicU32>,
 }
 
 impl Direct {
     pub fn new(config: Config) -> Direct {
-        Direct { config, cuts: Arc::default() }
+        Direct { config, aborts: Arc::default() }
     }
 }
 
@@ -32,9 +32,9 @@ impl Manage for Direct {
         let mut client = self.config.connect(NoTls)?;
         let cancel = client.cancel_token();
         opening.on_cancel(move || drop(cancel.cancel_query(NoTls)));
-        let cuts = Arc::clone(&self.cuts);
+        let aborts = Arc::clone(&self.aborts);
         opening.on_abort(move || {
-            cuts.fetch_add(1, Ordering::SeqCst);
+            aborts.fetch_add(1, Ordering::SeqCst);
         });
         let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[])?.get(0);
         Ok((client, pid as u64))

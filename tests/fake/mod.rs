@@ -92,8 +92,21 @@ pub const PANIC: &str = "a panic on purpose";
 /// How long a test waits for what must happen.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A test's hold of a faulty manager and its connections. Dropped, it opens every gate for good, so that no thread stays
-/// behind.
+/// So many connections, all in use at the same time.
+pub fn take<M: Manage>(pool: &Pool<M>, n: usize) -> Vec<PooledConnection<M>> {
+    (0..n).map(|_| pool.get_timeout(PATIENCE).unwrap()).collect()
+}
+
+/// Closes a pool whose faults are over: everything ends.
+#[track_caller]
+pub fn ends_well<M: Manage>(pool: Pool<M>, fake: &Fake) {
+    let report = pool.close(PATIENCE);
+    assert!(report.is_complete(), "{report}");
+    assert_eq!(fake.alive(), 0);
+}
+
+/// A test's hold of a faulty manager and its connections. Dropped, it opens every gate for good, so that no thread
+/// stays behind.
 pub struct Fake(Arc<Inner>);
 
 struct Inner {
@@ -214,11 +227,11 @@ impl Fake {
         self.verdict(Returned::Keep);
         drop(pool.try_get());
         self.next(Call::Open, [Act::Fail]);
-        let held = [get(), get(), get()];
-        held.into_iter().flatten().for_each(PooledConnection::discard);
-        let held = [get(), get()];
+        let checked_out = [get(), get(), get()];
+        checked_out.into_iter().flatten().for_each(PooledConnection::discard);
+        let checked_out = [get(), get()];
         pool.recycle();
-        drop(held);
+        drop(checked_out);
         drop(get());
         // Until what is idle has gone.
         let deadline = Instant::now() + PATIENCE;

@@ -18,13 +18,10 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use crate::support::Database;
 
-pub use crate::support::SEEN;
+pub use crate::support::{SEEN, SOON};
 pub use counted::{Account, Counting};
 
 pub type Manager = PostgresConnectionManager<NoTls>;
-
-/// For what the server or the system does in its own time, and is not what is measured.
-pub const SOON: Duration = Duration::from_secs(10);
 
 /// The stock manager, whose connections the server knows as `app`.
 pub fn manager(app: &str) -> Manager {
@@ -74,12 +71,12 @@ pub fn burst(pool: &Pool<Manager>, threads: usize) -> Vec<Use> {
     uses
 }
 
-/// The connections one after the other, the last used first, all held at the same time.
+/// The connections one after the other, the last used first, all in use at the same time.
 pub fn take<M: Manage>(pool: &Pool<M>, n: usize) -> Vec<PooledConnection<M>> {
     (0..n).map(|_| pool.get().expect("a connection")).collect()
 }
 
-/// Closes a pool from which nothing is out: nothing may be left of it, here or on the server.
+/// Closes a pool of which nothing is in use: nothing may be left of it, here or on the server.
 pub fn finish<M: Manage>(pool: Pool<M>, app: &str) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");

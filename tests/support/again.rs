@@ -2,11 +2,12 @@
 
 use std::process::{Child, Command, Stdio};
 
-/// A process that runs one test of this program. Killed, and buried, when it is dropped.
+/// A process that runs one test of this program. Killed, and waited for, when it is dropped.
 pub struct Again(Child);
 
 impl Again {
-    /// Runs `test`, which finds `task` in the environment variable [`TASK`](Again::TASK); nobody else has that.
+    /// Runs `test`, with its path, which is to be `#[ignore]`, for it proves nothing by itself. It finds `task` in the
+    /// environment variable [`TASK`](Again::TASK); nobody else has that.
     pub fn run(test: &str, task: &str) -> Again {
         Again::run_by(&[], test, task)
     }
@@ -23,22 +24,26 @@ impl Again {
                 command
             }
         };
-        command.args(["--exact", test, "--nocapture"]).env(Again::TASK, task);
+        command.args(["--exact", test, "--ignored", "--nocapture"]).env(Again::TASK, task);
         Again(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("this program, once more"))
     }
 
     pub const TASK: &str = "MILLPOND_TEST_TASK";
 
-    /// What this process was run for, if it is one of these.
-    pub fn task() -> Option<String> {
-        std::env::var(Again::TASK).ok()
+    /// What this process was run for.
+    ///
+    /// # Panics
+    ///
+    /// If it is not one of these.
+    pub fn task() -> String {
+        std::env::var(Again::TASK).expect("this is the work of a process that another test starts")
     }
 
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// SIGKILL. It is dead soon after, and stays unburied.
+    /// SIGKILL. It is dead soon after, and a zombie.
     pub fn kill(&mut self) {
         self.0.kill().expect("it can be killed");
     }
@@ -49,7 +54,7 @@ impl Again {
     }
 
     /// SIGKILL, and waits for its end.
-    pub fn bury(&mut self) {
+    pub fn end(&mut self) {
         self.kill();
         self.0.wait().expect("its end");
     }

@@ -13,6 +13,7 @@
 mod again;
 mod bouncer;
 mod database;
+mod log;
 #[cfg(target_os = "linux")]
 mod netns;
 pub mod picky;
@@ -25,9 +26,12 @@ mod watch;
 pub use again::Again;
 pub use bouncer::{Bouncer, PoolMode};
 pub use database::{Backend, Database};
+pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
-pub use wait::{EPSILON, SEEN, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched};
+pub use wait::{
+    EPSILON, SEEN, SOON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched, within,
+};
 pub use watch::{History, Sample, Watch};

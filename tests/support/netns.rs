@@ -1,7 +1,8 @@
-//! A network that swallows packets: two network namespaces, joined by a cable that can be cut without either end noticing.
+//! A network that swallows packets: two network namespaces, joined by a cable that can be cut without either end
+//! noticing.
 //!
-//! A namespace lives as long as a shell that was started in it, which reads from a pipe that only this process holds. So
-//! nothing of it outlives this process, however that ends. It needs root, and `ip`.
+//! A namespace lives as long as a shell that was started in it, which reads from a pipe that only this process holds.
+//! So nothing of it outlives this process, however that ends. It needs root, and `ip`.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -46,8 +47,8 @@ impl Cable {
         Ok(cable)
     }
 
-    /// From now on every packet is lost, in both directions, and nobody is told: each end sends to a machine that is not
-    /// there.
+    /// From now on every packet is lost, in both directions, and nobody is told: each end sends to a machine that is
+    /// not there.
     pub fn cut(&self) {
         for (end, other) in self.ends() {
             end.ip(&["neighbour", "replace", other.address, "lladdr", NOBODY, "dev", "cable", "nud", "permanent"])

@@ -158,8 +158,8 @@ impl Proxy {
         self.line.open.load(SeqCst)
     }
 
-    /// How many round trips there were: how often bytes from a client followed bytes from the server. For one connection
-    /// at a time. Where a client does not wait for an answer before it goes on, give it time by a
+    /// How many round trips there were: how often bytes from a client followed bytes from the server. For one
+    /// connection at a time. Where a client does not wait for an answer before it goes on, give it time by a
     /// [`latency`](Proxy::latency).
     pub fn turns(&self) -> usize {
         self.line.turns.load(SeqCst)

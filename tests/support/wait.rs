@@ -4,14 +4,14 @@ use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Condvar, Mutex};
 
 /// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost.
 pub const EPSILON: Duration = Duration::from_millis(50);
 
-/// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it, and
-/// the rest for the crew, the network and the server's own processes, which get no processor at once on a busy machine,
-/// to see it through.
+/// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it,
+/// and the rest for the executor, the network and the server's own processes, which get no processor at once on a busy
+/// machine, to see it through.
 pub const SEEN: Duration = EPSILON.saturating_mul(4);
 
 /// Short enough to see what happened within [`EPSILON`], long enough to leave the machine to what is being watched.
@@ -20,6 +20,14 @@ pub(super) const STEP: Duration = Duration::from_millis(5);
 /// `ms(200)` reads better in a test than its long form.
 pub const fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
+}
+
+/// Within what time everything happens that happens at all: for what is due, where its time is not what is measured.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// The moment when this time is over.
+pub fn within(limit: Duration) -> Instant {
+    Instant::now() + limit
 }
 
 /// Waits until `fact` holds, and says whether it did before the deadline. It is asked at least once.
@@ -46,18 +54,59 @@ pub fn sleep_until(at: Instant) {
 }
 
 /// The tests of one process run side by side and share the machine.
-static MACHINE: RwLock<()> = RwLock::new(());
+struct Machine {
+    users: Mutex<Users>,
+    changed: Condvar,
+}
+
+struct Users {
+    alone: bool,
+    beside: usize,
+    /// Those who would run beside others. They go first, all of them: what mostly sleeps takes the time of its longest
+    /// only if it is not split up by those who run alone.
+    wait_beside: usize,
+}
+
+static MACHINE: Machine =
+    Machine { users: Mutex::new(Users { alone: false, beside: 0, wait_beside: 0 }), changed: Condvar::new() };
+
+/// How many tests run beside each other at most: as many as leave two processors time to be on time.
+const BESIDE: usize = 8;
+
+/// A test's part of the machine.
+#[must_use = "what is not bound to a name is released at once"]
+pub struct Share {
+    alone: bool,
+}
 
 /// While this is held no other test that asks has the machine: for one that loads it, or that a load would disturb.
-#[must_use = "a lock that is not bound to a name is released at once"]
-pub fn alone() -> RwLockWriteGuard<'static, ()> {
-    MACHINE.write()
+pub fn alone() -> Share {
+    let mut users = MACHINE.users.lock();
+    MACHINE.changed.wait_while(&mut users, |u| u.alone || u.beside + u.wait_beside > 0);
+    users.alone = true;
+    Share { alone: true }
 }
 
 /// While this is held no test is [`alone`]: for one that asserts on time, and mostly sleeps.
-#[must_use = "a lock that is not bound to a name is released at once"]
-pub fn beside_others() -> RwLockReadGuard<'static, ()> {
-    MACHINE.read()
+pub fn beside_others() -> Share {
+    let mut users = MACHINE.users.lock();
+    users.wait_beside += 1;
+    MACHINE.changed.wait_while(&mut users, |u| u.alone || u.beside == BESIDE);
+    users.wait_beside -= 1;
+    users.beside += 1;
+    Share { alone: false }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut users = MACHINE.users.lock();
+        if self.alone {
+            users.alone = false;
+        } else {
+            users.beside -= 1;
+        }
+        MACHINE.changed.notify_all();
+    }
 }
 
 /// The names of this process's live threads that begin with `prefix`. The system keeps 15 bytes of a name.
@@ -101,6 +150,13 @@ pub fn watched(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Says that a test was not made, and why, past the harness, which shows the output of failed tests only.
+///
+/// # Panics
+///
+/// If no test may be skipped: with `MILLPOND_TESTS_MAY_SKIP=0` in the environment, as `.ci/run` has it.
+#[track_caller]
 pub fn skipped(test: &str, why: &str) {
+    let may = std::env::var("MILLPOND_TESTS_MAY_SKIP").map_or(true, |may| may != "0");
+    assert!(may, "{test} cannot be made here, and MILLPOND_TESTS_MAY_SKIP is 0: {why}");
     let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {why}");
 }

@@ -1,0 +1,12 @@
+//! Managers, hooks and handlers as other crates write them, on this pool.
+
+#[path = "../stock/mod.rs"]
+mod stock;
+#[path = "../support/mod.rs"]
+mod support;
+
+mod diesel;
+mod managers;
+mod r2d2_postgres;
+mod smoke;
+mod sqlite;

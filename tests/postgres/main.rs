@@ -1,0 +1,32 @@
+//! The crate's own PostgreSQL manager, on real servers: one file for each subject.
+//!
+//! All tests of one program share its server and its log. A test that loads the machine, or that a load would disturb,
+//! holds `alone()`; every other one holds `beside_others()`, so that nothing runs beside one that is alone.
+
+#![cfg(feature = "postgres")]
+
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../support/tls.rs"]
+mod tls;
+
+#[cfg(target_os = "linux")]
+mod at_once;
+mod audit;
+#[cfg(target_os = "linux")]
+mod bouncer;
+mod budget;
+#[cfg(target_os = "linux")]
+mod failover;
+mod guards;
+mod handover;
+mod hostile;
+mod manager;
+#[cfg(target_os = "linux")]
+mod orphans;
+mod refusals;
+mod session;
+#[cfg(target_os = "linux")]
+mod silence;
+mod statements;
+mod transactions;
