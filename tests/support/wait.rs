@@ -153,7 +153,7 @@ pub fn watched(test: impl FnOnce() + Send + 'static) {
 ///
 /// # Panics
 ///
-/// If no test may be skipped: with `MILLPOND_TESTS_MAY_SKIP=0` in the environment, as `.ci/run` has it.
+/// If no test may be skipped: with `MILLPOND_TESTS_MAY_SKIP=0` in the environment, as the hosted workflow has it.
 #[track_caller]
 pub fn skipped(test: &str, why: &str) {
     let may = std::env::var("MILLPOND_TESTS_MAY_SKIP").map_or(true, |may| may != "0");
