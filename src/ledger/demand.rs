@@ -57,10 +57,15 @@ pub(crate) enum FailedOpen {
 
 impl<C, W: Clone> Ledger<C, W> {
     /// Why the last open failed, if opens fail at present.
-    // The runtime does not ask yet.
-    #[allow(dead_code)]
     pub(crate) fn failing(&self) -> Option<FailedOpen> {
         self.failure.map(|failure| failure.why)
+    }
+
+    /// An open that was abandoned has come back with a cause, which says more than that it was abandoned.
+    pub(super) fn reported_late(&mut self) {
+        if let Some(failure) = &mut self.failure {
+            failure.why = FailedOpen::AsReported;
+        }
     }
 
     /// Whether the server has refused for good, as far as is known.

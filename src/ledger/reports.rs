@@ -127,7 +127,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
-                return;
+                // The open was abandoned, and comes back with a cause: that is the news now.
+                return l.reported_late();
             }
             let born = l.slots[index as usize].born;
             l.start_closing(index, now);

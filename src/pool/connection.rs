@@ -65,7 +65,8 @@ impl<M: Manage> PooledConnection<M> {
             let opening = shared.openings.remove(conn.id);
             shielded(|| drop(opening));
         }
-        let Conn { inner, extensions, .. } = *conn;
+        let Conn { owner, inner, extensions, .. } = *conn;
+        drop(owner);
         shielded(|| drop(extensions));
         inner
     }

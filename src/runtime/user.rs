@@ -7,10 +7,11 @@ use crate::manage::Manage;
 
 /// The user's manager and hooks.
 pub(crate) struct User<M: Manage> {
+    // Before the manager, so that they are dropped before it: they may use what it owns.
+    pub(crate) hooks: Hooks<M>,
     pub(crate) manager: Shielded<M>,
     /// [`Manage::keeps_limits`], asked once.
     pub(crate) keeps_limits: bool,
-    pub(crate) hooks: Hooks<M>,
 }
 
 impl<M: Manage> User<M> {
@@ -29,5 +30,56 @@ impl<M: Manage> User<M> {
             Some(handler) => shielded(|| handler.handle_error(error)),
             None => shielded(|| drop(error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doc_manager::DocManager;
+    use crate::event::HandleEvent;
+    use crate::{Opening, Returned};
+    use parking_lot::Mutex;
+    use std::convert::Infallible;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// Says when it is dropped.
+    #[derive(Debug)]
+    struct Named(&'static str, Arc<Mutex<Vec<&'static str>>>);
+
+    impl Drop for Named {
+        fn drop(&mut self) {
+            self.1.lock().push(self.0);
+        }
+    }
+
+    impl HandleEvent for Named {}
+
+    impl Manage for Named {
+        type Connection = ();
+        type Error = Infallible;
+
+        fn open(&self, opening: &Opening) -> Result<(), Infallible> {
+            DocManager.open(opening)
+        }
+
+        fn validate(&self, conn: &mut (), limit: Duration) -> Result<(), Infallible> {
+            DocManager.validate(conn, limit)
+        }
+
+        fn returned(&self, conn: &mut ()) -> Returned {
+            DocManager.returned(conn)
+        }
+    }
+
+    #[test]
+    fn the_hooks_are_dropped_before_the_manager() {
+        let dropped = Arc::default();
+        let named = |name| Named(name, Arc::clone(&dropped));
+        let mut hooks = Hooks::none();
+        hooks.events = Some(Box::new(named("hooks")));
+        drop(User::new(named("manager"), hooks));
+        assert_eq!(*dropped.lock(), ["hooks", "manager"]);
     }
 }

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use crate::direct::Direct;
 use crate::fake::{Act, Call, DirectFake, Fake};
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
-use crate::support::{EPSILON, Proxy, SEEN, SOON, Server, Silent, alone, ms, wait_until, watched, within};
+use crate::support::{
+    EPSILON, Proxy, SEEN, SOON, Server, Silent, alone, beside_others, ms, wait_until, watched, within,
+};
 use crossbeam_channel::{Sender, unbounded};
 use millpond::error::Timeout;
 use millpond::{Builder, Error, ErrorKind, HandleError, Manage, Pool, PooledConnection, Validate};
@@ -116,6 +118,18 @@ fn a_refusal_keeps_its_words() {
         assert_eq!(error.to_string(), "pool 'floor' cannot connect: Open refused on purpose");
         fake.wait_alive(0);
     }
+}
+
+/// An open that is abandoned, and fails late, says more than that it was abandoned.
+#[test]
+fn a_cause_that_comes_late_is_told() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    fake.set(Call::Open, Act::FailAfter(ms(300)));
+    let pool = Pool::builder().name("late").open_timeout(ms(100)).build_unchecked(fake.direct());
+    let cause = || timeout(&pool.get_timeout(ms(200)).unwrap_err()).cause.as_ref().map(ToString::to_string);
+    assert_eq!(cause().as_deref(), Some("no answer to an attempt to connect within 100 ms"));
+    assert!(wait_until(within(SOON), || cause().as_deref() == Some("Open failed on purpose")));
 }
 
 /// A password is changed under a pool that works.
@@ -274,7 +288,7 @@ const NANOSECOND: Duration = Duration::from_nanos(1);
 /// It says how long a `get` waits, and whoever wants none to wait says so.
 #[test]
 fn the_shortest_wait_gets_what_is_ready() {
-    let _beside = crate::support::beside_others();
+    let _beside = beside_others();
     let fake = Fake::new();
     let builder = || Pool::builder().connection_timeout(NANOSECOND).validate(Validate::Never);
     let error = refusal(builder().build(fake.direct()));
@@ -286,7 +300,7 @@ fn the_shortest_wait_gets_what_is_ready() {
 
 #[test]
 fn settings_that_cannot_be() {
-    let _beside = crate::support::beside_others();
+    let _beside = beside_others();
     type Set = fn(Builder<DirectFake>) -> Builder<DirectFake>;
     let table: &[(&str, &str, Set)] = &[
         ("max_size", "max_size: is 0, and must be at least 1", |b| b.max_size(0)),
@@ -356,7 +370,7 @@ fn settings_that_cannot_be() {
 
 #[test]
 fn a_refused_resize_changes_nothing() {
-    let _beside = crate::support::beside_others();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(4).min_idle(2).build(fake.direct()).unwrap();
     let errors = [pool.resize(0), pool.resize(1)].map(|r| r.unwrap_err().to_string());
@@ -558,7 +572,7 @@ fn served_within_a_second_of_a_restart() {
 /// An error is told apart by what it is, and each of its kinds by one question only.
 #[test]
 fn kinds() {
-    let _beside = crate::support::beside_others();
+    let _beside = beside_others();
     fn kind<M: Manage>(result: Result<impl Sized, Error>, _: &Pool<M>) -> [bool; 5] {
         let e = refusal(result);
         [e.is_timeout(), e.is_connect(), e.is_closed(), e.is_too_many_waiting(), e.is_config()]

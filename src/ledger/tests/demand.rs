@@ -403,4 +403,12 @@ fn the_ledger_says_why_the_last_open_failed() {
     w.get();
     w.run(secs(10));
     assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
+
+    w = World::new(Settings { max_size: 1, ..settings() });
+    (w.takes.open, w.refuse) = (secs(15), Some(false));
+    w.get();
+    w.run(secs(10));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
+    w.run(secs(5));
+    assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported), "the abandoned open came back with a cause");
 }

@@ -154,6 +154,25 @@ fn keepalive_checks_one_at_a_time_and_keeps_its_place() {
     assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
 }
 
+/// A check without a limit ends like any other, however long it took.
+#[test]
+fn keepalive_goes_on_after_a_slow_check_without_a_limit() {
+    let never = Duration::MAX;
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), validation_timeout: never, ..settings() });
+    w.takes.check = secs(1);
+    w.burst(1);
+    w.run(secs(1));
+    for _ in 0..3 {
+        w.run(secs(9));
+        assert_eq!(w.counts().checking, 1);
+        w.run(ms(500));
+        // Whatever made the reaper look: by now the check is slow.
+        w.ledger.reap(w.now, 0.0);
+        w.run(ms(500));
+        assert_eq!((w.counts().checking, w.counts().idle), (0, 1));
+    }
+}
+
 #[test]
 fn a_job_past_its_limit_loses_its_slot() {
     let mut w = World::new(Settings { max_size: 3, ..settings() });

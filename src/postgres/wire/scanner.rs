@@ -57,6 +57,26 @@ enum Request {
     FailedClose,
 }
 
+impl Request {
+    /// The same request, once it has failed.
+    fn failed(self) -> Request {
+        match self {
+            Request::Close | Request::FailedClose => Request::FailedClose,
+            Request::Simple | Request::Batch | Request::Bind | Request::Failed => Request::Failed,
+        }
+    }
+}
+
+/// What the server has answered of a request whose last byte has not been sent: a write may be cut inside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Early {
+    Nothing,
+    /// `BindComplete`.
+    Bound,
+    /// An error.
+    Failed,
+}
+
 /// What the frontend has sent since its last query or `Sync`. The next `Sync` makes a request of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Batch {
@@ -75,6 +95,8 @@ pub(super) struct Scanner {
     frontend: Frames,
     /// The oldest first.
     pending: VecDeque<Request>,
+    /// What was answered while nothing was pending. The next request takes it over.
+    early: Early,
     batch: Batch,
     status: Status,
     pid: Option<i32>,
@@ -158,6 +180,7 @@ impl Scanner {
             backend: Frames::new(),
             frontend: Frames::untagged_first(),
             pending: VecDeque::new(),
+            early: Early::Nothing,
             batch: Batch::Empty,
             status: Status::Unknown,
             pid: None,
@@ -233,11 +256,11 @@ impl Scanner {
     fn on_frontend(&mut self, tag: u8) {
         match tag {
             STARTUP | b'Q' | b'F' => {
-                self.pending.push_back(Request::Simple);
+                self.push(Request::Simple);
                 self.batch = Batch::Empty;
             }
             b'S' => {
-                self.pending.push_back(match self.batch {
+                self.push(match self.batch {
                     Batch::Closes => Request::Close,
                     Batch::BindFirst => Request::Bind,
                     Batch::Empty | Batch::Other => Request::Batch,
@@ -254,6 +277,17 @@ impl Scanner {
             _ if self.batch == Batch::BindFirst => {}
             _ => self.batch = Batch::Other,
         }
+    }
+
+    /// A request is sent to its end.
+    fn push(&mut self, request: Request) {
+        let early = std::mem::replace(&mut self.early, Early::Nothing);
+        self.pending.push_back(match (early, request) {
+            (Early::Nothing, request) => request,
+            (Early::Bound, Request::Bind) => Request::Batch,
+            (Early::Bound, request) => request,
+            (Early::Failed, request) => request.failed(),
+        });
     }
 
     /// The end of a message of the backend's.
@@ -274,14 +308,16 @@ impl Scanner {
                     self.login_fault = Some(LoginFault::Status(body.first().copied().unwrap_or(0)));
                 }
                 self.copy_in = false;
+                self.early = Early::Nothing;
                 // Poison, rule 2: an answer to no request.
                 self.poisoned |= self.pending.pop_front().is_none();
             }
-            b'2' => {
-                if let Some(oldest @ Request::Bind) = self.pending.front_mut() {
-                    *oldest = Request::Batch;
-                }
-            }
+            b'2' => match self.pending.front_mut() {
+                Some(oldest @ Request::Bind) => *oldest = Request::Batch,
+                Some(_) => {}
+                None if self.early == Early::Nothing => self.early = Early::Bound,
+                None => {}
+            },
             b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
             b'G' => {
                 self.copy_in = true;
@@ -296,15 +332,15 @@ impl Scanner {
                 self.poisoned |= self.copy_in;
                 let code = field(body, b'C').and_then(|code| code.try_into().ok());
                 self.refused_write |= code == Some(*b"25006");
-                if let Some(oldest) = self.pending.front_mut() {
-                    if *oldest == Request::Bind {
-                        self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
-                        self.missed_statement |= code == Some(*b"26000");
+                match self.pending.front_mut() {
+                    Some(oldest) => {
+                        if *oldest == Request::Bind {
+                            self.refused_statement |= matches!(code.as_ref(), Some(b"26000" | b"0A000"));
+                            self.missed_statement |= code == Some(*b"26000");
+                        }
+                        *oldest = oldest.failed();
                     }
-                    *oldest = match *oldest {
-                        Request::Close | Request::FailedClose => Request::FailedClose,
-                        _ => Request::Failed,
-                    };
+                    None => self.early = Early::Failed,
                 }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
                 if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
@@ -382,9 +418,12 @@ impl Scanner {
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
     }
 
-    /// The oldest request has failed, and its `ReadyForQuery` has not come.
+    /// The oldest request has failed, perhaps before its end was sent, and its `ReadyForQuery` has not come.
     pub(super) fn has_oldest_failed(&self) -> bool {
-        matches!(self.pending.front(), Some(Request::Failed | Request::FailedClose))
+        match self.pending.front() {
+            Some(oldest) => matches!(oldest, Request::Failed | Request::FailedClose),
+            None => self.early == Early::Failed,
+        }
     }
 
     /// A request has failed since the failures were last [forgotten](Scanner::forget_failures).

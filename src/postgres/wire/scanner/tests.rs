@@ -435,6 +435,31 @@ fn a_refused_write_is_reported_once() {
     assert!(!scanner.is_lost());
 }
 
+/// A write may be cut inside a batch, and the server answers what it has by then.
+#[test]
+fn what_is_answered_before_the_end_of_a_batch_counts_for_it() {
+    let (bind, sync) = ([message(b'B', b"..."), message(b'E', b"...")].concat(), sync());
+    let mut scanner = logged_in();
+    scanner.sent(&bind);
+    scanner.received(&message(b'2', b""));
+    scanner.sent(&sync);
+    scanner.received(&error("ERROR", "26000"));
+    assert!(!scanner.take_refused_statement() && !scanner.has_missed_a_statement(), "it was bound, and ran");
+    scanner.received(&ready(b'I'));
+    scanner.sent(&bind);
+    scanner.received(&error("ERROR", "23505"));
+    assert!(scanner.has_oldest_failed());
+    scanner.sent(&sync);
+    assert!(scanner.has_oldest_failed());
+    scanner.received(&ready(b'I'));
+    assert!(!scanner.has_oldest_failed());
+    // Of the next batch nothing has been answered.
+    scanner.sent(&[bind, sync].concat());
+    assert!(!scanner.has_oldest_failed());
+    scanner.received(&error("ERROR", "26000"));
+    assert!(scanner.take_refused_statement());
+}
+
 #[test]
 fn a_refused_statement_differs_from_one_that_failed() {
     let bind_and_run = [message(b'B', b"..."), message(b'E', b"..."), sync()].concat();
