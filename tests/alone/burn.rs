@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::fake::{Act, Call, Fake, ends_well, take};
-use crate::support::{ms, watched};
+use crate::support::{ms, watched_alone};
 use millpond::{Pool, PooledConnection, Validate};
 
 fn cpu() -> Duration {
@@ -21,7 +21,7 @@ fn cpu() -> Duration {
 /// Whatever goes wrong, nobody spins.
 #[test]
 fn nothing_that_hangs_or_fails_burns_a_processor() {
-    watched(|| {
+    watched_alone(|| {
         type Prepare = fn(&Fake, &Pool<crate::fake::R2d2Fake>) -> Vec<PooledConnection<crate::fake::R2d2Fake>>;
         let scenes: [(&str, Prepare); 9] = [
             ("open hangs", |fake, _| {

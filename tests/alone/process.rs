@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake, take};
-use crate::support::{EPSILON, SOON, alone, beside_others, ms, skipped, threads_named, wait_until, watched};
+use crate::support::{EPSILON, SOON, alone, beside_others, ms, skipped, threads_named, wait_until, watched_alone};
 use millpond::{ManageConnection, Pool, PooledConnection, Validate};
 
 // ---------------------------------------------------------------------------------------------- what ends a process
@@ -136,7 +136,7 @@ fn a_manager_and_a_hook_that_panic_in_their_drops_end_no_process() {
 
 #[test]
 fn closes_that_hang_do_not_take_all_threads() {
-    watched(|| {
+    watched_alone(|| {
         let fake = Fake::new();
         let builder = Pool::builder().name("many").max_size(2000).parallel_opens(64).max_lifetime(None).max_idle(None);
         let pool = builder.close_timeout(Duration::from_secs(20)).build(fake.r2d2()).unwrap();
@@ -161,7 +161,7 @@ fn resident() -> u64 {
 
 #[test]
 fn nothing_grows() {
-    watched(|| {
+    watched_alone(|| {
         let fake = Fake::new();
         let builder = Pool::builder().max_size(4).max_lifetime(ms(40)).max_idle(ms(30)).keepalive(ms(10));
         let builder = builder.leak_threshold(ms(1)).min_idle(1).validate(Validate::AfterIdle(ms(1)));

@@ -23,7 +23,7 @@ const MAX_IDLE: Duration = ms(100);
 /// Runs a test, watched, with the logger installed.
 #[track_caller]
 fn watched(body: impl FnOnce() + Send + 'static) {
-    crate::support::watched(|| {
+    crate::support::watched_alone(|| {
         LOG.install();
         body();
     });

@@ -52,7 +52,7 @@ fn a_commit_behind_a_refused_copy_says_what_became_of_it() {
             for savepoint in [false, true] {
                 for calls in 0..3 {
                     for before in [false, true] {
-                        for round in 0..15 {
+                        for round in 0..5 {
                             let before_rows = rows(&table);
                             let mut client = pool.get().unwrap();
                             if before {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake, FakeConn, FakeError, ends_well, run, take};
-use crate::support::{EPSILON, SOON, ms, wait_until, watched, within};
+use crate::support::{EPSILON, SOON, ms, wait_until, watched, watched_alone, within};
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Validate};
 
 /// How long an unused connection is trusted here.
@@ -308,7 +308,7 @@ fn after_idle_for_no_time_is_always() {
 /// Sixty-four that wait for a millisecond each, for one connection that needs a check.
 #[test]
 fn many_that_wait_for_a_millisecond_lose_nothing() {
-    watched(|| {
+    watched_alone(|| {
         for (validate, takes) in [
             (Validate::Always, ms(0)),
             (Validate::Always, ms(2)),

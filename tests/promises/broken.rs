@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake, ends_well};
 use crate::support::{
-    Database, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, threads_named, wait_until, watched, within,
+    Database, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, threads_named, wait_until, watched_alone, within,
 };
 use millpond::{Builder, CloseReason, Manage, Pool, PooledConnection, Returned, Validate};
 use parking_lot::Mutex;
@@ -309,7 +309,7 @@ fn keepalive_finds_the_dead() {
 /// One user whose connections all come back broken, and others that work.
 #[test]
 fn one_whose_connections_all_break_does_not_starve_the_others() {
-    watched(|| {
+    watched_alone(|| {
         for validate in [Validate::AfterIdle(Duration::from_secs(1)), Validate::Always] {
             let fake = Arc::new(Fake::new());
             let builder = Pool::builder().max_size(4).validate(validate);

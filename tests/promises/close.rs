@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use crate::direct::Direct;
 use crate::fake::{Act, Call, DirectFake, Fake, run, take};
 use crate::support::{
-    Database, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, threads_named, wait_until, watched, within,
+    Database, EPSILON, Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, watched, watched_alone,
+    within,
 };
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use millpond::error::Closed;
@@ -270,49 +271,49 @@ fn the_guard_goes(way: Way, fate: Fate) {
 
 #[test]
 fn guard_on_return() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::OnReturn, Fate::Returned);
     the_guard_goes(Way::OnReturn, Fate::Kept);
 }
 
 #[test]
 fn guard_on_panic() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::OnPanic, Fate::Returned);
     the_guard_goes(Way::OnPanic, Fate::Kept);
 }
 
 #[test]
 fn guard_from_another_thread() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::FromAnotherThread, Fate::Returned);
     the_guard_goes(Way::FromAnotherThread, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_join_handles() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::OwningJoinHandles, Fate::Returned);
     the_guard_goes(Way::OwningJoinHandles, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_rayon() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::OwningRayon, Fate::Returned);
     the_guard_goes(Way::OwningRayon, Fate::Kept);
 }
 
 #[test]
 fn guard_owning_workers_that_never_end() {
-    let _alone = alone();
+    let _beside = beside_others();
     the_guard_goes(Way::OwningEndless, Fate::Returned);
     the_guard_goes(Way::OwningEndless, Fate::Kept);
 }
 
 #[test]
 fn guard_reports() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("reports").build(fake.direct()).unwrap();
     let (end, at_end) = bounded::<()>(0);
@@ -328,7 +329,7 @@ fn guard_reports() {
 
 #[test]
 fn a_panic_in_what_ends_the_workers_is_a_no() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("finish").build(fake.direct()).unwrap();
     struct Grumpy;
@@ -350,7 +351,7 @@ fn a_panic_in_what_ends_the_workers_is_a_no() {
 
 #[test]
 fn a_guard_is_one_of_many() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("many").build(fake.direct()).unwrap();
     let (first, second) = (pool.guard(), pool.guard());
@@ -365,7 +366,7 @@ fn a_guard_is_one_of_many() {
 /// A guard that is told to close says so, and is not said to have been dropped.
 #[test]
 fn a_guard_that_was_closed_was_not_dropped() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     for (closed_by, text) in [(true, "its guard was closed"), (false, "its guard was dropped")] {
         let pool = Pool::builder().name("guard").build(fake.direct()).unwrap();
@@ -385,7 +386,7 @@ fn a_guard_that_was_closed_was_not_dropped() {
 /// What is left keeps a report from saying that the pool was closed.
 #[test]
 fn what_is_not_wholly_closed_is_not_called_closed() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("half").build(fake.direct()).unwrap();
     let (end, at_end) = bounded::<()>(0);
@@ -402,7 +403,7 @@ fn what_is_not_wholly_closed_is_not_called_closed() {
 /// What one has waited for in vain the next does not wait for again.
 #[test]
 fn two_guards_in_a_row_take_one_grace() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("row").build(fake.direct()).unwrap();
     let (kept, back) = thread::scope(|s| s.spawn(|| (pool.get().unwrap(), pool.get().unwrap())).join().unwrap());
@@ -436,7 +437,7 @@ fn two_guards_in_a_row_take_one_grace() {
 
 #[test]
 fn idle_ones_go_at_once() {
-    let _alone = alone();
+    let _beside = beside_others();
     let (server, app) = (Database::get(), "close-idle");
     let pool = Pool::builder().name("idle").max_size(17).build(stock(&server.conninfo(app))).unwrap();
     let all: Vec<_> = (0..17).map(|_| pool.get().unwrap()).collect();
@@ -450,7 +451,7 @@ fn idle_ones_go_at_once() {
 
 #[test]
 fn says_who_and_where() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("where").build(fake.direct()).unwrap();
     let line = line!() + 2;
@@ -474,7 +475,7 @@ fn says_who_and_where() {
 
 #[test]
 fn twice() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("twice").max_size(1).build(fake.direct()).unwrap();
     let in_use = pool.get().unwrap();
@@ -509,7 +510,7 @@ fn twice() {
 
 #[test]
 fn two_at_a_time() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("two").max_size(1).build(fake.direct()).unwrap();
     let in_use = pool.get().unwrap();
@@ -533,7 +534,7 @@ fn two_at_a_time() {
 /// Every call from which a user may close the pool: it does not wait for the job that it is part of.
 #[test]
 fn from_a_hook() {
-    let _alone = alone();
+    let _beside = beside_others();
     let calls = [
         Call::Open,
         Call::OnAcquire,
@@ -583,7 +584,7 @@ fn from_a_hook() {
 /// The job it is part of was abandoned: there is no slot that it would have to wait for, nor one too few.
 #[test]
 fn from_a_hook_that_was_abandoned() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let builder = Pool::builder().name("late").max_size(2).open_timeout(ms(50));
     let pool = builder.connection_customizer(fake.customizer()).build(fake.direct()).unwrap();
@@ -614,7 +615,7 @@ fn from_a_hook_that_was_abandoned() {
 /// Who checked a connection out is not who has it: the pool cannot see it move to another thread.
 #[test]
 fn waits_for_what_the_closing_thread_had_checked_out() {
-    let _alone = alone();
+    let _beside = beside_others();
     for by_guard in [false, true] {
         let fake = Fake::new();
         let pool = Pool::builder().name("given").build(fake.direct()).unwrap();
@@ -641,7 +642,7 @@ fn waits_for_what_the_closing_thread_had_checked_out() {
 /// So what the thread still holds itself costs the grace, and no more than that.
 #[test]
 fn waits_no_longer_than_its_grace_for_what_its_own_thread_holds() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     fake.abortable(true);
     let pool = Pool::builder().name("own").build(fake.direct()).unwrap();
@@ -660,7 +661,7 @@ fn waits_no_longer_than_its_grace_for_what_its_own_thread_holds() {
 /// A hook within a hook: all that goes on on this thread is known to it.
 #[test]
 fn from_a_hook_within_a_hook() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let builder = Pool::builder().name("nested").max_size(2).event_handler(fake.event_handler());
     let pool = builder.connection_customizer(fake.customizer()).build(fake.direct()).unwrap();
@@ -684,7 +685,7 @@ fn from_a_hook_within_a_hook() {
 
 #[test]
 fn grace_zero_waits_for_nothing() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("zero").max_size(3).build(fake.direct()).unwrap();
     let elsewhere = thread::scope(|s| s.spawn(|| pool.get().unwrap()).join().unwrap());
@@ -713,7 +714,7 @@ fn grace_zero_waits_for_nothing() {
 
 #[test]
 fn the_last_handle_closes_without_waiting() {
-    let _alone = alone();
+    let _beside = beside_others();
     let (server, app) = (Database::get(), "close-last");
     let pool = Pool::builder().name("last").build(stock(&server.conninfo(app))).unwrap();
     let mut in_use = pool.get().unwrap();
@@ -736,7 +737,7 @@ fn the_last_handle_closes_without_waiting() {
 
 #[test]
 fn a_connection_outlives_its_pool() {
-    let _alone = alone();
+    let _beside = beside_others();
     let (server, app) = (Database::get(), "close-outlives");
     let pool = Pool::builder().name("outlives").build(stock(&server.conninfo(app))).unwrap();
     let (lend, in_use) = bounded(1);
@@ -758,7 +759,7 @@ fn a_connection_outlives_its_pool() {
 /// A connect that is in flight when the pool is closed: before and after the end of the grace.
 #[test]
 fn a_connect_in_flight_is_closed_when_it_arrives() {
-    let _alone = alone();
+    let _beside = beside_others();
     for (app, grace, complete) in [("close-arrives", SOON, true), ("close-late", ms(50), false)] {
         let server = Server::shared();
         let proxy = Proxy::to(server.addr());
@@ -789,7 +790,7 @@ fn a_connect_in_flight_is_closed_when_it_arrives() {
 /// A manager that can tell how to abort a connection: what is in use is cancelled and aborted when the grace is over.
 #[test]
 fn what_is_in_use_is_aborted_after_the_grace() {
-    let _alone = alone();
+    let _beside = beside_others();
     let (server, app) = (Database::get(), "close-cut");
     let manager = Direct::new(server.config(app));
     let aborts = Arc::clone(&manager.aborts);
@@ -824,7 +825,7 @@ fn what_is_in_use_is_aborted_after_the_grace() {
 /// So is whatever hangs in a call of the manager's, if it can be.
 #[test]
 fn what_hangs_is_aborted_after_the_grace() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     fake.abortable(true);
     let pool = Pool::builder().name("hangs").build(fake.direct()).unwrap();
@@ -848,7 +849,7 @@ fn what_hangs_is_aborted_after_the_grace() {
 /// One close that hangs holds up neither the others nor, past its grace, the caller.
 #[test]
 fn a_close_that_hangs() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("stuck").max_size(17).build(fake.direct()).unwrap();
     let all: Vec<_> = (0..17).map(|_| pool.get().unwrap()).collect();
@@ -927,7 +928,7 @@ fn two_hooks_that_close_do_not_wait_for_each_other() {
 
 #[test]
 fn closes_at_once_with_everything_else() {
-    watched(|| {
+    watched_alone(|| {
         for n in 0..150u64 {
             let fake = Fake::new();
             let name = "rush";

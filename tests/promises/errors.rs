@@ -474,7 +474,7 @@ fn texts() {
     assert!(pool.close(SOON).is_complete());
     assert_eq!(
         masked(&refusal(pool.get())),
-        "pool 't' is closed: `close` was called (FILE:L) on thread 'texts', T ago"
+        "pool 't' is closed: `close` was called (FILE:L) on thread 'errors::texts', T ago"
     );
 
     // Too many wait.

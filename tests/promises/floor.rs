@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::stock::{Manager, SEEN, SOON, Use, burst, finish, manager, pid, take, use_one};
-use crate::support::{Database, EPSILON, alone, ms, sleep_until, wait_until};
+use crate::support::{Database, EPSILON, beside_others, ms, sleep_until, wait_until};
 use millpond::{Builder, CloseReason, Pool, PooledConnection, Validate};
 
 const FLOOR: u32 = 4;
@@ -22,7 +22,7 @@ fn pids(app: &str) -> BTreeSet<i32> {
 
 #[test]
 fn no_churn_in_silence() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool().build(manager("floor-silence")).unwrap();
     let watch = Database::get().watch("floor-silence");
     assert_eq!(pool.state().idle_connections, FLOOR, "`build` returns when the floor stands");
@@ -39,7 +39,7 @@ fn no_churn_in_silence() {
 
 #[test]
 fn no_churn_under_a_trickle() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool().build(manager("floor-trickle")).unwrap();
     let watch = Database::get().watch("floor-trickle");
     let start = Instant::now();
@@ -66,7 +66,7 @@ fn no_churn_under_a_trickle() {
 
 #[test]
 fn a_burst_goes_back_to_the_floor() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool().build(manager("floor-burst")).unwrap();
     let watch = Database::get().watch("floor-burst");
     let uses = burst(&pool, 10);
@@ -111,7 +111,7 @@ fn what_is_checked_out_is_replaced() {
 
 #[test]
 fn the_killed_are_found_and_replaced_unasked() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool().keepalive(ms(100)).build(manager("floor-killed")).unwrap();
     let server = Database::get();
     let before = pids("floor-killed");

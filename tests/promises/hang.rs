@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake, ends_well, take};
-use crate::support::{EPSILON, SOON, ms, wait_until, watched};
+use crate::support::{EPSILON, SOON, ms, wait_until, watched, watched_alone};
 use millpond::{Cause, Manage, Opening, Pool, PooledConnection, Returned, Validate};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -291,7 +291,7 @@ fn a_waiter_for_an_open_that_hangs_after_one_that_failed_gets_another() {
 /// Sixty-four due at once, and the close of each hangs.
 #[test]
 fn however_many_closes_hang_all_that_are_due_begin_in_time() {
-    watched(|| {
+    watched_alone(|| {
         let fake = Fake::new();
         let builder = Pool::builder().max_size(64).parallel_opens(64).max_idle(ms(500)).close_timeout(SOON);
         let pool = builder.build(fake.r2d2()).unwrap();
@@ -308,7 +308,7 @@ fn however_many_closes_hang_all_that_are_due_begin_in_time() {
 /// None hangs, but each takes 5 ms, as a close over TLS does on a busy machine.
 #[test]
 fn however_many_are_due_at_once_the_closes_begin_in_time() {
-    watched(|| {
+    watched_alone(|| {
         let fake = Fake::new();
         let builder = Pool::builder().max_size(100).parallel_opens(64).max_idle(ms(500)).close_timeout(SOON);
         let pool = builder.build(fake.r2d2()).unwrap();
@@ -396,7 +396,7 @@ fn a_build_whose_first_open_hangs_gets_another() {
 /// Whatever of the user's hangs, what is idle goes in time.
 #[test]
 fn whatever_hangs_evictions_are_in_time() {
-    watched(|| {
+    watched_alone(|| {
         let calls = [
             Call::Open,
             Call::Validate,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::stock::{Manager, SEEN, SOON, Use, assert_gone, burst, finish, manager, pid, take, use_one};
-use crate::support::{Database, EPSILON, History, alone, ms, sleep_until, wait_until};
+use crate::support::{Database, EPSILON, History, alone, beside_others, ms, sleep_until, wait_until};
 use millpond::{Builder, CloseReason, Pool};
 
 const MAX_IDLE: Duration = Duration::from_secs(2);
@@ -27,7 +27,7 @@ fn assert_each_in_time(seen: &History, uses: &[Use], max_idle: Duration) {
 
 #[test]
 fn a_burst_then_silence() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool(17).build(manager("silence")).unwrap();
     let watch = Database::get().watch("silence");
 
@@ -54,7 +54,7 @@ fn a_burst_then_silence() {
 
 #[test]
 fn each_at_its_own_time() {
-    let _alone = alone();
+    let _beside = beside_others();
     const SHORT: Duration = ms(700);
     let pool = pool(5).max_idle(SHORT).build(manager("staggered")).unwrap();
     let mut conns = take(&pool, 5);
@@ -79,7 +79,7 @@ fn each_at_its_own_time() {
 
 #[test]
 fn a_burst_then_a_trickle() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool(17).build(manager("trickle")).unwrap();
     let watch = Database::get().watch("trickle");
 
@@ -170,7 +170,7 @@ fn the_last_used_is_the_next() {
 
 #[test]
 fn zero_keeps_nothing_idle() {
-    let _alone = alone();
+    let _beside = beside_others();
     let pool = pool(1).max_idle(Duration::ZERO).build(manager("zero")).unwrap();
     assert_eq!(pool.state().connections, 0, "not the one that `build` opened to see that it can");
     assert_gone("zero");
@@ -196,7 +196,7 @@ fn zero_keeps_nothing_idle() {
 
 #[test]
 fn none_keeps_all() {
-    let _alone = alone();
+    let _beside = beside_others();
     const SHORT: Duration = ms(300);
     let server = Database::get();
     let some = pool(5).max_idle(SHORT).build(manager("some")).unwrap();
@@ -220,7 +220,7 @@ fn none_keeps_all() {
 
 #[test]
 fn to_be_kept_alive_is_not_to_be_used() {
-    let _alone = alone();
+    let _beside = beside_others();
     const SHORT: Duration = ms(700);
     let pool = pool(3).max_idle(SHORT).keepalive(ms(150)).build(manager("keepalive")).unwrap();
     let watch = Database::get().watch("keepalive");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::direct::Direct;
 use crate::fake::{Act, Call, Fake};
 use crate::support::{
-    Database, EPSILON, Logged, Proxy, SEEN, SOON, Server, alone, capture, logged, ms, wait_until, within,
+    Database, EPSILON, Logged, Proxy, SEEN, SOON, Server, alone, beside_others, capture, logged, ms, wait_until, within,
 };
 use crossbeam_channel::{Sender, bounded, unbounded};
 use log::{Level, LevelFilter};
@@ -31,7 +31,7 @@ fn see<M: Manage>(pool: &Pool<M>, fact: impl Fn(&Stats) -> bool) {
 /// All that a pool does, once or so, and each of it counted where it belongs.
 #[test]
 fn counters() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let builder = Pool::builder().name("counters").max_size(3).max_waiting(1).validate(Validate::Always);
     let pool = builder.connection_timeout(SOON).build(fake.direct()).unwrap();
@@ -134,7 +134,7 @@ fn counters() {
 /// What closes by itself is counted by its reason, and how late it was is known.
 #[test]
 fn evictions() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().max_idle(ms(100)).build(fake.direct()).unwrap();
     see(&pool, |s| s.closed_for(CloseReason::Idle) == 1);
@@ -151,7 +151,7 @@ fn evictions() {
 /// Every state is seen while it lasts, by the counts and by the rows.
 #[test]
 fn gauges() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let builder = Pool::builder().name("gauges").max_size(8).close_timeout(ms(500)).open_timeout(SOON);
     let pool = builder.build(fake.direct()).unwrap();
@@ -191,7 +191,7 @@ fn gauges() {
 /// Times have count, sum, greatest and quantiles, and are about right.
 #[test]
 fn times() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     fake.set(Call::Open, Act::Last(ms(50)));
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
@@ -222,7 +222,7 @@ fn times() {
 /// Who has what, since when and from which line of source; what the server calls it.
 #[test]
 fn rows() {
-    let _alone = alone();
+    let _beside = beside_others();
     let (server, app) = (Database::get(), "stats-rows");
     let pool = Pool::builder().name("rows").max_size(4).build(Direct::new(server.config(app))).unwrap();
     let began = Instant::now();
@@ -308,7 +308,7 @@ fn masked(text: impl ToString) -> String {
 /// What an operator reads.
 #[test]
 fn texts() {
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let pool = Pool::builder().name("orders").max_size(4).build(fake.direct()).unwrap();
     assert_eq!(
@@ -335,7 +335,7 @@ fn texts() {
         masked(&rows),
         "id server id state for age uses thread checked out at\n\
          N N idle T T N - -\n\
-         N N in use T T N 'texts' FILE:L\n\
+         N N in use T T N 'stats::texts' FILE:L\n\
          N - opening T T N - -"
     );
     let lines: Vec<_> = rows.iter().map(masked).collect();
@@ -350,7 +350,7 @@ fn texts() {
     // The columns of the table stand below each other.
     let table = rows.to_string();
     let at = |line: usize, word: &str| table.lines().nth(line).unwrap().find(word).unwrap();
-    assert_eq!([at(0, "state"), at(0, "thread")], [at(1, "idle"), at(2, "'texts'")]);
+    assert_eq!([at(0, "state"), at(0, "thread")], [at(1, "idle"), at(2, "'stats::texts'")]);
 
     let report = pool.close(ms(50));
     println!("{report}");
@@ -410,7 +410,7 @@ const SECRET: &str = "hunter2-s3cret";
 /// Once per checkout, with the line of source and the thread; and nothing of those who come back in time.
 #[test]
 fn leaks() {
-    let _alone = alone();
+    let _beside = beside_others();
     let _log = capture();
     let fake = Fake::new();
     let pool = Pool::builder().name("leaky").leak_threshold(ms(200)).build(fake.direct()).unwrap();
@@ -439,7 +439,7 @@ fn leaks() {
     let again = [pool.get().unwrap(), pool.get().unwrap()];
     see(&pool, |s| s.leaks == 3);
     assert!(wait_until(within(SOON), || warned().len() == 3));
-    assert!(warned()[1..].iter().all(|logged| logged.text.contains("by thread 'leaks' at ")), "{:?}", warned());
+    assert!(warned()[1..].iter().all(|logged| logged.text.contains("by thread 'stats::leaks' at ")), "{:?}", warned());
     assert!(pool.stats().to_string().contains("3 in use for too long"), "{}", pool.stats());
     drop(again);
     assert!(pool.close(SOON).is_complete());
@@ -448,7 +448,7 @@ fn leaks() {
 /// A life in the log, with a real server: the levels, the words, and never a password.
 #[test]
 fn a_life_in_the_log() {
-    let _alone = alone();
+    let _beside = beside_others();
     let _log = capture();
     let (server, app) = (Server::shared(), "stats-log");
     let proxy = Proxy::to(server.addr());
@@ -548,7 +548,7 @@ fn silence() {
 /// What an error of a pool of secrets prints, in every form.
 #[test]
 fn no_secret_in_an_error_or_in_debug() {
-    let _alone = alone();
+    let _beside = beside_others();
     let mut config = postgres::Config::new();
     config.user("somebody").password(SECRET).host("127.0.0.1").port(1);
     let pool = Pool::builder().name("secret").build_unchecked(Direct::new(config));
@@ -579,7 +579,7 @@ fn events_tell_the_wait_and_the_hold() {
         }
     }
     const HOLD: Duration = ms(200);
-    let _alone = alone();
+    let _beside = beside_others();
     let fake = Fake::new();
     let (tell, told) = unbounded();
     let pool = Pool::builder().max_size(1).event_handler(Box::new(Tell(tell))).build(fake.direct()).unwrap();

@@ -32,6 +32,7 @@ pub use netns::{Cable, Namespace};
 pub use proxy::{Proxy, Silent};
 pub use server::Server;
 pub use wait::{
-    EPSILON, SEEN, SOON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched, within,
+    EPSILON, SEEN, SOON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched,
+    watched_alone, within,
 };
 pub use watch::{History, Sample, Watch};

@@ -71,7 +71,7 @@ static MACHINE: Machine =
     Machine { users: Mutex::new(Users { alone: false, beside: 0, wait_beside: 0 }), changed: Condvar::new() };
 
 /// How many tests run beside each other at most: as many as leave two processors time to be on time.
-const BESIDE: usize = 8;
+const BESIDE: usize = 4;
 
 /// A test's part of the machine.
 #[must_use = "what is not bound to a name is released at once"]
@@ -126,15 +126,27 @@ pub fn threads_named(prefix: &str) -> Vec<String> {
     names
 }
 
-/// Runs a test [`alone`], on a thread of its own, and fails if it does not end: for what could deadlock.
+/// Runs a test [`beside_others`], on a thread of its own, and fails if it does not end: for what could deadlock.
 ///
 /// A thread that hangs stays behind, with all that it holds.
 #[track_caller]
 pub fn watched(test: impl FnOnce() + Send + 'static) {
+    let _beside = beside_others();
+    watch(test);
+}
+
+/// As [`watched`], but [`alone`].
+#[track_caller]
+pub fn watched_alone(test: impl FnOnce() + Send + 'static) {
+    let _alone = alone();
+    watch(test);
+}
+
+#[track_caller]
+fn watch(test: impl FnOnce() + Send + 'static) {
     /// Longer than all that a test waits for.
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    let _alone = alone();
     let (done, ended) = std::sync::mpsc::channel::<()>();
     let name = thread::current().name().unwrap_or("test").to_owned();
     let test = thread::Builder::new().name(name).spawn(move || {
