@@ -9,3 +9,4 @@ pub(crate) mod process;
 pub(crate) mod shield;
 pub(crate) mod text;
 pub(crate) mod threads;
+pub(crate) mod time;

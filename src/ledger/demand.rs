@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::Ledger;
-use super::effects::{Order, Outcome, SlotJob};
 use super::slots::{Check, Close, State};
+use super::values::{Order, Outcome, SlotJob};
 use crate::leaf::clock::Moment;
 
 /// The shortest pause after a failed open, and the first of those that double.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::demand::FailedOpen;
-use super::effects::{Order, SlotJob};
 use super::slots::{Check, Close, Job, State};
+use super::values::{Order, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -66,16 +66,6 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     // ---------------------------------------------------------------------------------------------- idle
-
-    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only bring a
-    /// deadline that lies ahead.
-    #[inline]
-    pub(super) fn idle_deadline(&self) -> Moment {
-        match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
-            (Some(max), Some(&(index, _))) => self.slots[index as usize].since.plus(max),
-            _ => Moment::NEVER,
-        }
-    }
 
     /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay.
     pub(super) fn evict_idle(&mut self, now: Moment) {

@@ -9,10 +9,10 @@ use crate::stats::{Counts, Tally};
 
 // From the bottom to the top: each file uses types of those above it in this list only. What a rule of one file needs of
 // another it asks of the `Ledger`, on which all of them have methods; that is why the struct stands here, above them all.
-mod effects;
+mod values;
+
 mod slots;
 
-mod fitness;
 mod queue;
 
 mod demand;
@@ -26,12 +26,46 @@ mod reports;
 mod tests;
 
 pub(crate) use demand::FailedOpen;
-pub(crate) use effects::{Caller, Condition, Effects, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 pub(crate) use slots::Slot;
+pub(crate) use values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
 use queue::{Front, Waiter};
 use slots::StateCounts;
+
+/// What is to be done for others than the caller of a method. The caller empties it before it releases the lock.
+#[derive(Debug)]
+pub(crate) struct Effects<C, W> {
+    /// Waiters that have left the queue, and what they get: to be filled in under the lock.
+    pub(crate) served: Vec<(W, Outcome<C>)>,
+    /// Waiters to be woken, so that they come to [`take_notified`](Ledger::take_notified).
+    pub(crate) notified: Vec<W>,
+    pub(crate) orders: Vec<Order<C>>,
+    /// The reaper sleeps too long: wake it.
+    pub(crate) wake_reaper: bool,
+    /// Something has changed that `build` or `close` may be waiting for.
+    pub(crate) changed: bool,
+}
+
+impl<C, W> Default for Effects<C, W> {
+    fn default() -> Self {
+        Effects { served: Vec::new(), notified: Vec::new(), orders: Vec::new(), wake_reaper: false, changed: false }
+    }
+}
+
+impl<C, W> Effects<C, W> {
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        // One test instead of five: this is asked after every checkout and return, and the answer is hardly ever no.
+        (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
+            == 0
+    }
+
+    #[inline]
+    pub(crate) fn is_empty_but_for_notified(&self) -> bool {
+        (self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed)) == 0
+    }
+}
 
 /// The rules of the pool; see the module. `C` is a connection, `W` the handle by which a waiter is woken: the ledger looks
 /// into neither.

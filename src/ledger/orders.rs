@@ -2,7 +2,7 @@
 
 use super::Ledger;
 use super::demand::BACKOFF_FIRST;
-use super::effects::Outcome;
+use super::values::Outcome;
 use crate::leaf::clock::Moment;
 use crate::stats::CloseReason;
 

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::Ledger;
-use super::effects::{Caller, Join, Outcome, Take, Ticket, Token};
+use super::values::{Caller, Join, Outcome, Take, Ticket, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::CloseReason;
 

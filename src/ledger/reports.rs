@@ -3,8 +3,8 @@
 
 use super::Ledger;
 use super::demand::FailedOpen;
-use super::effects::Token;
 use super::slots::{CHECK_PATIENCE, Check, Close, Job, State};
+use super::values::Token;
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;

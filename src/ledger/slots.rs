@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::Ledger;
-use super::effects::{Caller, Order, SlotJob, Token};
+use super::values::{Caller, Order, SlotJob, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -521,6 +521,16 @@ impl<C, W: Clone> Ledger<C, W> {
             }
         }
         self.effects.changed |= self.watchers > 0;
+    }
+
+    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only bring a
+    /// deadline that lies ahead.
+    #[inline]
+    pub(super) fn idle_deadline(&self) -> Moment {
+        match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
+            (Some(max), Some(&(index, _))) => self.slots[index as usize].since.plus(max),
+            _ => Moment::NEVER,
+        }
     }
 
     /// Takes the top of the stack, which there must be. The caller of this changes its state.

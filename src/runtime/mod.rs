@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `event_count`, `waiter`, `executor` | what threads sleep on, and the threads that may block; they know nothing of pools |
 //! | `reaper` | the thread that keeps time |
-//! | `time`, `user`, `openings`, `lifecycle` | what the parts of a pool share |
+//! | `user`, `openings`, `lifecycle` | what the parts of a pool share |
 //! | `conn`, `job` | what they hand to each other |
 //! | `shared` | the lock, the one way to use it, and what comes of it |
 //! | `permit`, `jobs` | what the executor's threads do |
@@ -19,6 +19,5 @@ mod openings;
 pub(crate) mod permit;
 mod reaper;
 pub(crate) mod shared;
-mod time;
 mod user;
 pub(crate) mod waiter;

@@ -1,4 +1,4 @@
-//! The rules, on virtual time. One file for each file of the ledger; the [`World`](world::World) that they run in; and the
+//! The rules, on virtual time. One file for each subject of the ledger; the [`World`](world::World) that they run in; and the
 //! property test, which holds all of them together.
 
 mod checkout;

@@ -88,40 +88,6 @@ pub(crate) enum Order<C> {
     Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },
 }
 
-/// What is to be done for others than the caller of a method. The caller empties it before it releases the lock.
-#[derive(Debug)]
-pub(crate) struct Effects<C, W> {
-    /// Waiters that have left the queue, and what they get: to be filled in under the lock.
-    pub(crate) served: Vec<(W, Outcome<C>)>,
-    /// Waiters to be woken, so that they come to [`take_notified`](super::Ledger::take_notified).
-    pub(crate) notified: Vec<W>,
-    pub(crate) orders: Vec<Order<C>>,
-    /// The reaper sleeps too long: wake it.
-    pub(crate) wake_reaper: bool,
-    /// Something has changed that `build` or `close` may be waiting for.
-    pub(crate) changed: bool,
-}
-
-impl<C, W> Default for Effects<C, W> {
-    fn default() -> Self {
-        Effects { served: Vec::new(), notified: Vec::new(), orders: Vec::new(), wake_reaper: false, changed: false }
-    }
-}
-
-impl<C, W> Effects<C, W> {
-    #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        // One test instead of five: this is asked after every checkout and return, and the answer is hardly ever no.
-        (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
-            == 0
-    }
-
-    #[inline]
-    pub(crate) fn is_empty_but_for_notified(&self) -> bool {
-        (self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed)) == 0
-    }
-}
-
 /// What an attempt to take an idle connection came to.
 #[derive(Debug)]
 pub(crate) enum Take<C> {
