@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Ledger;
 use super::demand::FailedOpen;
 use super::effects::Order;
-use super::slots::{Check, Close, Job, State};
+use super::slots::{Check, State};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -209,7 +209,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if was == ConnectionState::Opening || self.may_abandon() {
             self.give_up(index);
         } else {
-            self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
+            self.set_stuck(index, now);
         }
     }
 

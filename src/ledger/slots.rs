@@ -1,17 +1,8 @@
 //! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot changes
 //! its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! | from \ to | idle | in use | checking | opening | closing | free |
-//! |---|---|---|---|---|---|---|
-//! | **free** | | | | `occupy` | | |
-//! | **opening** | `push_idle` | `check_out` | | `dial` | `order_close`, `open_failed`, | `begin`, `free`, `give_up` |
-//! | **idle** | `mark_expiring_soon` | `check_out` | `start_check` | | `order_close` | |
-//! | **in use** | `push_idle` | `check_out`, `report_leaks` | `start_check` | | `order_close` | `detach` |
-//! | **checking** | `push_idle` | `check_out` | `stop_counting_on` | | `order_close`, `check_failed`, `abandon` | `free`, `give_up` |
-//! | **closing** | | | | | `close_begins`, `abandon` | `free`, `give_up` |
-//!
-//! Every other transition is a mistake. Whoever has the slot's [`Token`] may ask for one; the reaper may for what is idle,
-//! and, at a job's limit, for a job's slot.
+//! The table of states and transitions stands in the README of this folder, which is the doc of the module: who may ask for
+//! which, and by which function of this file.
 
 use std::time::Duration;
 
@@ -270,7 +261,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// A slot takes another state, since then. What belonged to the state before ends with it.
     #[inline(always)]
-    pub(super) fn change(&mut self, index: u32, state: State, since: Moment) {
+    fn change(&mut self, index: u32, state: State, since: Moment) {
         if self.slots[index as usize].counted >= StateCounts::CHECK as u8 {
             self.end_job(index);
         }
@@ -491,9 +482,19 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The same for a connection that was not counted as opened, and so is not counted as closed.
     pub(super) fn order_close(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
-        self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
+        self.await_close(index, now, due);
         let token = self.token(index);
         self.effects.orders.push(Order::Close(token, conn, reason));
+    }
+
+    /// The connection is to be closed by a job that is yet to begin, and is due since `due`.
+    pub(super) fn await_close(&mut self, index: u32, now: Moment, due: Moment) {
+        self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
+    }
+
+    /// The job is past its limit, and its slot cannot be given up.
+    pub(super) fn set_stuck(&mut self, index: u32, now: Moment) {
+        self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
     }
 
     /// A job goes on to close what it has, if anything: it has another limit from now on.
