@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::demand::FailedOpen;
-use super::slots::{Check, Close, Job, State};
+use super::slots::{Check, State};
 use super::values::{Order, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
@@ -199,7 +199,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if was == ConnectionState::Opening || self.may_abandon() {
             self.give_up(index);
         } else {
-            self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
+            self.set_stuck(index, now);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::Ledger;
 use super::demand::FailedOpen;
-use super::slots::{CHECK_PATIENCE, Check, Close, Job, State};
+use super::slots::{CHECK_PATIENCE, Check, Close, State};
 use super::values::Token;
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
@@ -173,7 +173,7 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             if let Check::Own(_) = check {
                 // The connection is closed by a job that is yet to begin.
-                l.change(index, State::Closing(Close::Ordered { due: Moment::NEVER }, Job::ordered(0)), now);
+                l.await_close(index, now, Moment::NEVER);
             } else {
                 l.start_closing(index, now);
             }

@@ -261,7 +261,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// A slot takes another state, since then. What belonged to the state before ends with it.
     #[inline(always)]
-    pub(super) fn change(&mut self, index: u32, state: State, since: Moment) {
+    fn change(&mut self, index: u32, state: State, since: Moment) {
         if self.slots[index as usize].counted >= StateCounts::CHECK as u8 {
             self.end_job(index);
         }
@@ -482,9 +482,19 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The same for a connection that was not counted as opened, and so is not counted as closed.
     pub(super) fn order_close(&mut self, index: u32, conn: C, reason: CloseReason, now: Moment, due: Moment) {
-        self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
+        self.await_close(index, now, due);
         let token = self.token(index);
         self.effects.orders.push(Order::Job(SlotJob::Close(token, conn, reason)));
+    }
+
+    /// The connection is to be closed by a job that is yet to begin, and is due since `due`.
+    pub(super) fn await_close(&mut self, index: u32, now: Moment, due: Moment) {
+        self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
+    }
+
+    /// The job is past its limit, and its slot cannot be given up.
+    pub(super) fn set_stuck(&mut self, index: u32, now: Moment) {
+        self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
     }
 
     /// A job goes on to close what it has, if anything: it has another limit from now on.

@@ -13,7 +13,7 @@ fn seventeen_idle_connections_are_evicted_at_once() {
     assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 17));
     assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
     w.run(secs(10)); // past the limits of the jobs
-    assert_eq!(w.ledger.alarm(), Moment::NEVER, "an empty pool wakes nobody");
+    assert_eq!(w.ledger.alarm(), Moment::NEVER, "an empty pool sets no alarm");
 }
 
 #[test]

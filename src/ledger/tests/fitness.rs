@@ -81,7 +81,7 @@ fn what_was_checked_for_one_caller_serves_the_next() {
     w.ledger.prepare(w.now);
     w.apply();
     w.run(ms(100));
-    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("checked in vain") };
+    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("the check served no caller") };
     w.checked_out(1, token, conn);
     w.returned(1);
     // By a waiter that left.

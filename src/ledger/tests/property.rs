@@ -111,9 +111,9 @@ impl World {
     fn naive_idle(&self) -> Vec<Moment> {
         let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
         let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));
-        let busy: Vec<Conn> = self.in_use.values().map(|o| o.1).chain(at_work).collect();
+        let taken: Vec<Conn> = self.in_use.values().map(|o| o.1).chain(at_work).collect();
         let mut used: Vec<_> =
-            self.server.iter().filter(|(conn, _)| !busy.contains(conn)).map(|(_, &(_, used))| used).collect();
+            self.server.iter().filter(|(conn, _)| !taken.contains(conn)).map(|(_, &(_, used))| used).collect();
         used.sort();
         used
     }
@@ -226,7 +226,7 @@ fn live(settings: Settings, ops: Vec<Op>) {
         w.apply();
         w.run(Duration::ZERO);
         w.check_against_naive();
-        w.check_nobody_is_forgotten();
+        w.check_no_waiter_is_forgotten();
     }
     // The server is well again, nothing takes long, what hung goes on, and every caller returns what it has.
     (w.refuse, w.leaves_one, w.spawns, w.skew) = (None, false, true, Duration::ZERO);

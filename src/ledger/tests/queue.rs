@@ -40,7 +40,7 @@ fn no_more_callers_wait_than_max_waiting() {
 }
 
 /// A pool of `size`, all of it in use by the threads returned, and threads that take a while to wake.
-fn busy(size: u32) -> (World, Vec<Thread>) {
+fn all_in_use(size: u32) -> (World, Vec<Thread>) {
     let mut w = World::new(Settings { max_size: size, fair_after: ms(1), ..settings() });
     let threads = (0..size).map(|_| w.get()).collect();
     w.wake_time = us(30);
@@ -49,7 +49,7 @@ fn busy(size: u32) -> (World, Vec<Thread>) {
 
 #[test]
 fn a_running_thread_may_barge_four_times_in_twenty_microseconds() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     let first = w.get();
     let mut running = threads[0];
     for barged in 0..MAX_BARGES {
@@ -72,7 +72,7 @@ fn a_running_thread_may_barge_four_times_in_twenty_microseconds() {
 
 #[test]
 fn barges_are_counted_anew_for_the_next_first_waiter() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     let (first, second) = (w.get(), w.get());
     let mut running = threads[0];
     for _ in 0..MAX_BARGES {
@@ -97,7 +97,7 @@ fn barges_are_counted_anew_for_the_next_first_waiter() {
 
 #[test]
 fn no_caller_barges_a_waiter_after_fair_after() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     w.wake_time = secs(1); // as good as never
     let first = w.get();
     w.run(us(999));
@@ -118,7 +118,7 @@ fn no_caller_barges_a_waiter_after_fair_after() {
 
 #[test]
 fn a_waiter_notified_in_vain_keeps_its_place_and_is_notified_again() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     let first = w.get();
     w.returned(threads[0]);
     let faster = w.get();
@@ -132,7 +132,7 @@ fn a_waiter_notified_in_vain_keeps_its_place_and_is_notified_again() {
 
 #[test]
 fn no_more_waiters_are_notified_than_connections_are_ready() {
-    let (mut w, threads) = busy(3);
+    let (mut w, threads) = all_in_use(3);
     let waiting: Vec<_> = (0..10).map(|_| w.get()).collect();
     for thread in &threads {
         w.returned(*thread);
@@ -147,7 +147,7 @@ fn no_more_waiters_are_notified_than_connections_are_ready() {
 
 #[test]
 fn when_a_notified_waiter_leaves_the_next_is_notified() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     let (first, second) = (w.get(), w.get());
     w.returned(threads[0]);
     w.run(us(10));
@@ -158,7 +158,7 @@ fn when_a_notified_waiter_leaves_the_next_is_notified() {
 
 #[test]
 fn when_a_notified_waiter_is_handed_a_connection_the_next_is_notified() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     let (first, second) = (w.get(), w.get());
     w.run(us(990));
     w.returned(threads[0]);
@@ -172,7 +172,7 @@ fn when_a_notified_waiter_is_handed_a_connection_the_next_is_notified() {
 
 #[test]
 fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     let (first, second) = (w.get(), w.get());
     w.run(us(995));
     // Both are notified, and others are faster.
@@ -190,7 +190,7 @@ fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
 
 #[test]
 fn the_first_waiter_is_notified_again_for_what_is_left_to_it() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     let (first, second) = (w.get(), w.get());
     w.returned(threads[0]);
     w.returned(threads[1]);
@@ -206,7 +206,7 @@ fn the_first_waiter_is_notified_again_for_what_is_left_to_it() {
 
 #[test]
 fn a_notified_waiter_may_take_a_connection_if_one_is_left_for_the_first() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     w.wake_time = ms(2);
     let (first, second) = (w.get(), w.get());
     w.returned(threads[1]);
@@ -221,7 +221,7 @@ fn a_notified_waiter_may_take_a_connection_if_one_is_left_for_the_first() {
 
 #[test]
 fn what_became_suspect_is_checked_for_notified_waiters() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     w.ledger.settings.validate = Validate::AfterIdle(secs(1));
     w.takes.check = us(5);
     let first = w.get();
@@ -240,7 +240,7 @@ fn what_became_suspect_is_checked_for_notified_waiters() {
 
 #[test]
 fn close_dismisses_notified_waiters_in_order() {
-    let (mut w, threads) = busy(2);
+    let (mut w, threads) = all_in_use(2);
     let waiting: Vec<_> = (0..4).map(|_| w.get()).collect();
     w.returned(threads[0]);
     assert_eq!(w.ledger.close(w.now), Some(4));
@@ -251,7 +251,7 @@ fn close_dismisses_notified_waiters_in_order() {
 
 #[test]
 fn a_connection_that_would_be_evicted_is_handed_off() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     w.ledger.settings.max_idle = Some(Duration::ZERO);
     let first = w.get();
     w.returned(threads[0]);
@@ -260,7 +260,7 @@ fn a_connection_that_would_be_evicted_is_handed_off() {
 
 #[test]
 fn a_wish_to_prepare_checks_nothing_that_waiters_are_notified_for() {
-    let (mut w, threads) = busy(1);
+    let (mut w, threads) = all_in_use(1);
     w.ledger.settings.validate = Validate::AfterIdle(secs(1));
     let first = w.get();
     w.returned(threads[0]);

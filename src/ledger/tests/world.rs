@@ -295,7 +295,7 @@ impl World {
         let given_up = orders.iter().filter(|order| gave_up(order)).count() as i64;
         // What was freed, but not by giving up a job, was freed before anything was ordered.
         let freed = before + opens - after - given_up;
-        assert!(freed >= 0, "{} slots in use that nobody ordered", -freed);
+        assert!(freed >= 0, "{} slots are occupied that no step ordered", -freed);
         let mut total = before - freed;
         for order in orders {
             if let Order::Job(SlotJob::Open(token)) = order {
@@ -606,7 +606,7 @@ impl World {
             let wake = self.awake.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let next = job.min(alarm).min(wake).min(own).max(self.now);
             if next > self.now {
-                self.check_nobody_is_forgotten();
+                self.check_no_waiter_is_forgotten();
             }
             if next > until || next == Moment::NEVER {
                 break;
@@ -789,7 +789,7 @@ impl World {
         self.closes.iter().filter(|c| c.2 == reason).count()
     }
 
-    // ------------------------------------------------------------------------------------------ who waits for what
+    // ------------------------------------------------------------------------------------------ what waiters wait for
 
     /// How long waiters count on an open that has begun, as a naive account has it: three times as long as any has
     /// taken.
@@ -797,7 +797,7 @@ impl World {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
 
-    /// The jobs that may bring a connection any moment: opens and checks by the crew that have not begun, or not long ago.
+    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or not long ago.
     pub(super) fn coming(&self) -> u32 {
         let is_coming = |(event, job): &&(Event, Job)| {
             let patience = match event {
@@ -827,7 +827,7 @@ impl World {
     /// At rest, when whatever is due has been done: each waiter is notified and on its way, or a job that may bring a
     /// connection any moment is under way for it. Or else nothing could be done for it: there is no idle connection to
     /// check or to hand off, and no room to open another.
-    pub(super) fn check_nobody_is_forgotten(&self) {
+    pub(super) fn check_no_waiter_is_forgotten(&self) {
         if !self.strict || self.ledger.closed || self.waiting.is_empty() {
             return;
         }
@@ -900,7 +900,7 @@ impl World {
             l.patience.len(),
             l.slots().filter(|slot| slot.job().is_some_and(|job| job.patience != Moment::NEVER)).count()
         );
-        // The stack is sorted, and where a waiter waits beside it, they are called, or something is under way for each.
+        // The stack is sorted, and where callers wait beside it, some are notified, or a job is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         assert!(since.is_sorted());
         assert_eq!(
