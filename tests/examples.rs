@@ -260,7 +260,7 @@ fn exhausted() {
     assert!(begun.elapsed() >= ms(1000), "it was not even tried for: {:?}", begun.elapsed());
     // What needs no connection goes on, and says who has them.
     let pool = notes.get("/pool").body;
-    assert!(pool.contains("2 out") && pool.matches("examples/server.rs:").count() == 2, "{pool}");
+    assert!(pool.contains("2 in use") && pool.matches("examples/server.rs:").count() == 2, "{pool}");
     assert_eq!(corner.connections(), 2);
 
     drop(lock);

@@ -1,6 +1,6 @@
 //! P7: first come, first served, and a waiter that times out takes nothing with it.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -89,39 +89,49 @@ fn a_timeout_at_the_moment_of_the_return_loses_nothing() {
     assert!(pool.close(LONG).is_complete());
 }
 
-/// With `fair_after` zero nobody barges: between the arrival of a waiter and its checkout there are the checkouts of
-/// those who came before it, and no others.
+/// With `fair_after` zero nobody barges: callers that ask all the time get nothing until the last waiter is served.
 #[test]
 fn nobody_barges_past_a_waiter() {
+    const WAITERS: u64 = 60;
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).fair_after(Duration::ZERO).build(fake.direct()).unwrap();
-    let stop = AtomicBool::new(false);
-    let turns = AtomicU64::new(0);
+    let checked_out = pool.get().unwrap();
+    let before = pool.stats().waits;
+    let over = AtomicBool::new(false);
+    // Whoever has the connection says who it is: a waiter its number, a barger nothing.
+    let (tell, told) = unbounded();
     thread::scope(|s| {
-        for _ in 0..3 {
-            s.spawn(|| {
-                while !stop.load(SeqCst) {
+        let waiters: Vec<_> = (0..WAITERS)
+            .map(|n| {
+                let (pool, tell) = (&pool, tell.clone());
+                let waiter = s.spawn(move || {
                     let got = pool.get_timeout(LONG).unwrap();
-                    turns.fetch_add(1, SeqCst);
+                    tell.send(Some(n)).unwrap();
+                    thread::sleep(ms(1));
                     drop(got);
+                });
+                arrived(pool, before + n + 1);
+                waiter
+            })
+            .collect();
+        for _ in 0..2 {
+            let (pool, tell, over) = (&pool, tell.clone(), &over);
+            s.spawn(move || {
+                while !over.load(SeqCst) {
+                    if let Some(got) = pool.try_get() {
+                        tell.send(None).unwrap();
+                        drop(got);
+                    }
                 }
             });
         }
-        let mut between: Vec<u64> = (0..300)
-            .map(|_| {
-                let before = turns.load(SeqCst);
-                let got = pool.get_timeout(LONG).unwrap();
-                let after = turns.load(SeqCst);
-                drop(got);
-                after - before
-            })
-            .collect();
-        stop.store(true, SeqCst);
-        between.sort_unstable();
-        // Half of them, since this thread may be preempted between its look and its arrival.
-        assert!(between[150] <= 3, "{between:?}");
+        drop(checked_out);
+        waiters.into_iter().for_each(|w| w.join().unwrap());
+        over.store(true, SeqCst);
     });
+    let order: Vec<_> = all(told).into_iter().take(WAITERS as usize).collect();
+    assert!(order.iter().copied().eq((0..WAITERS).map(Some)), "{order:?}");
     assert!(pool.close(LONG).is_complete());
 }
 
