@@ -55,7 +55,7 @@ pub struct Timeout {
     /// Others who waited.
     pub waiting: u32,
     /// The connections that were in use for the longest time, each with the thread and line that had checked it out:
-    /// [`HOLDERS`](Timeout::MOST_SHOWN) of them at most, the longest first.
+    /// [`MOST_SHOWN`](Timeout::MOST_SHOWN) of them at most, the longest first.
     pub longest_in_use: Vec<ConnectionInfo>,
     /// How many of the connections in use the very thread that got this error had checked out. (It may have given
     /// them to others since.)

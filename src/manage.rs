@@ -311,14 +311,14 @@ mod tests {
     #[test]
     fn an_abort_that_comes_first_is_not_lost() {
         let opening = Opening::new("p".into(), Duration::from_secs(1));
-        let cuts = Arc::new(AtomicU32::new(0));
+        let aborts = Arc::new(AtomicU32::new(0));
         assert!(!opening.abort_from_now_on());
-        let seen = Arc::clone(&cuts);
+        let seen = Arc::clone(&aborts);
         opening.on_abort(move || {
             seen.fetch_add(1, Ordering::Relaxed);
         });
-        assert_eq!(cuts.load(Ordering::Relaxed), 1);
+        assert_eq!(aborts.load(Ordering::Relaxed), 1);
         opening.abort();
-        assert_eq!(cuts.load(Ordering::Relaxed), 2);
+        assert_eq!(aborts.load(Ordering::Relaxed), 2);
     }
 }

@@ -1,5 +1,5 @@
 //! Which process: a forked child has its parent's memory and none of its other threads. What one of these had locked at that
-//! moment is locked for ever there, so whoever may be in a child looks at the process before it waits for a lock.
+//! moment is locked for ever there, so a thread that may be in a child looks at the process before it waits for a lock.
 
 use std::cell::Cell;
 use std::process;

@@ -221,7 +221,7 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// A [hurried](Ledger::join) caller has given up: what was ordered for it is to be there for the next. `even_now`: the
+    /// A [hurried](Ledger::join) caller has left: what was ordered for it is to be there for the next. `even_now`: the
     /// caller may have been gone before that had begun, and it is wanted all the same.
     pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {
         self.step(now, |l, now| {

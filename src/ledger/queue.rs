@@ -125,7 +125,7 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// A waiter gives up its place. `Some`: it was still queued, and this is its handle. `None`: it has been served.
+    /// A waiter leaves the queue. `Some`: it was still queued, and this is its handle. `None`: it has been served.
     pub(crate) fn leave(&mut self, now: Moment, ticket: Ticket) -> Option<W> {
         self.step(now, |l, now| {
             let waiter = l.unqueue(now, ticket)?;

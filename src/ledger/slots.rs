@@ -1,8 +1,8 @@
 //! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot changes
 //! its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. Whoever has the slot's
-//! [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the slot of that job.
+//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. The caller or the job that
+//! has the slot's [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the slot of that job.
 
 use std::time::Duration;
 
@@ -121,7 +121,7 @@ impl Job {
 pub(super) enum Check {
     /// The caller validates it, for itself.
     Own(Caller),
-    /// The executor validates it, for whoever comes first.
+    /// The executor validates it, for the caller that comes first.
     Executor,
     /// The executor resets it.
     Reset,

@@ -13,7 +13,7 @@ pub(crate) struct Caller {
     pub(crate) thread: u64,
 }
 
-/// One slot of the pool, in the hands of whoever has this value. Spent by passing it back to the ledger.
+/// One slot of the pool, in the hands of the caller or the job that has this value. Spent by passing it back to the ledger.
 #[derive(Debug)]
 #[must_use = "a token that is dropped takes its slot with it"]
 pub(crate) struct Token {

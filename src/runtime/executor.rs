@@ -9,7 +9,7 @@
 //! a job that runs elsewhere (on its caller, where no thread can be started) or that goes on to do something else (a
 //! failed check closes what it has) counts as what it is: nothing, and a check.
 //!
-//! A thread that cannot be started loses nothing: an open comes back to whoever posted it, another job waits for another
+//! A thread that cannot be started loses nothing: an open comes back to the thread that posted it, another job waits for another
 //! thread of the executor; if there is none, a close comes back too and the others wait to be tried again.
 //!
 //! No thread pool of the ecosystem does this: theirs cannot abandon a job that hangs, nor limit by kind.
@@ -128,7 +128,7 @@ impl<J: Task> Executor<J> {
         Self::with_spawn(name, |builder, body| builder.spawn(body).map(drop))
     }
 
-    /// A executor that starts its threads with `spawn`.
+    /// An executor that starts its threads with `spawn`.
     fn with_spawn(name: String, spawn: Spawn) -> Self {
         let (send, receive) = unbounded();
         let inner = Inner {

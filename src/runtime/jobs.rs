@@ -1,6 +1,6 @@
 //! What the executor's threads do: everything that may block, panic, or run a user's code.
 //!
-//! Each job that has a slot holds it as a [`Permit`], and gives it back to the ledger: in so many words, or, if a panic comes
+//! Each job that has a slot has it as a [`Permit`], and passes it back to the ledger: in so many words, or, if a panic comes
 //! in between, by dropping it.
 
 use crate::error::Cause;
@@ -116,7 +116,7 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
     match permit.hand_over(|l, now, token| l.opened(now, token, conn)) {
-        // Its life was over: the ledger says so to whoever asks why the open failed.
+        // Its life was over: the ledger says so when it is asked why the open failed.
         Ok(false) => {}
         Ok(true) => {
             shared.record(Level::Debug, || {

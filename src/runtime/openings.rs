@@ -23,7 +23,7 @@ impl Openings {
         self.by_id.lock().get(&id).cloned()
     }
 
-    /// What is removed is the caller's to drop: it holds what the user registered.
+    /// What is removed is the caller's to drop: it contains what the user registered.
     #[must_use]
     pub(crate) fn remove(&self, id: u64) -> Option<Arc<Opening>> {
         self.by_id.lock().remove(&id)

@@ -67,7 +67,7 @@ impl Reaper {
         self.runs.load(Ordering::SeqCst)
     }
 
-    /// There is no such thread any longer. Called under the ledger's lock: whoever needs the reaper from then on sees it.
+    /// There is no such thread any longer. Called under the ledger's lock: a thread that needs the reaper from then on sees it.
     pub(crate) fn ends(&self) {
         self.runs.store(false, Ordering::SeqCst);
     }

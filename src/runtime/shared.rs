@@ -1,6 +1,6 @@
 //! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
 //!
-//! Under the lock run methods of the [`Ledger`] and nothing else. Their effects are applied by whoever held the lock:
+//! Under the lock run methods of the [`Ledger`] and nothing else. Their effects are applied by the thread that held the lock:
 //! waiters are served before it is released, and after it threads are woken and jobs posted.
 
 use crate::error::Cause;
@@ -301,7 +301,7 @@ impl<M: Manage> Shared<M> {
         let Some(opening) = self.openings.get(id) else { return false };
         let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
-            // The job drops it, too: what it holds is the user's. (If there is nothing to be done, it holds nothing.)
+            // The job drops the opening, too: what it contains is the user's. (If nothing is to be done, it contains nothing.)
             self.post(Job::Abort(opening, cancel));
         }
         can_be_aborted
@@ -340,7 +340,7 @@ impl<M: Manage> Shared<M> {
             return 0;
         }
         let now = self.time.precise();
-        // Before the ledger is told: whoever learns that the pool is closed can read who did it.
+        // Before the ledger is told: a caller that learns that the pool is closed can read who closed it.
         let _ = self.life.ended.set(Ended { by, at, thread: threads::id(), when: now });
         let waiters = self.with(|l| {
             let waiters = l.close(now);
