@@ -75,8 +75,9 @@ impl Clock {
         }
     }
 
-    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only, so
-    /// it comes out of a tick up to one behind, and is up to two behind before the next. (`coarse_is_not_far_behind` looks.)
+    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only,
+    /// so it comes out of a tick up to one behind, and is up to two behind before the next. (`coarse_is_not_far_behind`
+    /// looks.)
     pub(crate) fn resolution(&self) -> Duration {
         self.coarse.resolution() * 2
     }

@@ -1,13 +1,14 @@
 //! What this very thread does for a pool at this moment: a `close` that is called from within must not wait for it.
 //!
-//! That is known only of what the pool itself has in hand on this thread: a job, a validation, a connection that a hook or
-//! the manager looks at during its checkout or return. Of a connection in use nobody knows on which thread it is: the caller
-//! may have moved it.
+//! That is known only of what the pool itself has in hand on this thread: a job, a validation, a connection that a hook
+//! or the manager looks at during its checkout or return. Of a connection in use nobody knows on which thread it is:
+//! the caller may have moved it.
 
 use std::cell::{Cell, RefCell};
 use std::mem;
 
-/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`EXECUTOR`] for a thread of its executor.
+/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`EXECUTOR`] for a thread of its
+/// executor.
 type Work = (usize, u64);
 
 const NOTHING: Work = (0, 0);
@@ -57,7 +58,8 @@ impl Drop for InHand {
     }
 }
 
-/// Whether this thread is one of the executor's of `pool`, and the numbers of that pool's connections that it has in hand.
+/// Whether this thread is one of the executor's of `pool`, and the numbers of that pool's connections that it has in
+/// hand.
 pub(crate) fn of(pool: usize) -> (bool, Vec<u64>) {
     let mut ids = vec![TOP.get()];
     let _ = BELOW.try_with(|below| ids.extend_from_slice(&below.borrow()));

@@ -1,13 +1,13 @@
 //! What keeps a pool's lock alive while a connection is returned behind it.
 //!
-//! A connection in use is what keeps the pool's memory alive: nothing else need be left of the pool when the connection is
-//! returned. But on its way back it moves into what the lock guards, and the lock has to outlive its own release. To count
-//! one more owner up and down again for that is two locked instructions, where the whole of a checkout and return has
-//! four. So each thread stays an owner of the lock to which it returned a connection last, and counts only when that
-//! changes.
+//! A connection in use is what keeps the pool's memory alive: nothing else need be left of the pool when the connection
+//! is returned. But on its way back it moves into what the lock guards, and the lock has to outlive its own release. To
+//! count one more owner up and down again for that is two locked instructions, where the whole of a checkout and return
+//! has four. So each thread stays an owner of the lock to which it returned a connection last, and counts only when
+//! that changes.
 //!
-//! What a thread keeps so, until it returns a connection to another pool or ends, is the lock and the emptied ledger: no
-//! connection, no manager, no hook, nothing of the user's. Those go when the pool goes.
+//! What a thread keeps so, until it returns a connection to another pool or ends, is the lock and the emptied ledger:
+//! no connection, no manager, no hook, nothing of the user's. Those go when the pool goes.
 
 use std::any::Any;
 use std::cell::Cell;

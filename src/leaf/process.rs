@@ -1,5 +1,6 @@
-//! Which process: a forked child has its parent's memory and none of its other threads. What one of these had locked at that
-//! moment is locked for ever there, so a thread that may be in a child looks at the process before it waits for a lock.
+//! Which process: a forked child has its parent's memory and none of its other threads. What one of these had locked at
+//! that moment is locked for ever there, so a thread that may be in a child looks at the process before it waits for a
+//! lock.
 
 use std::cell::Cell;
 use std::process;
@@ -7,8 +8,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 thread_local! {
-    /// When this thread looked at its process last, and what it saw. (Without a destructor, so that it can be read to the very
-    /// end of its thread.)
+    /// When this thread looked at its process last, and what it saw. (Without a destructor, so that it can be read to
+    /// the very end of its thread.)
     static PROCESS: Cell<(u64, u32)> = const { Cell::new((0, 0)) };
 }
 
@@ -33,8 +34,8 @@ impl Home {
         process::id() != self.0
     }
 
-    /// The same, for next to nothing: of a thread that has looked within the last millisecond (and one step of the coarse
-    /// clock) it relies on that. `at` is the time in nanoseconds since the [`origin`].
+    /// The same, for next to nothing: of a thread that has looked within the last millisecond (and one step of the
+    /// coarse clock) it relies on that. `at` is the time in nanoseconds since the [`origin`].
     #[inline]
     pub(crate) fn seems_elsewhere(self, at: u64) -> bool {
         let (looked, seen) = PROCESS.get();

@@ -1,9 +1,9 @@
-//! What is shown: text from outside (a server's words, a pool's or a thread's name), in a form that stands in a log or on a
-//! terminal and does nothing else there.
+//! What is shown: text from outside (a server's words, a pool's or a thread's name), in a form that stands in a log or
+//! on a terminal and does nothing else there.
 //!
-//! Every way out goes through here: an error's or a table's `Display`, a log record, a name. What is kept for programs (a
-//! field, the typed source of a cause) stays as it came. Escaped text is not changed by being escaped again, and cut text
-//! is not cut again, so it does no harm to go through here twice.
+//! Every way out goes through here: an error's or a table's `Display`, a log record, a name. What is kept for programs
+//! (a field, the typed source of a cause) stays as it came. Escaped text is not changed by being escaped again, and cut
+//! text is not cut again, so it does no harm to go through here twice.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
@@ -40,8 +40,8 @@ impl<W: Write> Write for Escaping<W> {
     }
 }
 
-/// What `value` shows, escaped and cut to `limit` bytes, which says so. However much it may show, little more than that is
-/// ever made.
+/// What `value` shows, escaped and cut to `limit` bytes, which says so. However much it may show, little more than that
+/// is ever made.
 pub(crate) fn brief(value: impl fmt::Display, limit: usize) -> String {
     let mut text = Brief::new(limit);
     text.push(value);

@@ -1,5 +1,5 @@
-//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the thread's name for those who
-//! ask later.
+//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the thread's name for
+//! those who ask later.
 
 use crate::leaf::text::{NAME, brief, is_harmful};
 use std::cell::Cell;
@@ -112,8 +112,8 @@ impl Drop for Deregister {
     }
 }
 
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing in it
-/// that does something to a terminal.
+/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing
+/// in it that does something to a terminal.
 pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
     let mut end = pool.len().min(15 - suffix.len());
     while !pool.is_char_boundary(end) {

@@ -60,7 +60,8 @@ impl PoolTime {
     /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
     #[inline]
     pub(crate) fn seems_forked(&self, now: Moment) -> bool {
-        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come up.
+        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come
+        // up.
         let now = if self.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
         self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }

@@ -79,8 +79,8 @@ impl<C, W: Clone> Ledger<C, W> {
         Some((self.token(index), conn))
     }
 
-    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once): it seems `well`, or there was
-    /// nothing to be seen. `None`: the caller may not have it; then the executor checks it, for the next.
+    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once): it seems `well`, or there
+    /// was nothing to be seen. `None`: the caller may not have it; then the executor checks it, for the next.
     pub(crate) fn looked_at(
         &mut self,
         now: Moment,
@@ -108,8 +108,8 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// The idle connection that would be handed out after `others`, and whether it needs a check. Whatever has expired at
-    /// that place is closed first.
+    /// The idle connection that would be handed out after `others`, and whether it needs a check. Whatever has expired
+    /// at that place is closed first.
     #[inline]
     pub(super) fn next_idle(&mut self, others: usize, now: Moment) -> Option<(u32, bool)> {
         loop {
@@ -131,8 +131,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.close_due(index, conn, CloseReason::Lifetime, now, due);
     }
 
-    /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool no
-    /// longer keeps it, or another was found dead meanwhile, so that the check proves nothing.
+    /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool
+    /// no longer keeps it, or another was found dead meanwhile, so that the check proves nothing.
     pub(crate) fn own_check_passed(
         &mut self,
         now: Moment,
@@ -281,8 +281,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.check_failures = self.check_failures.saturating_add(1);
     }
 
-    /// The job that has this slot has proved that the connection was well at `at`, when the job began. `false`: another was
-    /// found dead since, so this proves nothing.
+    /// The job that has this slot has proved that the connection was well at `at`, when the job began. `false`: another
+    /// was found dead since, so this proves nothing.
     pub(super) fn proved(&mut self, index: u32, at: Moment) -> bool {
         let slot = &mut self.slots[index as usize];
         let Some(job) = slot.job() else { unreachable!("only a job proves anything") };

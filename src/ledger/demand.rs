@@ -13,8 +13,8 @@ pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_WAITED_FOR: Duration = Duration::from_secs(1);
 /// The longest pause between opens while none does.
 const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
-/// The first pause after a permanent refusal. A password is not mended in milliseconds, and a server may lock the account
-/// of those who hammer it.
+/// The first pause after a permanent refusal. A password is not mended in milliseconds, and a server may lock the
+/// account of those who hammer it.
 const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
 /// The greatest part of a pause that jitter takes off, so that many pools do not come back in step.
 const BACKOFF_JITTER: f64 = 0.2;
@@ -25,12 +25,12 @@ const OPEN_PATIENCE: u32 = 3;
 const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
 /// ... and so long while nothing is known of what is usual.
 const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
-/// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if a caller waits for its
-/// place: the server it leads to may be the one that failed.
+/// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if a caller waits for
+/// its place: the server it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
 
-/// Protects a server that answers nobody. It is the least time between two dials once as many jobs as the pool has slots are
-/// abandoned, and the last dial did not come through; or once more than as many are.
+/// Protects a server that answers nobody. It is the least time between two dials once as many jobs as the pool has
+/// slots are abandoned, and the last dial did not come through; or once more than as many are.
 pub(super) const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
 /// A run of failed opens.
@@ -95,8 +95,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Notifies the waiters for whom a connection is ready, and for the others has idle connections checked that need it.
-    /// Returns how many connections are then wanted beside those that are ready.
+    /// Notifies the waiters for whom a connection is ready, and for the others has idle connections checked that need
+    /// it. Returns how many connections are then wanted beside those that are ready.
     fn plan_checks(&mut self, now: Moment) -> u32 {
         loop {
             let ready = self.ready(now);
@@ -130,8 +130,8 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether another open is wanted for this demand: for the waiters, who count on every check and open that does not
     /// take longer than usual; and for the floor, which counts on the idle connections that last and on all that come
-    /// without being waited for. This is the one rule for refill and for replacement. `beside`: the open that asks, slow or
-    /// not, is not counted.
+    /// without being waited for. This is the one rule for refill and for replacement. `beside`: the open that asks,
+    /// slow or not, is not counted.
     pub(super) fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
         let mut quick = self.counted.quick_opens();
         let mut slow = self.counted.slow_opens();
@@ -140,8 +140,8 @@ impl<C, W: Clone> Ledger<C, W> {
             Some(false) => quick -= 1,
             None => {}
         }
-        // One more is dialled than is waited for, not one after another: a server that answers none of them is not helped,
-        // and opens that hang take slots.
+        // One more is dialled than is waited for, not one after another: a server that answers none of them is not
+        // helped, and opens that hang take slots.
         let counted_on = quick + slow.saturating_sub(1) + self.counted.quick_checks();
         // After a check that failed an open is among what is under way: six dead connections cost one connect, not six
         // timeouts in a row.
@@ -162,8 +162,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
-    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there is
-    /// none.
+    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there
+    /// is none.
     fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
         let Some((index, _)) = self.next_idle(ready, now) else { return false };
         let (_, conn) = self.idle.remove(self.idle.len() - 1 - ready);
@@ -241,8 +241,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.asked = true;
     }
 
-    /// A caller that does not wait has found nothing. What is under way by now, and counted on, was ordered for a caller
-    /// like it.
+    /// A caller that does not wait has found nothing. What is under way by now, and counted on, was ordered for a
+    /// caller like it.
     pub(super) fn note_asked(&mut self, now: Moment) {
         let under_way = self.slots().filter(|slot| match slot.state {
             State::Checking(check, job) => !matches!(check, Check::Own(_)) && !job.slow,
@@ -270,7 +270,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
-            // While opens fail, one at a time is enough to learn that they no longer do; and one beside an open that hangs.
+            // While opens fail, one at a time is enough to learn that they no longer do; and one beside an open that
+            // hangs.
             if self.counted.quick_opens() > 0 || opening > 1 {
                 return Moment::NEVER;
             }
@@ -288,15 +289,15 @@ impl<C, W: Clone> Ledger<C, W> {
         at
     }
 
-    /// Abandons the close of a connection that was replaced, and hangs, or gives up a stuck slot, if nothing but a place is
-    /// missing.
+    /// Abandons the close of a connection that was replaced, and hangs, or gives up a stuck slot, if nothing but a
+    /// place is missing.
     fn make_room(&mut self, now: Moment) -> bool {
         let full = self.counted.total() >= self.settings.max_size && self.counted.begun_closes() > 0;
         if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
             return false;
         }
-        // After the job is abandoned a dial must be left, or its place is of no use. (Were there a failure, its back-off
-        // would be over.)
+        // After the job is abandoned a dial must be left, or its place is of no use. (Were there a failure, its
+        // back-off would be over.)
         if self.abandoned + self.counted.opens() + 1 >= self.settings.max_size
             && (self.counted.opens() > 0 || self.failure.is_some())
         {

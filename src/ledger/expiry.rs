@@ -1,5 +1,5 @@
-//! What time ends: [`reap`](Ledger::reap) closes what was idle for too long and what is too old, has idle connections kept
-//! alive, reports leaks and abandons jobs past their limits.
+//! What time ends: [`reap`](Ledger::reap) closes what was idle for too long and what is too old, has idle connections
+//! kept alive, reports leaks and abandons jobs past their limits.
 
 use std::time::Duration;
 
@@ -165,14 +165,14 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether the slot of a connection that may be alive can be given up. It cannot if as many jobs are abandoned already,
-    /// or may yet be, as the pool has slots.
+    /// Whether the slot of a connection that may be alive can be given up. It cannot if as many jobs are abandoned
+    /// already, or may yet be, as the pool has slots.
     pub(super) fn may_abandon(&self) -> bool {
         self.abandoned + self.counted.opens() < self.settings.max_size
     }
 
-    /// Abandons a job past its limit. An open frees its slot (dialling stops by itself). So does another job, if the pool
-    /// [may abandon](Ledger::may_abandon) one more.
+    /// Abandons a job past its limit. An open frees its slot (dialling stops by itself). So does another job, if the
+    /// pool [may abandon](Ledger::may_abandon) one more.
     pub(super) fn abandon(&mut self, index: u32, now: Moment, jitter: f64) {
         let slot = &self.slots[index as usize];
         let (id, was, state, born) = (slot.id, slot.as_seen(), slot.state, slot.born);
@@ -203,8 +203,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that was
-    /// not done by now, and no other open takes their place.
+    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
+    /// was not done by now, and no other open takes their place.
     pub(crate) fn abandon_opens(&mut self, now: Moment) {
         self.tick(now);
         let opens =

@@ -7,8 +7,9 @@ use crate::leaf::clock::Moment;
 use crate::settings::{Settings, Validate};
 use crate::stats::{Counts, Tally};
 
-// From the bottom to the top: each file uses types of those above it in this list only. What a rule of one file needs of
-// another it asks of the `Ledger`, on which all of them have methods; that is why the struct stands here, above them all.
+// From the bottom to the top: each file uses types of those above it in this list only. What a rule of one file needs
+// of another it asks of the `Ledger`, on which all of them have methods; that is why the struct stands here, above them
+// all.
 mod values;
 
 mod slots;
@@ -67,8 +68,8 @@ impl<C, W> Effects<C, W> {
     }
 }
 
-/// The rules of the pool; see the module. `C` is a connection, `W` the handle by which a waiter is woken: the ledger looks
-/// into neither.
+/// The rules of the pool; see the module. `C` is a connection, `W` the handle by which a waiter is woken: the ledger
+/// looks into neither.
 pub(crate) struct Ledger<C, W> {
     /// The limits as they are by now: `resize` and `set_min_idle` change them.
     settings: Settings,
@@ -89,7 +90,8 @@ pub(crate) struct Ledger<C, W> {
     notified: BTreeMap<Ticket, Waiter<W>>,
     /// The first waiter of both, if there is any.
     front: Option<Front>,
-    /// The end of life of every connection that has one. Touched only when a connection is opened and when it is closed.
+    /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
+    /// closed.
     lifetimes: BTreeSet<(Moment, u32)>,
     /// When the idle stack last changed other than at its top. What is due only because of that is due since then.
     stack_changed_at: Moment,
@@ -117,11 +119,11 @@ pub(crate) struct Ledger<C, W> {
     next_ticket: u64,
     /// How often all connections were declared outdated. Changed by `outdate`.
     generation: u64,
-    /// How many connections were found dead. What was proven well before the last of them is suspect. (The ledger counts
-    /// them and does not date them: what came before what is known by the order of the steps, and by no clock.)
+    /// How many connections were found dead. What was proven well before the last of them is suspect. (The ledger
+    /// counts them and does not date them: what came before what is known by the order of the steps, and by no clock.)
     found_dead: u64,
-    /// When a caller that does not wait last asked for a connection. What was used or checked since serves the next such
-    /// caller, however late it comes. `NEVER`: no caller has asked.
+    /// When a caller that does not wait last asked for a connection. What was used or checked since serves the next
+    /// such caller, however late it comes. `NEVER`: no caller has asked.
     asked_at: Moment,
     /// The connection whose keepalive check goes on.
     keepalive: Option<u64>,
@@ -135,8 +137,8 @@ pub(crate) struct Ledger<C, W> {
 }
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// A pool that has no connection yet. Its floor is 0 until the warm-up calls [`set_min_idle`](Ledger::set_min_idle),
-    /// once the first connection is known to work.
+    /// A pool that has no connection yet. Its floor is 0 until the warm-up calls
+    /// [`set_min_idle`](Ledger::set_min_idle), once the first connection is known to work.
     pub(crate) fn new(settings: Settings, resolution: Duration) -> Self {
         let validate = match settings.validate {
             Validate::AfterIdle(Duration::ZERO) => Validate::Always,
@@ -212,8 +214,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.idle.len() as u32 >= self.settings.min_idle.min(self.settings.max_size)
     }
 
-    /// Whether the pool is closed and nothing will be due, so that the reaper can end. A limit that begins later sets an
-    /// alarm of its own.
+    /// Whether the pool is closed and nothing will be due, so that the reaper can end. A limit that begins later sets
+    /// an alarm of its own.
     pub(crate) fn is_over(&self) -> bool {
         let counts = self.counts();
         self.closed && counts.checking + counts.closing == 0 && self.limits.is_empty()

@@ -1,8 +1,8 @@
 //! The queue of waiters, and the hand-off: who gets a connection that is returned or opened.
 //!
 //! A connection goes to the first waiter (*hand-off*), or to the idle stack, where running threads may take it first
-//! (*barging*) while the next waiters are *notified* to come and take what is there. The README of this folder says why,
-//! and proves that no waiter is forgotten.
+//! (*barging*) while the next waiters are *notified* to come and take what is there. The README of this folder says
+//! why, and proves that no waiter is forgotten.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use crate::stats::CloseReason;
 
 /// Protects a waiter from starving: the first one is handed what comes back once it was barged so often...
 pub(super) const MAX_BARGES: u32 = 4;
-/// ... and has been the first for so long. Protects the running threads: a waiter that became the first a moment ago would
-/// hold up the connection for as long as a thread takes to wake.
+/// ... and has been the first for so long. Protects the running threads: a waiter that became the first a moment ago
+/// would hold up the connection for as long as a thread takes to wake.
 pub(super) const HANDED_OFF_AFTER: Duration = Duration::from_micros(20);
 
 pub(super) struct Waiter<W> {
@@ -101,8 +101,8 @@ impl<C, W: Clone> Ledger<C, W> {
         Ticket { number: self.next_ticket, since: now }
     }
 
-    /// A notified waiter has come. `None`: another caller was faster, or the waiter was not notified, or it no longer waits.
-    /// A waiter that still waits keeps its place.
+    /// A notified waiter has come. `None`: another caller was faster, or the waiter was not notified, or it no longer
+    /// waits. A waiter that still waits keeps its place.
     pub(crate) fn take_notified(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
         self.step(now, |l, now| {
             let waiter = l.notified.remove(&ticket)?;
@@ -170,8 +170,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.front.is_none_or(|front| now.since(front.since) < self.settings.fair_after)
     }
 
-    /// Gives a connection to the first waiter, or keeps it. `fresh`: it was proven well just now. For what is kept while
-    /// others wait, the plan notifies them, or has it checked first.
+    /// Gives a connection to the first waiter, or keeps it. `fresh`: it was proven well just now. For what is kept
+    /// while others wait, the plan notifies them, or has it checked first.
     #[inline]
     pub(super) fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
         if let Some(front) = self.front {
@@ -201,8 +201,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.push_idle(index, conn, now);
     }
 
-    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more than are waited
-    /// for.
+    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more than are
+    /// waited for.
     pub(super) fn ready(&self, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
         let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);

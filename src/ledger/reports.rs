@@ -1,5 +1,5 @@
-//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current: the
-//! ledger then changes nothing, and the job closes what it has.
+//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current:
+//! the ledger then changes nothing, and the job closes what it has.
 
 use super::Ledger;
 use super::demand::FailedOpen;
@@ -10,13 +10,13 @@ use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;
 
 /// How long a close counts among those that run side by side. It takes a millisecond or two; one that takes longer may
-/// hang, and must not hold up the next by more than what is scheduling noise anyway. (The executor runs one more for each
-/// that takes longer, so that with every such pause twice as many have begun.)
+/// hang, and must not hold up the next by more than what is scheduling noise anyway. (The executor runs one more for
+/// each that takes longer, so that with every such pause twice as many have begun.)
 pub(super) const CLOSE_PATIENCE: Duration = Duration::from_millis(3);
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// An open, check or reset starts to run: its limit counts from now. `None`: it was an open, nobody wants it any longer,
-    /// and its slot is free.
+    /// An open, check or reset starts to run: its limit counts from now. `None`: it was an open, nobody wants it any
+    /// longer, and its slot is free.
     pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
         self.step(now, |l, now| {
             let index = token.index;
@@ -60,7 +60,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.count_on(index, now.plus(self.open_patience()));
     }
 
-    /// A close starts to run, in a job of its own or in one that goes on to close what it has: it has a limit of its own.
+    /// A close starts to run, in a job of its own or in one that goes on to close what it has: it has a limit of its
+    /// own.
     pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
         self.step(now, |l, now| {
             if l.is_current(token) {
@@ -121,8 +122,8 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// An open has failed, with a cause that was noted before. The slot is not free until [`free`](Ledger::free), for the
-    /// job still has handlers to run.
+    /// An open has failed, with a cause that was noted before. The slot is not free until [`free`](Ledger::free), for
+    /// the job still has handlers to run.
     pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
@@ -137,8 +138,8 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// The executor's check or reset has succeeded. `Err`: too late, the job was abandoned; the connection is to be closed
-    /// and its token freed.
+    /// The executor's check or reset has succeeded. `Err`: too late, the job was abandoned; the connection is to be
+    /// closed and its token freed.
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         self.step(now, |l, now| {
             if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
@@ -162,8 +163,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// A check or reset has failed, the executor's or a caller's own. The slot is not free until [`free`](Ledger::free). A
-    /// failed check makes the siblings suspect; a failed reset says nothing of them.
+    /// A check or reset has failed, the executor's or a caller's own. The slot is not free until
+    /// [`free`](Ledger::free). A failed check makes the siblings suspect; a failed reset says nothing of them.
     pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
         self.step(now, |l, now| {
             let index = token.index;

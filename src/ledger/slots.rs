@@ -1,8 +1,9 @@
-//! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot changes
-//! its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
+//! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot
+//! changes its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. The caller or the job that
-//! has the slot's [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the slot of that job.
+//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. The caller or the job
+//! that has the slot's [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the
+//! slot of that job.
 
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use super::values::{Caller, Order, SlotJob, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
-/// How long waiters count on a check or a reset that goes on. One that takes longer may hang: then another connection is
-/// checked or opened for the waiters beside it, where there is room.
+/// How long waiters count on a check or a reset that goes on. One that takes longer may hang: then another connection
+/// is checked or opened for the waiters beside it, where there is room.
 pub(super) const CHECK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// What the ledger knows of one slot.
@@ -247,8 +248,8 @@ impl StateCounts {
 impl<C, W: Clone> Ledger<C, W> {
     // ---------------------------------------------------------------------------------------------- states
 
-    /// Sets the state of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the state
-    /// they set, need not look up where it is counted.)
+    /// Sets the state of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the
+    /// state they set, need not look up where it is counted.)
     #[inline(always)]
     fn set(&mut self, index: u32, state: State) {
         let after = StateCounts::of(&state);

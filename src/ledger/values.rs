@@ -13,7 +13,8 @@ pub(crate) struct Caller {
     pub(crate) thread: u64,
 }
 
-/// One slot of the pool, in the hands of the caller or the job that has this value. Spent by passing it back to the ledger.
+/// One slot of the pool, in the hands of the caller or the job that has this value. Spent by passing it back to the
+/// ledger.
 #[derive(Debug)]
 #[must_use = "a token that is dropped takes its slot with it"]
 pub(crate) struct Token {
@@ -32,7 +33,8 @@ impl Token {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket {
     pub(super) number: u64,
-    /// When it was drawn. A caller that leaves the queue for a check of its own and comes back has waited all the while.
+    /// When it was drawn. A caller that leaves the queue for a check of its own and comes back has waited all the
+    /// while.
     pub(super) since: Moment,
 }
 
@@ -82,7 +84,8 @@ pub(crate) enum Order<C> {
         /// Whether the server may be at work for the job, and is to be asked to stop.
         cancel: bool,
     },
-    /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by side.
+    /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by
+    /// side.
     Slow { id: u64 },
     /// A connection was in use for longer than `leak_threshold`.
     Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },

@@ -72,8 +72,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in use do
-    /// not count: with a floor of 1 and one connection in use there is a second.
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in
+    /// use do not count: with a floor of 1 and one connection in use there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
     /// refused.
@@ -99,8 +99,8 @@ impl<M: Manage> Builder<M> {
         self.max_idle(idle_timeout)
     }
 
-    /// How old a connection may get: it is not handed out past this age. An idle one is closed at it, one in use when it is
-    /// returned. Counted from the moment its opening began.
+    /// How old a connection may get: it is not handed out past this age. An idle one is closed at it, one in use when
+    /// it is returned. Counted from the moment its opening began.
     ///
     /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
@@ -172,8 +172,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each has a
-    /// thread of the pool's for as long as that takes.
+    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each
+    /// has a thread of the pool's for as long as that takes.
     ///
     /// Default 4. Zero is refused, and so is more than 1024.
     #[must_use]
@@ -184,8 +184,9 @@ impl<M: Manage> Builder<M> {
 
     /// How many threads may wait for a connection; one more fails at once.
     ///
-    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened, nor (with a manager that does not
-    /// [keep its limits](Manage::keeps_limits)) to be checked: what a call that failed had opened or checked serves the next.
+    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened, nor (with a manager that
+    /// does not [keep its limits](Manage::keeps_limits)) to be checked: what a call that failed had opened or checked
+    /// serves the next.
     #[must_use]
     pub fn max_waiting(mut self, n: impl Into<Option<u32>>) -> Self {
         self.settings.max_waiting = n.into();
@@ -194,13 +195,14 @@ impl<M: Manage> Builder<M> {
 
     /// Bounds barging: once the first waiter has waited for so long, no other caller takes a connection before it.
     ///
-    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it has
-    /// been the first for 20 µs. Otherwise any thread that runs may take the connection, while the waiter is notified that it
-    /// may. A thread takes microseconds to wake; a connection that is in use for less than that would lie unused meanwhile.
+    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it
+    /// has been the first for 20 µs. Otherwise any thread that runs may take the connection, while the waiter is
+    /// notified that it may. A thread takes microseconds to wake; a connection that is in use for less than that would
+    /// lie unused meanwhile.
     ///
-    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in order
-    /// of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve` shows what
-    /// other values cost, and what they buy.)
+    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in
+    /// order of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve`
+    /// shows what other values cost, and what they buy.)
     #[must_use]
     pub fn fair_after(mut self, limit: Duration) -> Self {
         self.settings.fair_after = limit;
@@ -229,9 +231,9 @@ impl<M: Manage> Builder<M> {
 
     /// Prepares each connection after it is opened, and takes care of it when it is closed, as in r2d2.
     ///
-    /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called only
-    /// if `on_acquire` succeeded, and takes the place of [`Manage::close`]. `on_acquire` runs again after a
-    /// reset that [undid what it set](Manage::undoes_on_acquire), as part of it.
+    /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called
+    /// only if `on_acquire` succeeded, and takes the place of [`Manage::close`]. `on_acquire` runs again after a reset
+    /// that [undid what it set](Manage::undoes_on_acquire), as part of it.
     #[must_use]
     pub fn connection_customizer(mut self, c: Box<dyn CustomizeConnection<M::Connection, M::Error>>) -> Self {
         self.hooks.customizer = Some(c);
@@ -275,13 +277,13 @@ impl<M: Manage> Builder<M> {
 
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
-    /// None of them is checked out for that: there is no checkout and no return of which an event would tell, and the first
-    /// caller finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
+    /// None of them is checked out for that: there is no checkout and no return of which an event would tell, and the
+    /// first caller finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at once
-    /// if the server refuses for good, [`Timeout`](crate::ErrorKind::Timeout) with the last failure otherwise.
+    /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at
+    /// once if the server refuses for good, [`Timeout`](crate::ErrorKind::Timeout) with the last failure otherwise.
     pub fn build(self, manager: M) -> Result<Pool<M>, Error> {
         let (settings, hooks) = self.checked()?;
         let pool = Pool::start(settings, hooks, manager)?;

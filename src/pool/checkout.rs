@@ -1,7 +1,7 @@
 //! The way of a `get`: an idle connection at once; or one that this thread validates; or a place in the queue.
 //!
-//! One absolute deadline covers all of it. The caller waits on the pool and on nothing else: it never connects, and never
-//! drops a connection.
+//! One absolute deadline covers all of it. The caller waits on the pool and on nothing else: it never connects, and
+//! never drops a connection.
 
 use crate::error::{Error, ErrorKind, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
@@ -28,14 +28,14 @@ const BLINK: Duration = Duration::from_millis(10);
 impl<M: Manage> Pool<M> {
     /// Checks out a connection, waiting for one for at most `connection_timeout`.
     ///
-    /// The connection used last is taken first. If none is idle, the caller waits in order of arrival for one to be returned
-    /// or opened, whichever comes first; so it does if the first waiter has waited for as long as
+    /// The connection used last is taken first. If none is idle, the caller waits in order of arrival for one to be
+    /// returned or opened, whichever comes first; so it does if the first waiter has waited for as long as
     /// [`fair_after`](crate::Builder::fair_after).
     ///
     /// # Errors
     ///
-    /// * [`Timeout`](crate::ErrorKind::Timeout): no connection came in time. Says which threads have them, or why none could be
-    ///   opened.
+    /// * [`Timeout`](crate::ErrorKind::Timeout): no connection came in time. Says which threads have them, or why none
+    ///   could be opened.
     /// * [`Connect`](crate::ErrorKind::Connect): the server refuses for good, and no connection is alive. At once.
     /// * [`Closed`](crate::ErrorKind::Closed): the pool is closed. At once, to waiters as well.
     /// * [`TooManyWaiting`](crate::ErrorKind::TooManyWaiting): `max_waiting` others wait. At once.
@@ -48,8 +48,9 @@ impl<M: Manage> Pool<M> {
 
     /// [`get`](Pool::get) with a deadline of its own: `timeout` covers everything, queueing, opening and validation.
     ///
-    /// Zero: takes a connection that can be had at once, by the rules of [`try_get`](Pool::try_get), and fails otherwise. A
-    /// short timeout does no harm to a connection that is being opened or validated: the next caller gets it.
+    /// Zero: takes a connection that can be had at once, by the rules of [`try_get`](Pool::try_get), and fails
+    /// otherwise. A short timeout does no harm to a connection that is being opened or validated: the next caller gets
+    /// it.
     ///
     /// # Errors
     ///
@@ -71,14 +72,15 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the network;
-    /// but asks for one to be made ready, so that a later call finds it.
+    /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the
+    /// network; but asks for one to be made ready, so that a later call finds it.
     ///
-    /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is had after a
-    /// [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix socket). Otherwise it is
-    /// had if it was used or validated since the last such call, however long ago that is: a validation that one call asked
-    /// for in vain serves the next. So its user may find it dead. A suspect connection (another was found dead since) is had
-    /// only after it was validated; and with [`Validate::Always`](crate::Validate) each use has a validation of its own.
+    /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is had after
+    /// a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix socket).
+    /// Otherwise it is had if it was used or validated since the last such call, however long ago that is: a validation
+    /// that one call asked for in vain serves the next. So its user may find it dead. A suspect connection (another was
+    /// found dead since) is had only after it was validated; and with [`Validate::Always`](crate::Validate) each use
+    /// has a validation of its own.
     ///
     /// `None` as well if the pool is closed, or others wait.
     #[track_caller]

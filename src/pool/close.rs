@@ -17,14 +17,15 @@ use std::time::{Duration, Instant};
 impl<M: Manage> Pool<M> {
     /// Closes the pool, and waits until it is closed, but for at most `grace`.
     ///
-    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out any more.
-    /// Idle connections are closed; those in use as they are returned; those being opened when they arrive. Called from a
-    /// hook, `close` does not wait for the job or the connection with which the hook was called. But for a connection that this
-    /// thread has checked out, and has not returned, it waits until the grace is over: return it first. (The pool knows which
-    /// thread checked a connection out, and not which thread has it now.)
+    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out
+    /// any more. Idle connections are closed; those in use as they are returned; those being opened when they arrive.
+    /// Called from a hook, `close` does not wait for the job or the connection with which the hook was called. But for
+    /// a connection that this thread has checked out, and has not returned, it waits until the grace is over: return it
+    /// first. (The pool knows which thread checked a connection out, and not which thread has it now.)
     ///
-    /// When the grace is over, what a connection in use is doing is cancelled and aborted where the manager can do that, the
-    /// rest is left to end by itself, and the report says what. Zero: waits for nothing. A second call has a grace of its own.
+    /// When the grace is over, what a connection in use is doing is cancelled and aborted where the manager can do
+    /// that, the rest is left to end by itself, and the report says what. Zero: waits for nothing. A second call has a
+    /// grace of its own.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
         let closer = Closer::new("`close` was called", Location::caller(), grace);

@@ -20,8 +20,8 @@ use std::thread;
 /// It derefs to the connection itself, so what else can be done with it are associated functions:
 /// `PooledConnection::discard(c)`, not `c.discard()`.
 ///
-/// It does not keep the pool open, and may outlive it. Dropped by a panic that began after the checkout, the connection is
-/// closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its slot with it for good.
+/// It does not keep the pool open, and may outlive it. Dropped by a panic that began after the checkout, the connection
+/// is closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its slot with it for good.
 #[must_use = "a connection that is not bound to a name goes back to the pool at once"]
 pub struct PooledConnection<M: Manage> {
     /// `None` once it is returned.

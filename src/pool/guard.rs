@@ -22,7 +22,8 @@ impl<M: Manage> Pool<M> {
 /// The grace of a guard that was not told another.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
+/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by
+/// [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
 /// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }
@@ -66,12 +67,13 @@ const GRACE: Duration = Duration::from_secs(5);
 /// # Ok::<(), millpond::Error>(())
 /// ```
 ///
-/// There is one deadline, the [grace](PoolGuard::grace): the workers have the first three quarters of it to finish, with
-/// the pool still open so that they can end what they have begun; then the pool is closed with what is left of it; then
-/// the workers are dropped.
+/// There is one deadline, the [grace](PoolGuard::grace): the workers have the first three quarters of it to finish,
+/// with the pool still open so that they can end what they have begun; then the pool is closed with what is left of it;
+/// then the workers are dropped.
 ///
 /// The guard waits for a connection that its own thread has checked out as well, for the pool cannot know that the
-/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before it.
+/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before
+/// it.
 ///
 /// # Where `Drop` does not run
 ///

@@ -29,8 +29,8 @@ use std::time::Duration;
 
 /// A pool of connections: a handle to it, to be cloned and given to every thread.
 ///
-/// The pool is open until one of them is told to [`close`](Pool::close), a [`PoolGuard`](crate::PoolGuard) is dropped, or the
-/// last handle and guard is. Connections in use do not keep it open.
+/// The pool is open until one of them is told to [`close`](Pool::close), a [`PoolGuard`](crate::PoolGuard) is dropped,
+/// or the last handle and guard is. Connections in use do not keep it open.
 pub struct Pool<M: Manage>(Arc<Handle<M>>);
 
 /// What the handles have in common and the pool's own threads have not.
@@ -64,13 +64,13 @@ impl<M: Manage> Pool<M> {
 
     /// Sets the greatest number of connections.
     ///
-    /// Down: the connections that are too many are closed, idle ones at once (the longest unused first), others when they are
-    /// returned.
+    /// Down: the connections that are too many are closed, idle ones at once (the longest unused first), others when
+    /// they are returned.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a forked
-    /// child nothing changes either.)
+    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a
+    /// forked child nothing changes either.)
     pub fn resize(&self, max_size: u32) -> Result<(), Error> {
         if max_size == 0 {
             return Err(Error::config("max_size", "is 0, and must be at least 1"));
@@ -87,8 +87,8 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, others when they are returned.
     ///
-    /// A close of such a connection that takes more than a tenth of `close_timeout`, while somebody waits for its place, is
-    /// abandoned like one past that limit: the server at the other end may be the one that failed.
+    /// A close of such a connection that takes more than a tenth of `close_timeout`, while somebody waits for its
+    /// place, is abandoned like one past that limit: the server at the other end may be the one that failed.
     ///
     /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
     /// forgotten: the next attempt is made soon.
@@ -140,8 +140,8 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.slots(|_| true)))
     }
 
-    /// Logs records about this pool, from a thread that the logger may block, for as long as there is one: it does not keep
-    /// the pool. Afterwards it logs on the thread that calls it.
+    /// Logs records about this pool, from a thread that the logger may block, for as long as there is one: it does not
+    /// keep the pool. Afterwards it logs on the thread that calls it.
     #[cfg(feature = "postgres")]
     pub(crate) fn recorder(&self) -> impl Fn(Level, String) + Send + Sync + 'static {
         let (shared, name) = (Arc::downgrade(self.shared()), self.name().to_string());

@@ -5,8 +5,8 @@ use crate::ledger::Token;
 use crate::manage::Manage;
 use r2d2::Extensions;
 
-/// A connection, and its owner: what keeps the pool's memory alive while the connection is in use. Its box is made when it
-/// is opened, and moved from then on.
+/// A connection, and its owner: what keeps the pool's memory alive while the connection is in use. Its box is made when
+/// it is opened, and moved from then on.
 pub(crate) struct Conn<M: Manage, O> {
     pub(crate) owner: O,
     pub(crate) id: u64,

@@ -1,8 +1,8 @@
 //! [`EventCount`]: what the threads of a pool sleep on for long.
 //!
-//! It stands on the standard library's lock, not on `parking_lot`'s: the latter keeps every sleeping thread in a table of
-//! the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself. With
-//! what sleeps long out of that table, a child may fork at any time and build a pool of its own.
+//! It stands on the standard library's lock, not on `parking_lot`'s: the latter keeps every sleeping thread in a table
+//! of the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself.
+//! With what sleeps long out of that table, a child may fork at any time and build a pool of its own.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,8 +27,8 @@ impl EventCount {
         *self.lock()
     }
 
-    /// Counts one more event, and wakes all who wait. (In a forked child nobody waits, and the thread that holds the lock
-    /// may not be there.)
+    /// Counts one more event, and wakes all who wait. (In a forked child nobody waits, and the thread that holds the
+    /// lock may not be there.)
     pub(crate) fn notify(&self) {
         let Some(mut count) = self.home.lock(&self.count) else { return };
         *count += 1;

@@ -1,16 +1,16 @@
 //! The [`Executor`]: the threads that may block.
 //!
 //! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind
-//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual may
-//! be told to [count no longer](Executor::stop_counting) against that limit. The thread of an [abandoned
+//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual
+//! may be told to [count no longer](Executor::stop_counting) against that limit. The thread of an [abandoned
 //! job](Executor::abandon) is abandoned: it leaves when that job ends.
 //!
 //! What counts is what stands in the [list of running jobs](Inner::running), each under the kind it was started as. So
 //! a job that runs elsewhere (on its caller, where no thread can be started) or that goes on to do something else (a
 //! failed check closes what it has) counts as what it is: nothing, and a check.
 //!
-//! A thread that cannot be started loses nothing: an open comes back to the thread that posted it, another job waits for another
-//! thread of the executor; if there is none, a close comes back too and the others wait to be tried again.
+//! A thread that cannot be started loses nothing: an open comes back to the thread that posted it, another job waits
+//! for another thread of the executor; if there is none, a close comes back too and the others wait to be tried again.
 //!
 //! No thread pool of the ecosystem does this: theirs cannot abandon a job that hangs, nor limit by kind.
 
@@ -26,11 +26,11 @@ use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);
-/// How many closes run at once, of those that do not take longer than usual. Closes come many at a time: after a burst all
-/// that is surplus is evicted together.
+/// How many closes run at once, of those that do not take longer than usual. Closes come many at a time: after a burst
+/// all that is surplus is evicted together.
 const CLOSERS: usize = 4;
-/// How many jobs of each other kind run at once. A process that has no thread left for others ends; in a pool of more than as
-/// many connections a job over this limit waits.
+/// How many jobs of each other kind run at once. A process that has no thread left for others ends; in a pool of more
+/// than as many connections a job over this limit waits.
 const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. A record beyond them is dropped, and counted.
 const MAX_RECORDS: usize = 1024;
@@ -148,13 +148,15 @@ impl<J: Task> Executor<J> {
         self.inner.lock().threads
     }
 
-    /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for them.
+    /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for
+    /// them.
     pub(crate) fn dropped_records(&self) -> u64 {
         self.inner.lock().dropped_records
     }
 
-    /// Has a job done. `Ok(false)`: it waits in the backlog, and somebody must call [`run_backlog`](Executor::run_backlog).
-    /// `Err`: no thread could be started, and the job is one that must not wait for one.
+    /// Has a job done. `Ok(false)`: it waits in the backlog, and somebody must call
+    /// [`run_backlog`](Executor::run_backlog). `Err`: no thread could be started, and the job is one that must not wait
+    /// for one.
     pub(crate) fn post<S: Host<Job = J>>(&self, host: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
         let mut inner = self.inner.lock();
         let kind = job.kind();
@@ -192,8 +194,8 @@ impl<J: Task> Executor<J> {
         }
     }
 
-    /// Starts threads for the jobs in the backlog for which there is room: after a thread could not be started, or a job no
-    /// longer counts. `false`: a job still waits for which there is no thread.
+    /// Starts threads for the jobs in the backlog for which there is room: after a thread could not be started, or a
+    /// job no longer counts. `false`: a job still waits for which there is no thread.
     pub(crate) fn run_backlog<S: Host<Job = J>>(&self, host: &Arc<S>) -> bool {
         loop {
             let mut inner = self.inner.lock();
@@ -226,8 +228,8 @@ impl<J: Task> Executor<J> {
         self.inner.lock().defer(job);
     }
 
-    /// The job that has this slot takes longer than usual: it counts no longer against the limit of its kind, and the jobs
-    /// behind it run. Nothing happens if it does not run here.
+    /// The job that has this slot takes longer than usual: it counts no longer against the limit of its kind, and the
+    /// jobs behind it run. Nothing happens if it does not run here.
     pub(crate) fn stop_counting<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
@@ -238,8 +240,8 @@ impl<J: Task> Executor<J> {
         self.run_backlog(host)
     }
 
-    /// The job that has this slot is abandoned: its thread leaves when the job ends, and the jobs behind it run. Nothing
-    /// happens if it does not run here.
+    /// The job that has this slot is abandoned: its thread leaves when the job ends, and the jobs behind it run.
+    /// Nothing happens if it does not run here.
     pub(crate) fn abandon<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
@@ -318,7 +320,8 @@ impl<J: Task> Executor<J> {
 }
 
 impl<J: Task> Inner<J> {
-    /// Beside those that may run, one more runs for each that counts no longer: so of many jobs that hang the last begins soon.
+    /// Beside those that may run, one more runs for each that counts no longer: so of many jobs that hang the last
+    /// begins soon.
     fn has_room(&self, kind: Kind) -> bool {
         let (mut counted, mut slow) = (0, 0);
         for job in self.running.values().filter(|job| job.kind == kind) {

@@ -1,7 +1,7 @@
 //! What the executor's threads do: everything that may block, panic, or run a user's code.
 //!
-//! Each job that has a slot has it as a [`Permit`], and passes it back to the ledger: in so many words, or, if a panic comes
-//! in between, by dropping it.
+//! Each job that has a slot has it as a [`Permit`], and passes it back to the ledger: in so many words, or, if a panic
+//! comes in between, by dropping it.
 
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};

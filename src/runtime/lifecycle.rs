@@ -10,7 +10,8 @@ use std::time::Duration;
 /// Where a pool stands between its beginning and its end.
 #[derive(Default)]
 pub(crate) struct Lifecycle {
-    /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`](crate::Manage::started).
+    /// Whether `build` still waits for the first connection, which is shown to
+    /// [`Manage::started`](crate::Manage::started).
     pub(crate) is_starting: AtomicBool,
     /// Who closed the pool.
     pub(crate) ended: OnceLock<Ended>,
@@ -28,8 +29,8 @@ pub(crate) struct Ended {
     pub(crate) when: Moment,
 }
 
-/// A thread that closes the pool from within a call that the pool makes: what it has in hand ends only when it has closed.
-/// Of two such threads neither waits for what the other has in hand.
+/// A thread that closes the pool from within a call that the pool makes: what it has in hand ends only when it has
+/// closed. Of two such threads neither waits for what the other has in hand.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Within {
     /// Whether it is a thread of the executor.

@@ -1,5 +1,5 @@
-//! [`Openings`]: what can be done about a connection from outside, and why the last open failed. Not in the ledger, under
-//! whose lock nothing of the user's may be dropped.
+//! [`Openings`]: what can be done about a connection from outside, and why the last open failed. Not in the ledger,
+//! under whose lock nothing of the user's may be dropped.
 
 use crate::error::Cause;
 use crate::manage::Opening;

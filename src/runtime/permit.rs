@@ -7,8 +7,8 @@ use crate::runtime::shared::{PoolConn, PoolLedger, Shared};
 use crate::stats::CloseReason;
 use std::sync::Arc;
 
-/// A slot in the hands of a job. Dropped, it frees the slot: no path, panics included, can forget it. Never dropped under
-/// the ledger's lock, which it takes.
+/// A slot in the hands of a job. Dropped, it frees the slot: no path, panics included, can forget it. Never dropped
+/// under the ledger's lock, which it takes.
 pub(crate) struct Permit<M: Manage> {
     shared: Arc<Shared<M>>,
     /// `None` once the ledger has it.

@@ -1,7 +1,7 @@
 //! The reaper: the thread that keeps time, and does nothing else.
 //!
-//! It sleeps until the ledger's alarm, and has done what is due then. It runs no manager's code, no hook, no log record and
-//! no drop of a connection, so nothing of that can stop the clock.
+//! It sleeps until the ledger's alarm, and has done what is due then. It runs no manager's code, no hook, no log record
+//! and no drop of a connection, so nothing of that can stop the clock.
 
 use crate::leaf::threads::thread_name;
 use crate::runtime::event_count::EventCount;
@@ -67,7 +67,8 @@ impl Reaper {
         self.runs.load(Ordering::SeqCst)
     }
 
-    /// There is no such thread any longer. Called under the ledger's lock: a thread that needs the reaper from then on sees it.
+    /// There is no such thread any longer. Called under the ledger's lock: a thread that needs the reaper from then on
+    /// sees it.
     pub(crate) fn ends(&self) {
         self.runs.store(false, Ordering::SeqCst);
     }
@@ -103,8 +104,8 @@ impl Reaper {
         started.map(drop)
     }
 
-    /// Has it look again: the alarm was set to an earlier time. Starts it anew if its thread had ended (the pool is closed,
-    /// and a connection was returned late).
+    /// Has it look again: the alarm was set to an earlier time. Starts it anew if its thread had ended (the pool is
+    /// closed, and a connection was returned late).
     pub(crate) fn wake<H: Timed>(host: &Arc<H>, may_start: impl FnOnce() -> bool) {
         let reaper = host.reaper();
         if reaper.runs() {

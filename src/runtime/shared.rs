@@ -1,7 +1,7 @@
 //! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
 //!
-//! Under the lock run methods of the [`Ledger`] and nothing else. Their effects are applied by the thread that held the lock:
-//! waiters are served before it is released, and after it threads are woken and jobs posted.
+//! Under the lock run methods of the [`Ledger`] and nothing else. Their effects are applied by the thread that held the
+//! lock: waiters are served before it is released, and after it threads are woken and jobs posted.
 
 use crate::error::Cause;
 use crate::hooks::Hooks;
@@ -159,8 +159,8 @@ impl<M: Manage> Shared<M> {
         answer
     }
 
-    /// [`with`](Shared::with) for a caller that may be in a forked child: `None` there, if it can be told at all. (It can, as a
-    /// rule, by [`seems_forked`](Shared::seems_forked), and certainly when the lock is not free.)
+    /// [`with`](Shared::with) for a caller that may be in a forked child: `None` there, if it can be told at all. (It
+    /// can, as a rule, by [`seems_forked`](Shared::seems_forked), and certainly when the lock is not free.)
     #[inline]
     pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut PoolLedger<M>) -> R) -> Option<R> {
         let mut ledger = self.core.lock_at_home()?;
@@ -295,13 +295,14 @@ impl<M: Manage> Shared<M> {
         }
     }
 
-    /// Makes the calls of a connection fail, after asking the server to stop what it is doing if `cancel`. Whether that can be
-    /// done at all.
+    /// Makes the calls of a connection fail, after asking the server to stop what it is doing if `cancel`. Whether that
+    /// can be done at all.
     pub(crate) fn abort(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let Some(opening) = self.openings.get(id) else { return false };
         let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
-            // The job drops the opening, too: what it contains is the user's. (If nothing is to be done, it contains nothing.)
+            // The job drops the opening, too: what it contains is the user's. (If nothing is to be done, it contains
+            // nothing.)
             self.post(Job::Abort(opening, cancel));
         }
         can_be_aborted
@@ -324,8 +325,8 @@ impl<M: Manage> Shared<M> {
         shielded(|| self.record(Level::Error, || text));
     }
 
-    /// Remembers why the last open failed: before the ledger is told that it did. The cause stays when another open succeeds,
-    /// for that one may be slow to say so; whether it still tells anything is the ledger's to know.
+    /// Remembers why the last open failed: before the ledger is told that it did. The cause stays when another open
+    /// succeeds, for that one may be slow to say so; whether it still tells anything is the ledger's to know.
     pub(crate) fn set_cause(self: &Arc<Self>, cause: Cause) {
         match self.openings.set_cause(cause) {
             // What the one before was made of may be the user's, with a drop that takes its time.

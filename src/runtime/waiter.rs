@@ -1,8 +1,8 @@
 //! One [`Waiter`]: a thread that waits for a connection.
 //!
-//! A waiter is served under the ledger's lock, by the thread that has something for it, and woken after that lock is released.
-//! So at its deadline the thread asks the ledger, and is either still queued, and leaves, or has been served. A
-//! notification, which promises nothing, may come to a waiter at any time.
+//! A waiter is served under the ledger's lock, by the thread that has something for it, and woken after that lock is
+//! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or has been served.
+//! A notification, which promises nothing, may come to a waiter at any time.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

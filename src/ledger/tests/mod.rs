@@ -1,5 +1,5 @@
-//! The rules, on virtual time. One file for each subject of the ledger; the [`World`](world::World) that they run in; and the
-//! property test, which holds all of them together.
+//! The rules, on virtual time. One file for each subject of the ledger; the [`World`](world::World) that they run in;
+//! and the property test, which holds all of them together.
 
 mod checkout;
 mod demand;

@@ -107,7 +107,8 @@ fn some_settings() -> impl Strategy<Value = Settings> {
 }
 
 impl World {
-    /// The idle connections as a naive pool would reckon them: all that the server sees and no caller or job has, by last use.
+    /// The idle connections as a naive pool would reckon them: all that the server sees and no caller or job has, by
+    /// last use.
     fn naive_idle(&self) -> Vec<Moment> {
         let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
         let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));

@@ -1,5 +1,6 @@
-//! [`World`]: a server, an executor and a reaper without threads. It carries out the ledger's orders after the times it is
-//! told, at exactly the moments they are due, and holds everything the ledger says against a naive account of its own.
+//! [`World`]: a server, an executor and a reaper without threads. It carries out the ledger's orders after the times it
+//! is told, at exactly the moments they are due, and holds everything the ledger says against a naive account of its
+//! own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::Location;
@@ -127,7 +128,8 @@ pub(super) struct World {
     pub(super) jobs: BTreeMap<(Moment, u64), (Event, Job)>,
     pub(super) own: BTreeMap<(Moment, u64), Own>,
     pub(super) serial: u64,
-    /// What the server sees: every connection dialled and not yet closed, with the moments of its connect and of its last use.
+    /// What the server sees: every connection dialled and not yet closed, with the moments of its connect and of its
+    /// last use.
     pub(super) server: BTreeMap<Conn, (Moment, Moment)>,
     /// The connections in use, and by which thread.
     pub(super) in_use: HashMap<Thread, (Token, Conn)>,
@@ -154,8 +156,8 @@ pub(super) struct World {
     pub(super) spawns: bool,
     /// `Some(permanent)`: opens fail.
     pub(super) refuse: Option<bool>,
-    /// An open that fails leaves a connection behind, which its own job closes (what the first one of a build, or one that
-    /// a customizer turns down, comes to).
+    /// An open that fails leaves a connection behind, which its own job closes (what the first one of a build, or one
+    /// that a customizer turns down, comes to).
     pub(super) leaves_one: bool,
     /// What is drawn for the pause after that.
     pub(super) jitter: f64,
@@ -163,8 +165,8 @@ pub(super) struct World {
     pub(super) dead: Vec<Conn>,
     /// Whether one can look at a connection without asking the server.
     pub(super) sees: bool,
-    /// Counts what proves a connection well, at its beginning, and what finds one dead: by which of these each connection
-    /// was last proven, and one was last found dead.
+    /// Counts what proves a connection well, at its beginning, and what finds one dead: by which of these each
+    /// connection was last proven, and one was last found dead.
     pub(super) events: u64,
     pub(super) proven: HashMap<Conn, u64>,
     pub(super) suspect: u64,
@@ -468,8 +470,8 @@ impl World {
         self.later(takes, event, job);
     }
 
-    /// P5: at most as many jobs as the pool has slots are abandoned or dial, and one more if the last dial came through.
-    /// Beyond that the server is dialled once a minute.
+    /// P5: at most as many jobs as the pool has slots are abandoned or dial, and one more if the last dial came
+    /// through. Beyond that the server is dialled once a minute.
     pub(super) fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().abandoned + dialled.count() as u32;
@@ -797,7 +799,8 @@ impl World {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
 
-    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or not long ago.
+    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or not
+    /// long ago.
     pub(super) fn coming(&self) -> u32 {
         let is_coming = |(event, job): &&(Event, Job)| {
             let patience = match event {
@@ -812,8 +815,8 @@ impl World {
         self.jobs.values().filter(is_coming).count() as u32
     }
 
-    /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the back-off, and
-    /// the bound of abandoned jobs.
+    /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the
+    /// back-off, and the bound of abandoned jobs.
     pub(super) fn has_room(&self, now: Moment) -> bool {
         let (l, counts) = (&self.ledger, self.counts());
         let alone = counts.opening == 0;

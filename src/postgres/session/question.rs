@@ -1,8 +1,8 @@
 //! Questions of the pool's own to a server, with answers that cannot be taken for those to other questions.
 //!
 //! After a COPY that the server refused, `postgres` may return to each call the answer to the one before it
-//! (rust-postgres
-//! #789). So where it matters a question has a word in it that no other had, and its answer repeats that word.
+//! (rust-postgres #789). So where it matters a question has a word in it that no other had, and its answer repeats that
+//! word.
 
 use crate::postgres::error::Error;
 use ::postgres::error::SqlState;
