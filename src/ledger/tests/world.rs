@@ -197,6 +197,9 @@ pub(super) struct World {
 /// How long a job waits whose thread cannot be started, until it is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
 
+/// How much may happen at one moment, so that a world in which time stands still fails, and does not hang.
+const MOST_AT_ONCE: u32 = 100_000;
+
 /// How many closes run side by side that do not take longer than usual.
 pub(super) const CLOSERS: usize = 4;
 
@@ -601,6 +604,7 @@ impl World {
 
     /// Lets time pass, with everything that falls due on the way.
     pub(super) fn run_to(&mut self, until: Moment) {
+        let mut standing = 0;
         loop {
             let job = self.jobs.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let own = self.own.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
@@ -613,6 +617,8 @@ impl World {
             if next > until || next == Moment::NEVER {
                 break;
             }
+            standing = if next > self.now { 0 } else { standing + 1 };
+            assert!(standing < MOST_AT_ONCE, "time stands still at {next:?}: {:?}", self.counts());
             self.now = next;
             if wake <= next {
                 let (_, thread) = self.awake.pop_first().unwrap();
