@@ -89,8 +89,8 @@ fn some_settings() -> impl Strategy<Value = Settings> {
         prop_oneof![Just(Validate::Never), Just(Validate::Always), Just(Validate::AfterIdle(Duration::from_secs(1)))];
     let some = |range| prop_oneof![1 => Just(None), 3 => Strategy::prop_map(range, |n| Some(ms(n)))];
     let fair_after = prop_oneof![Just(0), Just(1_000), 1u64..50_000];
-    let limits = (1u32..8, 0u32..8, some(0u64..10_000), some(1u64..20_000));
-    (limits, validate, 1u32..5, some(1u64..5_000), fair_after).prop_map(
+    let limits = (1u32..8, 0u32..8, some(0u64..10_000), some(10u64..20_000));
+    (limits, validate, 1u32..5, some(10u64..5_000), fair_after).prop_map(
         |((max_size, min_idle, max_idle, max_lifetime), validate, parallel_opens, keepalive, fair_after)| Settings {
             max_size,
             min_idle: if max_idle == Some(Duration::ZERO) { 0 } else { min_idle.min(max_size) },
