@@ -237,7 +237,7 @@ impl<M: Manage> Shared<M> {
 
     /// The queue has changed: tells the clock how many wait.
     pub(crate) fn note_waiting(&self, ledger: &PoolLedger<M>) {
-        self.time.note_waiting(ledger.counts().waiting);
+        self.time.set_waiting(ledger.counts().waiting);
     }
 
     /// A number between 0 and 1, at random.
