@@ -111,7 +111,7 @@ fn fill<S: Store>(store: &S, n: usize) {
 
 // -------------------------------------------------------------------------------------------------- threads
 
-/// The threads of this process, and how often each gave up or lost its processor.
+/// The threads of this process, and how often each yielded or lost its processor.
 fn switches() -> BTreeMap<u32, u64> {
     let tasks = fs::read_dir("/proc/self/task").expect("threads are listed in /proc, on Linux only");
     let count = |tid: u32| {

@@ -49,8 +49,8 @@ pub struct Timeout {
     pub checking: u32,
     /// Connections that were being closed.
     pub closing: u32,
-    /// Abandoned jobs (those past their limit) that have not ended. With as many as `max_size` of them the pool opens no
-    /// more than one connection a minute, unless the last attempt came through.
+    /// Abandoned jobs (those past their limit) that have not ended. With as many as `max_size` of them the pool opens
+    /// no more than one connection a minute, unless the last attempt came through.
     pub abandoned: u32,
     /// Other callers that waited.
     pub waiting: u32,

@@ -8,8 +8,8 @@ use crate::stats::CloseReason;
 
 /// Is told of what happens in a pool. Every method does nothing by default.
 ///
-/// `handle_acquire` and `handle_release` run on the pool's own threads, the others on the thread that uses the pool: they
-/// should be quick. A panic in one of them costs nothing but the panic's message.
+/// `handle_acquire` and `handle_release` run on the pool's own threads, the others on the thread that uses the pool:
+/// they should be quick. A panic in one of them costs nothing but the panic's message.
 pub trait HandleEvent: fmt::Debug + Send + Sync + 'static {
     /// A connection was opened.
     fn handle_acquire(&self, _event: AcquireEvent) {}

@@ -49,12 +49,12 @@
 //!   tested on virtual time.
 //! * The **reaper** keeps time. It runs no manager's code, no hook, no log record and no drop of a connection, so
 //!   none of these can delay an eviction.
-//! * The **executor** does what may block. Its threads appear when there is work and leave 5 seconds after the last job. A job
-//!   past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is abandoned: its slot is freed, its thread
-//!   replaced, and a connection that it yet brings is closed. A job that takes longer than usual is not counted on until then:
-//!   beside an open that hangs one more is dialled (after three times the usual time to open, at least 250 ms; after 1 s
-//!   while none has come), beside a check of 100 ms another is made, and of the closes four run side by side, and one more
-//!   for each that has taken 3 ms, so that closes that hang hold up no other.
+//! * The **executor** does what may block. Its threads appear when there is work and leave 5 seconds after the last
+//!   job. A job past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is abandoned: its slot is freed,
+//!   its thread replaced, and a connection that it yet brings is closed. A job that takes longer than usual is not
+//!   counted on until then: beside an open that hangs one more is dialled (after three times the usual time to open, at
+//!   least 250 ms; after 1 s while none has come), beside a check of 100 ms another is made, and of the closes four run
+//!   side by side, and one more for each that has taken 3 ms, so that closes that hang hold up no other.
 //! * **Callers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
 //!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
 //! * A **waiter** is served under the ledger's lock: at its deadline it is either still queued, and leaves, or has its
@@ -67,14 +67,15 @@
 //! # Times
 //!
 //! Times are measured with the monotonic clock, which stands still while the machine is suspended. A checkout while
-//! nobody waits reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its resolution
-//! counts against a connection's lifetime, so that nothing is handed out late. Everything the reaper does is timed
-//! precisely.
+//! nobody waits reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its
+//! resolution counts against a connection's lifetime, so that nothing is handed out late. Everything the reaper does is
+//! timed precisely.
 //!
 //! # Logging
 //!
 //! Through [`log`], with the target `millpond`, from a thread of the pool's own that the logger may block: the opening
-//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and abandoned jobs at warn.
+//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and abandoned jobs at
+//! warn.
 //!
 //! # Features
 //!
@@ -82,12 +83,13 @@
 //!
 //! # Limits
 //!
-//! * After a `fork` the child has none of the pool's threads: [`get`](Pool::get) fails there with an error that says so,
-//!   [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no connection is
-//!   closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of the coarse clock
-//!   (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool after the fork.
-//! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names the line and the thread
-//!   that checked it out.
+//! * After a `fork` the child has none of the pool's threads: [`get`](Pool::get) fails there with an error that says
+//!   so, [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no
+//!   connection is closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of
+//!   the coarse clock (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool
+//!   after the fork.
+//! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names the line and the
+//!   thread that checked it out.
 #![forbid(unsafe_code)]
 
 pub mod error;

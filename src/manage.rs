@@ -82,12 +82,12 @@ pub trait Manage: Send + Sync + 'static {
         false
     }
 
-    /// Looks at a connection without asking the other side anything: whether news of its end has arrived. For callers that
-    /// cannot wait for a [`validate`](Manage::validate): [`Pool::try_get`](crate::Pool::try_get) and a timeout of zero.
-    /// Runs on the thread of the caller, and must not block.
+    /// Looks at a connection without asking the other side anything: whether news of its end has arrived. For callers
+    /// that cannot wait for a [`validate`](Manage::validate): [`Pool::try_get`](crate::Pool::try_get) and a timeout of
+    /// zero. Runs on the thread of the caller, and must not block.
     ///
-    /// `Some(Ok(()))`: as far as can be seen from here it is well. It may then be handed out although it was unused for a
-    /// while, but not if it is under suspicion, for a server that is merely silent is not seen. `Some(Err(_))`: it is
+    /// `Some(Ok(()))`: as far as can be seen from here it is well. It may then be handed out although it was unused for
+    /// a while, but not if it is under suspicion, for a server that is merely silent is not seen. `Some(Err(_))`: it is
     /// dead, with the consequences of a failed `validate`. `None`, the default: nothing can be seen.
     fn peek(&self, _connection: &mut Self::Connection) -> Option<Result<(), Self::Error>> {
         None
@@ -105,9 +105,9 @@ pub trait Manage: Send + Sync + 'static {
         Ok(())
     }
 
-    /// Whether a [`reset`](Manage::reset) that succeeds has undone what a customizer's `on_acquire` set. If so `on_acquire`
-    /// runs again after each, as part of it: if it fails, so has the reset. By default `false`: it runs once for each
-    /// connection.
+    /// Whether a [`reset`](Manage::reset) that succeeds has undone what a customizer's `on_acquire` set. If so
+    /// `on_acquire` runs again after each, as part of it: if it fails, so has the reset. By default `false`: it runs
+    /// once for each connection.
     fn undoes_on_acquire(&self) -> bool {
         false
     }
@@ -262,7 +262,8 @@ impl Opening {
     }
 
     /// Registers what asks the server to stop what this connection is doing. The pool calls it on one of its own
-    /// threads when the grace of a `close` is over and the connection is still in use, and aborts it then. It may block.
+    /// threads when the grace of a `close` is over and the connection is still in use, and aborts it then. It may
+    /// block.
     pub fn on_cancel(&self, cancel: impl Fn() + Send + Sync + 'static) {
         self.hooks.lock().cancel = Some(Arc::new(cancel));
     }

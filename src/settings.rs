@@ -18,8 +18,8 @@ const MOST_OPENS: u32 = 1024;
 pub enum Validate {
     /// Before every checkout, as r2d2's `test_on_check_out(true)` does.
     Always,
-    /// When it was neither used nor checked for at least this long, or when another connection has been found dead since
-    /// it was last known to be well. The default, with one second. Zero is the same as `Always`.
+    /// When it was neither used nor checked for at least this long, or when another connection has been found dead
+    /// since it was last known to be well. The default, with one second. Zero is the same as `Always`.
     AfterIdle(Duration),
     /// Never, not even on suspicion.
     Never,
@@ -31,7 +31,8 @@ pub enum Validate {
 pub struct Settings {
     /// See [`Builder::name`](crate::Builder::name).
     pub name: String,
-    /// See [`Builder::max_size`](crate::Builder::max_size). As it was built: [`Pool::max_size`](crate::Pool::max_size) follows `resize`.
+    /// See [`Builder::max_size`](crate::Builder::max_size). As it was built: [`Pool::max_size`](crate::Pool::max_size)
+    /// follows `resize`.
     pub max_size: u32,
     /// See [`Builder::min_idle`](crate::Builder::min_idle).
     pub min_idle: u32,

@@ -132,8 +132,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.close_due(index, conn, CloseReason::Lifetime, now, due);
     }
 
-    /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool no
-    /// longer keeps it, or another was found dead meanwhile, so that the check proves nothing.
+    /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool
+    /// no longer keeps it, or another was found dead meanwhile, so that the check proves nothing.
     pub(crate) fn own_check_passed(
         &mut self,
         now: Moment,

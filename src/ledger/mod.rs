@@ -91,7 +91,8 @@ pub(crate) struct Ledger<C, W> {
     notified: BTreeMap<Ticket, Waiter<W>>,
     /// The first waiter of both, if there is any.
     front: Option<Front>,
-    /// The end of life of every connection that has one. Touched only when a connection is opened and when it is closed.
+    /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
+    /// closed.
     lifetimes: BTreeSet<(Moment, u32)>,
     /// When the idle stack last changed other than at its top. A connection that such a change left without a place in the
     /// floor is due since then, and no longer.
@@ -138,8 +139,8 @@ pub(crate) struct Ledger<C, W> {
 }
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// A pool that has no connection yet. Its floor is 0 until the warm-up calls [`set_min_idle`](Ledger::set_min_idle),
-    /// once the first connection is known to work.
+    /// A pool that has no connection yet. Its floor is 0 until the warm-up calls
+    /// [`set_min_idle`](Ledger::set_min_idle), once the first connection is known to work.
     pub(crate) fn new(settings: Settings, resolution: Duration) -> Self {
         let validate = match settings.validate {
             Validate::AfterIdle(Duration::ZERO) => Validate::Always,

@@ -102,8 +102,8 @@ impl<C, W: Clone> Ledger<C, W> {
         Ticket { number: self.next_ticket, since: now }
     }
 
-    /// A notified waiter has come. `None`: another caller was faster, or the waiter was not notified, or it no longer waits.
-    /// A waiter that still waits keeps its place.
+    /// A notified waiter has come. `None`: another caller was faster, or the waiter was not notified, or it no longer
+    /// waits. A waiter that still waits keeps its place.
     pub(crate) fn take_notified(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
         self.step(now, |l, now| {
             let waiter = l.notified.remove(&ticket)?;

@@ -1,5 +1,5 @@
-//! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot changes
-//! its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
+//! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot
+//! changes its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
 //! `README.md`, beside this file, has the table of all transitions. Whoever has the slot's [`Token`] may ask for a
 //! transition. So may the reaper for an idle connection, and, at a job's limit, for the slot of that job.

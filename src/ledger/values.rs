@@ -82,7 +82,8 @@ pub(crate) enum Order<C> {
         /// Whether the server may be at work for the job, and is to be asked to stop.
         cancel: bool,
     },
-    /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by side.
+    /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by
+    /// side.
     Slow { id: u64 },
     /// A connection was in use for longer than `leak_threshold`.
     Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },

@@ -72,8 +72,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in use do
-    /// not count: with a floor of 1 and one connection in use there is a second.
+    /// The floor: as many unused connections are kept ready, `max_idle` or not, and opened ahead of demand. Those in
+    /// use do not count: with a floor of 1 and one connection in use there is a second.
     ///
     /// Default 0; `None` is 0 as well. (r2d2's default is `max_size`: its pool never shrinks.) More than `max_size` is
     /// refused.
@@ -199,9 +199,9 @@ impl<M: Manage> Builder<M> {
     /// been the first for 20 µs. Otherwise any thread that runs may take the connection, and the waiter is notified that it
     /// may. The reason: a thread takes microseconds to wake, and a connection that is handed off lies unused meanwhile.
     ///
-    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in order
-    /// of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve` shows what
-    /// other values cost, and what they buy.)
+    /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in
+    /// order of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve`
+    /// shows what other values cost, and what they buy.)
     #[must_use]
     pub fn fair_after(mut self, limit: Duration) -> Self {
         self.settings.fair_after = limit;
@@ -230,9 +230,9 @@ impl<M: Manage> Builder<M> {
 
     /// Prepares each connection after it is opened, and takes care of it when it is closed, as in r2d2.
     ///
-    /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called only
-    /// if `on_acquire` succeeded, and takes the place of [`Manage::close`]. `on_acquire` runs again after a
-    /// reset that [undid what it set](Manage::undoes_on_acquire), as part of it.
+    /// Both methods run on the pool's own threads, within `open_timeout` and `close_timeout`. `on_release` is called
+    /// only if `on_acquire` succeeded, and takes the place of [`Manage::close`]. `on_acquire` runs again after a reset
+    /// that [undid what it set](Manage::undoes_on_acquire), as part of it.
     #[must_use]
     pub fn connection_customizer(mut self, c: Box<dyn CustomizeConnection<M::Connection, M::Error>>) -> Self {
         self.hooks.customizer = Some(c);
@@ -281,8 +281,8 @@ impl<M: Manage> Builder<M> {
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at once
-    /// if the server refuses for good, [`Timeout`](crate::ErrorKind::Timeout) with the last failure otherwise.
+    /// [`Config`](crate::ErrorKind::Config) for a setting that cannot be, [`Connect`](crate::ErrorKind::Connect) at
+    /// once if the server refuses for good, [`Timeout`](crate::ErrorKind::Timeout) with the last failure otherwise.
     pub fn build(self, manager: M) -> Result<Pool<M>, Error> {
         let (settings, hooks) = self.checked()?;
         let pool = Pool::start(settings, hooks, manager)?;

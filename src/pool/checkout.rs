@@ -1,7 +1,7 @@
 //! The way of a `get`: an idle connection at once, or one that the caller validates itself, or a place in the queue.
 //!
-//! One absolute deadline covers all of it. The caller waits on the pool and on nothing else: it never connects, and never
-//! drops a connection.
+//! One absolute deadline covers all of it. The caller waits on the pool and on nothing else: it never connects, and
+//! never drops a connection.
 
 use crate::error::{Error, ErrorKind, TooManyWaiting};
 use crate::event::{CheckoutEvent, TimeoutEvent};
@@ -28,8 +28,8 @@ const BLINK: Duration = Duration::from_millis(10);
 impl<M: Manage> Pool<M> {
     /// Checks out a connection, waiting for one for at most `connection_timeout`.
     ///
-    /// The connection used last is taken first. If none is idle, the caller waits in order of arrival for one to be returned
-    /// or opened, whichever comes first; so it does if the first waiter has waited for as long as
+    /// The connection used last is taken first. If none is idle, the caller waits in order of arrival for one to be
+    /// returned or opened, whichever comes first; so it does if the first waiter has waited for as long as
     /// [`fair_after`](crate::Builder::fair_after).
     ///
     /// # Errors
@@ -48,8 +48,9 @@ impl<M: Manage> Pool<M> {
 
     /// [`get`](Pool::get) with a deadline of its own: `timeout` covers everything, queueing, opening and validation.
     ///
-    /// Zero: takes a connection that can be had at once, by the rules of [`try_get`](Pool::try_get), and fails otherwise. A
-    /// short timeout does no harm to a connection that is being opened or validated: the next caller gets it.
+    /// Zero: takes a connection that can be had at once, by the rules of [`try_get`](Pool::try_get), and fails
+    /// otherwise. A short timeout does no harm to a connection that is being opened or validated: the next caller gets
+    /// it.
     ///
     /// # Errors
     ///
@@ -71,8 +72,8 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the network;
-    /// but asks for one to be made ready, so that a later call finds it.
+    /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the
+    /// network; but asks for one to be made ready, so that a later call finds it.
     ///
     /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is checked out after
     /// a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix socket). Otherwise it

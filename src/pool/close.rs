@@ -215,21 +215,20 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         // The reaper stays as long as a job has a limit, or this thread validates a connection.
         let at_work = ledger.slots().any(|slot| skipped(slot) && slot.as_seen() != ConnectionState::InUse);
         let reaper = shared.reaper.runs() && !at_work;
-        (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(())
+        (!others && !reaper && threads <= my_threads + vain.map_or(0, |vain| vain.threads)).then_some(threads)
     };
     let vain = shared.life.vain.lock().clone();
-    match vain.as_ref().filter(|_| joins) {
-        None => _ = shared.watch(deadline, || is_over(None)),
+    let threads = match vain.as_ref().filter(|_| joins) {
+        None => shared.watch(deadline, || is_over(None)),
         Some(vain) => {
             let early = begun.checked_add(grace.saturating_sub(vain.waited));
-            if shared.watch(early, || is_over(None)).is_none() {
-                shared.watch(deadline, || is_over(Some(vain)));
-            }
+            shared.watch(early, || is_over(None)).or_else(|| shared.watch(deadline, || is_over(Some(vain))))
         }
-    }
+    };
     let abandoned = shared.counts().abandoned;
-    // Counted before threads are started to abort.
-    let threads = shared.executor.threads().saturating_sub(my_thread);
+    // Counted at the look that ended the wait, since another closer may have logged since then, and its thread is none that
+    // was waited for. After a wait in vain counted now, before threads are started to abort.
+    let threads = threads.unwrap_or_else(|| shared.executor.threads()).saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.slots(|_| true)));
     let over = deadline.is_some_and(|at| Instant::now() >= at);

@@ -22,7 +22,8 @@ impl<M: Manage> Pool<M> {
 /// The grace of a guard that was not told another.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by [`Pool::guard`](crate::Pool::guard).
+/// Closes the pool when it is dropped: when `main` returns, and when it unwinds. Made by
+/// [`Pool::guard`](crate::Pool::guard).
 ///
 /// ```
 /// # mod doc { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/example_manager.rs")); }

@@ -64,13 +64,13 @@ impl<M: Manage> Pool<M> {
 
     /// Sets the greatest number of connections.
     ///
-    /// Down: the connections that are too many are closed, idle ones at once (the longest unused first), others when they are
-    /// returned.
+    /// Down: the connections that are too many are closed, idle ones at once (the longest unused first), others when
+    /// they are returned.
     ///
     /// # Errors
     ///
-    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a forked
-    /// child nothing changes either.)
+    /// [`Config`](crate::ErrorKind::Config) for zero, and for less than `min_idle`. Nothing has changed then. (In a
+    /// forked child nothing changes either.)
     pub fn resize(&self, max_size: u32) -> Result<(), Error> {
         if max_size == 0 {
             return Err(Error::config("max_size", "is 0, and must be at least 1"));

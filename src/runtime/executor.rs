@@ -149,7 +149,8 @@ impl<J: Task> Executor<J> {
         self.inner.lock().threads
     }
 
-    /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for them.
+    /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for
+    /// them.
     pub(crate) fn dropped_records(&self) -> u64 {
         self.inner.lock().dropped_records
     }

@@ -10,7 +10,8 @@ use std::time::Duration;
 /// Where a pool stands between its beginning and its end.
 #[derive(Default)]
 pub(crate) struct Lifecycle {
-    /// Whether `build` still waits for the first connection, which is shown to [`Manage::started`](crate::Manage::started).
+    /// Whether `build` still waits for the first connection, which is shown to
+    /// [`Manage::started`](crate::Manage::started).
     pub(crate) is_starting: AtomicBool,
     /// Who closed the pool.
     pub(crate) ended: OnceLock<Ended>,

@@ -48,7 +48,7 @@ fn hooked<M: Manage<Connection = FakeConn, Error = FakeError>>(
 fn whole<M: Manage>(pool: &Pool<M>) {
     let checked_out: Vec<_> = (0..3).map(|_| pool.get_timeout(SOON).unwrap()).collect();
     assert_eq!((pool.stats().in_use, pool.stats().size()), (3, 3), "{}", pool.stats());
-    // A close that took its time after a recycle may have been abandoned for one who waited, and comes back.
+    // A close that took its time after a recycle may have been abandoned for a waiter, and comes back.
     assert!(wait_until(within(SOON), || pool.stats().abandoned == 0), "{}", pool.stats());
     drop(checked_out);
 }

@@ -183,7 +183,7 @@ impl Fake {
         self.0.state.lock().next.entry(call).or_default().extend(acts);
     }
 
-    /// Lets go on whoever blocks in this call; from now on, and in what was scripted for it, it succeeds.
+    /// Lets go on the threads that block in this call; from now on, and in what was scripted for it, it succeeds.
     pub fn release(&self, call: Call) {
         let mut state = self.0.state.lock();
         *state.releases.entry(call).or_default() += 1;

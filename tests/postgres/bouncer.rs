@@ -219,7 +219,7 @@ fn a_pause_is_ridden_through() {
         assert_eq!(pool.state().connections, 0);
         // (PgBouncer itself notices only when it resumes that those it keeps waiting have hung up.)
 
-        // Whoever is ready to wait gets through.
+        // A caller that is ready to wait gets through.
         thread::scope(|scope| {
             let (waits, waiting) = bounded(0);
             let pool = &pool;

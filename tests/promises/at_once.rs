@@ -347,7 +347,7 @@ fn many_that_wait_for_a_millisecond_lose_nothing() {
     });
 }
 
-/// At low traffic, for whoever cannot wait, and for all.
+/// At low traffic, for callers that cannot wait, and for all.
 #[test]
 fn low_traffic_is_served_at_once() {
     watched(|| {
@@ -373,7 +373,7 @@ fn low_traffic_is_served_at_once() {
     });
 }
 
-/// Nobody may wait, each use needs a check: who comes again and again is served.
+/// Nobody may wait, each use needs a check: a caller that comes again and again is served.
 #[test]
 fn where_nobody_waits_everybody_is_served_in_time() {
     let _beside = crate::support::beside_others();

@@ -426,7 +426,7 @@ fn two_guards_in_a_row_take_one_grace() {
     // And so is a longer grace, which is longer by as much.
     let report = long.close();
     assert_within(report.elapsed, ms(200), ms(200) + EPSILON);
-    // Whoever asks for a time of its own has it.
+    // A closer that asks for a grace of its own has it.
     assert_within(pool.close(ms(100)).elapsed, ms(100), ms(100) + EPSILON);
     drop(kept);
     assert!(pool.close(SOON).is_complete());
@@ -865,7 +865,7 @@ fn a_close_that_hangs() {
     assert_threads("stuck", &[]);
 }
 
-/// Whoever returned a connection last keeps nothing of the user's alive: hooks and manager go with the pool.
+/// The thread that returned a connection last keeps nothing of the user's alive: hooks and manager go with the pool.
 #[test]
 fn hooks_and_manager_go_with_the_pool() {
     let _beside = crate::support::beside_others();

@@ -67,7 +67,7 @@ fn opens_hang<M: Manage<Connection = FakeConn, Error = FakeError>>(
     nothing_in_time(&pool);
     assert!(fake.inside(call) <= 2, "one more, once the first takes longer than usual, and no third");
 
-    // What is returned is checked out again, to one who waits for an open as well.
+    // What is returned is checked out again, by a waiter for an open as well.
     thread::scope(|s| {
         let waiter = s.spawn(|| pool.get_timeout(SOON).map(|c| (c.id, Instant::now())));
         assert!(wait_until(within(SOON), || pool.stats().waiting == 1));
@@ -118,7 +118,7 @@ fn a_check_hangs<M: Manage<Connection = FakeConn, Error = FakeError>>(fake: &Fak
     let pool = builder.validation_timeout(HOUR).build(manager).unwrap();
     drop(take(&pool, 3));
     fake.next(Call::Validate, [Act::Block]);
-    // Whoever waits does not count on it for long: another is checked beside it.
+    // A waiter does not count on it for long: another is checked beside it.
     drop(pool.get_timeout(PATIENT).expect("the others are well"));
     // (Perhaps more than one, if this machine is slow, but no other hangs.)
     let one_hangs = || (fake.inside(Call::Validate), pool.stats().checking) == (1, 1);
@@ -307,11 +307,11 @@ fn a_check_past_its_limit() {
         let pool = builder.build(fake.r2d2()).unwrap();
         drop(take(&pool, 3));
         fake.next(Call::Validate, [Act::Block]);
-        // Who waits for it has to wait for no more than that.
+        // A waiter has to wait for no more than that.
         let begun = Instant::now();
         let (got, took) = timed(|| pool.get_timeout(SOON).unwrap());
         assert!(took >= LIMIT && took < LIMIT + EPSILON, "{took:?}");
-        // The patience of one who waits ends at that moment, too, and he may be served first.
+        // The patience of a waiter ends at that moment, too, and it may be served first.
         abandoned(&pool, 1, begun);
         let stats = pool.stats();
         assert_eq!((stats.abandonments, stats.abandoned, stats.closed_for(CloseReason::Abandoned)), (1, 1, 1));
@@ -334,7 +334,7 @@ fn a_reset_past_its_limit() {
         let begun = Instant::now();
         let ((), took) = timed(|| drop(checked_out));
         assert!(took < EPSILON, "to return it took {took:?}");
-        // Whoever waits for it waits for no more than that.
+        // A waiter waits for no more than that.
         let checked_out = pool.get_timeout(SOON).unwrap();
         assert!(begun.elapsed() < LIMIT + EPSILON, "{:?}", begun.elapsed());
         abandoned(&pool, 1, begun);

@@ -285,7 +285,7 @@ fn build_says_why_not() {
 
 const NANOSECOND: Duration = Duration::from_nanos(1);
 
-/// It says how long a `get` waits, and whoever wants none to wait says so.
+/// It says how long a `get` waits, and a caller that does not want to wait says so.
 #[test]
 fn the_shortest_wait_gets_what_is_ready() {
     let _beside = beside_others();

@@ -18,7 +18,7 @@ fn arrived(pool: &Pool<DirectFake>, n: u64) {
     let deadline = within(LONG);
     while pool.stats().waits < n {
         assert!(Instant::now() < deadline, "the {n}th does not arrive: {}", pool.stats());
-        // Not a yield: that is an invitation to whoever keeps this core busy.
+        // Not a yield: that is an invitation to the thread that keeps this core busy.
         thread::sleep(Duration::from_micros(20));
     }
 }
@@ -29,7 +29,7 @@ fn all<T>(from: Receiver<T>) -> Vec<T> {
 }
 
 #[test]
-fn in_order_of_arrival_whoever_times_out() {
+fn in_order_of_arrival_whichever_waiter_times_out() {
     let _alone = alone();
     let fake = Fake::new();
     let pool = Pool::builder().max_size(1).build(fake.direct()).unwrap();
@@ -99,7 +99,7 @@ fn nobody_barges_past_a_waiter() {
     let checked_out = pool.get().unwrap();
     let before = pool.stats().waits;
     let over = AtomicBool::new(false);
-    // Whoever has the connection says who it is: a waiter its number, a barger nothing.
+    // The thread that has the connection says which it is: a waiter its number, a barger nothing.
     let (tell, told) = unbounded();
     thread::scope(|s| {
         let waiters: Vec<_> = (0..WAITERS)
@@ -300,7 +300,7 @@ fn fair_after_is_what_was_set() {
             thread::scope(|s| {
                 let waiter = s.spawn(|| {
                     let got = pool.get_timeout(LONG).unwrap();
-                    // Until whoever returned it has tried to take it again.
+                    // Until the thread that returned it has tried to take it again.
                     let _ = over.recv();
                     drop(got);
                 });

@@ -164,7 +164,7 @@ fn lateness_is_counted_until_the_close_runs() {
     });
 }
 
-/// `recycle` is for a server that failed: to close what led there may hang, and those who wait need its place.
+/// `recycle` is for a server that failed: to close what led there may hang, and waiters need its place.
 #[test]
 fn after_a_recycle_whose_closes_hang_there_is_a_connection_soon() {
     watched(|| {

@@ -175,7 +175,7 @@ fn zero_keeps_nothing_idle() {
     assert_eq!(pool.state().connections, 0, "not the one that `build` opened to see that it can");
     assert_gone("zero");
 
-    // Given to one who waits, it was not idle.
+    // Handed off to a waiter, it was not idle.
     let mut first = pool.get().unwrap();
     let (first_pid, server) = (pid(&mut first), Database::get());
     let second = std::thread::scope(|scope| {

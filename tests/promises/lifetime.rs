@@ -223,7 +223,8 @@ fn jitter_shortens_lives_and_spreads_their_ends() {
     assert_none_older(&seen, SHORT + SEEN);
     let ages = ages_at_death(&seen);
     assert_eq!(ages.len(), 20);
-    assert!(ages[0] > SHORT / 2 - EPSILON, "{ages:?}");
+    // The server sees a connection later than its age counts.
+    assert!(ages[0] > SHORT / 2 - SEEN, "{ages:?}");
     // Twenty drawn from 500 ms lie within 150 ms of each other about once in a hundred million runs.
     assert!(ages[19] - ages[0] > ms(150), "{ages:?}");
     assert!(pool.stats().max_lateness < EPSILON, "{}", pool.stats());

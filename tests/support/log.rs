@@ -1,4 +1,4 @@
-//! The log of this process, kept for whoever asks.
+//! The log of this process, kept for the tests that ask.
 
 use std::thread;
 use std::time::Instant;

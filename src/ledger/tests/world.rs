@@ -128,7 +128,8 @@ pub(super) struct World {
     pub(super) jobs: BTreeMap<(Moment, u64), (Event, Job)>,
     pub(super) own: BTreeMap<(Moment, u64), Own>,
     pub(super) serial: u64,
-    /// What the server sees: every connection dialled and not yet closed, with the moments of its connect and of its last use.
+    /// What the server sees: every connection dialled and not yet closed, with the moments of its connect and of its
+    /// last use.
     pub(super) server: BTreeMap<Conn, (Moment, Moment)>,
     /// The connections in use, and by which thread.
     pub(super) in_use: HashMap<Thread, (Token, Conn)>,
@@ -200,6 +201,9 @@ pub(super) struct World {
 
 /// How long a job waits if its thread cannot be started, until it is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
+
+/// How much may happen at one moment, so that a world in which time stands still fails, and does not hang.
+const MOST_AT_ONCE: u32 = 100_000;
 
 /// How many closes run side by side that do not take longer than usual.
 pub(super) const CLOSERS: usize = 4;
@@ -605,6 +609,7 @@ impl World {
 
     /// Lets time go on, and does everything that falls due on the way.
     pub(super) fn run_to(&mut self, until: Moment) {
+        let mut standing = 0;
         loop {
             let job = self.jobs.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let own = self.own.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
@@ -617,6 +622,8 @@ impl World {
             if next > until || next == Moment::NEVER {
                 break;
             }
+            standing = if next > self.now { 0 } else { standing + 1 };
+            assert!(standing < MOST_AT_ONCE, "time stands still at {next:?}: {:?}", self.counts());
             self.now = next;
             if wake <= next {
                 let (_, thread) = self.awake.pop_first().unwrap();
@@ -818,8 +825,8 @@ impl World {
         self.jobs.values().filter(is_coming).count() as u32
     }
 
-    /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the back-off, and
-    /// the bound of abandoned jobs.
+    /// Whether another connection may be dialled at that moment, by the bound, the limit of parallel opens, the
+    /// back-off, and the bound of abandoned jobs.
     pub(super) fn has_room(&self, now: Moment) -> bool {
         let (l, counts) = (&self.ledger, self.counts());
         let alone = counts.opening == 0;
