@@ -1,4 +1,4 @@
-//! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], what the other side said.
+//! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], in the words of the other side.
 
 use crate::leaf::shield::Panic;
 use crate::leaf::text::Short;
@@ -52,13 +52,13 @@ pub struct Timeout {
     /// Abandoned jobs (those past their limit) that have not ended. With as many as `max_size` of them the pool opens
     /// no more than one connection a minute, unless the last attempt came through.
     pub abandoned: u32,
-    /// Others who waited.
+    /// Other callers that waited.
     pub waiting: u32,
     /// The connections that were in use for the longest time, each with the thread and line that had checked it out:
     /// [`MOST_SHOWN`](Timeout::MOST_SHOWN) of them at most, the longest first.
     pub longest_in_use: Vec<ConnectionInfo>,
-    /// How many of the connections in use the very thread that got this error had checked out. (It may have given
-    /// them to others since.)
+    /// How many of the connections in use the very thread that got this error had checked out. (It may have moved
+    /// them to other threads since.)
     pub checked_out_here: u32,
     /// The last failure to open a connection, if none has been opened since.
     pub cause: Option<Cause>,
@@ -166,7 +166,7 @@ impl Error {
         }
     }
 
-    /// What the other side said, if this has to do with it.
+    /// What the other side said, if the error has to do with it.
     pub fn cause(&self) -> Option<&Cause> {
         match &*self.0 {
             ErrorKind::Timeout(t) => t.cause.as_ref(),
@@ -271,7 +271,7 @@ impl Cause {
         let mut source = error.source();
         while let Some(next) = source.filter(|_| !text.is_cut()) {
             let part = text::brief(next, text::CAUSE);
-            // Some say what their source says already.
+            // Some errors' own text has that of their source in it.
             if !text.as_str().contains(&part) {
                 text.push(format_args!(": {part}"));
             }
@@ -294,7 +294,7 @@ impl Cause {
         Cause { error: Some(Arc::new(error) as Arc<dyn StdError + Send + Sync>), ..Cause::message("") }.with_own_text()
     }
 
-    /// Whether it holds an error of the manager's own, with a drop of its own.
+    /// Whether it has an error of the manager's own, whose drop is the manager's code.
     pub(crate) fn is_typed(&self) -> bool {
         self.error.is_some()
     }
@@ -306,7 +306,7 @@ impl Cause {
         self
     }
 
-    /// The same, as one that does not go away by trying again soon: it fails all waiters at once.
+    /// The same cause, marked as one that will not go away by trying again soon: it fails all waiters at once.
     #[must_use]
     pub fn permanent(mut self) -> Cause {
         self.permanent = true;

@@ -1,4 +1,4 @@
-//! Events, for those who count for themselves: r2d2's method names, with types of this crate's own (r2d2's have no
+//! Events, for a program that counts for itself: r2d2's method names, with types of this crate's own (r2d2's have no
 //! public constructors).
 
 use std::fmt;
@@ -23,7 +23,7 @@ pub trait HandleEvent: fmt::Debug + Send + Sync + 'static {
     /// No connection came in time.
     fn handle_timeout(&self, _event: TimeoutEvent) {}
 
-    /// A connection comes back. Called before it is available again.
+    /// A connection is returned. Called before it is available again.
     fn handle_checkin(&self, _event: CheckinEvent) {}
 }
 
@@ -91,7 +91,7 @@ event! {
 }
 
 event! {
-    /// A connection comes back.
+    /// A connection is returned.
     CheckinEvent {
         /// The number of the connection.
         id as connection_id: u64,

@@ -1,4 +1,4 @@
-//! [`Hooks`]: what the user wants called.
+//! [`Hooks`]: the user's own code that the pool calls, beside the manager.
 
 use crate::event::HandleEvent;
 use crate::leaf::shield::shielded;
@@ -6,7 +6,7 @@ use crate::manage::Manage;
 use r2d2::{CustomizeConnection, HandleError};
 use std::fmt;
 
-/// What the user wants called.
+/// The customizer, the error handler and the event handler of a pool. A drop of them that panics is caught.
 pub(crate) struct Hooks<M: Manage> {
     pub(crate) customizer: Option<Box<dyn CustomizeConnection<M::Connection, M::Error>>>,
     pub(crate) errors: Option<Box<dyn HandleError<M::Error>>>,
@@ -21,7 +21,7 @@ impl<M: Manage> Hooks<M> {
 
 impl<M: Manage> Drop for Hooks<M> {
     fn drop(&mut self) {
-        // Each by itself: of two that panic the second would end the process.
+        // Each is dropped by itself: if two panicked in one drop, the second would end the process.
         let Hooks { customizer, errors, events } = self;
         let (customizer, errors, events) = (customizer.take(), errors.take(), events.take());
         shielded(|| drop(customizer));

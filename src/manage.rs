@@ -13,7 +13,7 @@ use std::time::Duration;
 ///
 /// Every [`r2d2::ManageConnection`] is a `Manage` (this crate implements it for all of them), so a manager made for
 /// r2d2 works as it is. Implement `Manage` directly where more is known than r2d2's three methods can say: a validation
-/// with a limit, what state a connection came back in, which errors will not go away by trying again. A type cannot
+/// with a limit, the state in which a connection was returned, which errors will not go away by trying again. A type cannot
 /// be both an r2d2 manager and a direct implementation: the compiler refuses the second as a conflict (E0119).
 ///
 /// `open`, `validate`, `reset` and `close` may block: they run on threads of the pool's own, each within a limit past
@@ -93,7 +93,7 @@ pub trait Manage: Send + Sync + 'static {
         None
     }
 
-    /// Looks at a connection that comes back, on the thread that returns it. Must not block.
+    /// Looks at a connection as it is returned, on the thread that returns it. Must not block.
     fn returned(&self, connection: &mut Self::Connection) -> Returned;
 
     /// Cleans a connection that was [`Returned::Reset`]. Runs on the pool's own threads, within `close_timeout`.
@@ -112,8 +112,8 @@ pub trait Manage: Send + Sync + 'static {
         false
     }
 
-    /// What is to be said of the state in which a connection came back for a reset: it goes to the log as a warning,
-    /// with the thread and the line of source that had checked the connection out. Asked once, after `reset`.
+    /// What is to be said of the state in which a connection was returned for a reset. It goes to the log as a warning, with
+    /// the thread and the line of source that had checked the connection out. Asked once, after `reset`.
     ///
     /// It completes the sentence "#7, checked out by thread 'worker' at src/main.rs:12:5, ...".
     fn remark(&self, _connection: &mut Self::Connection) -> Option<String> {
@@ -195,7 +195,7 @@ impl<M: r2d2::ManageConnection> Manage for M {
     }
 }
 
-/// The state in which a connection comes back, as [`Manage::returned`] sees it.
+/// The state in which a connection is returned, as [`Manage::returned`] sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Returned {
@@ -275,7 +275,8 @@ impl Opening {
         }
     }
 
-    /// From now on what it registers is called at once. Whether there is something to call by now.
+    /// From now on [`on_abort`](Opening::on_abort) calls what it registers at once. Returns whether anything is registered
+    /// already, to abort or to cancel.
     pub(crate) fn abort_from_now_on(&self) -> bool {
         let mut hooks = self.hooks.lock();
         hooks.aborted = true;
@@ -310,7 +311,7 @@ mod tests {
     use std::sync::atomic::AtomicU32;
 
     #[test]
-    fn an_abort_that_comes_first_is_not_lost() {
+    fn an_abort_before_on_abort_is_not_missed() {
         let opening = Opening::new("p".into(), Duration::from_secs(1));
         let aborts = Arc::new(AtomicU32::new(0));
         assert!(!opening.abort_from_now_on());

@@ -4,13 +4,13 @@ use crate::error::Error;
 use crate::leaf::text::Short;
 use std::time::Duration;
 
-/// The least limit of a call, and the shortest checkout that is called a leak. Anything shorter would fail every call
-/// before it could be made, or warn of every checkout: to wake a thread alone takes some 50 us.
+/// The least limit of a call, and the shortest checkout that is called a leak. A shorter limit would fail every call before
+/// it was made, or warn of every checkout: to wake a thread takes some 50 us alone.
 const SHORTEST_LIMIT: Duration = Duration::from_millis(1);
-/// The least period of what the pool does over and over by itself. With a shorter one it would do nothing else.
+/// The least period of what the pool does over and over by itself. With a shorter one the pool would do nothing else.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
-/// The most connections that are opened at the same time: each has a thread, and a process that has no thread left for
-/// others ends. Far more than a server lets in at once.
+/// The most connections that are opened at the same time. Each takes a thread, and a process that cannot start a thread any
+/// more may end. A server accepts far fewer at once.
 const MOST_OPENS: u32 = 1024;
 
 /// When a connection is checked before it is handed out.
@@ -65,8 +65,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The defaults of every setting. (Not `Default`: a pool without a name is none, and nobody outside makes
-    /// settings.)
+    /// The default of every setting. (Not the trait `Default`: users make settings with a `Builder` only.)
     pub(crate) fn default() -> Settings {
         Settings {
             name: String::new(),
@@ -111,7 +110,7 @@ impl Settings {
             return Err(Error::config("lifetime_jitter", problem));
         }
         at_least(SHORTEST_PERIOD, "max_lifetime", self.max_lifetime)?;
-        // However short this is, the caller gets what is ready.
+        // However short this timeout is, the caller gets a connection that is ready.
         at_least(Duration::from_nanos(1), "connection_timeout", Some(self.connection_timeout))?;
         at_least(SHORTEST_LIMIT, "validation_timeout", Some(self.validation_timeout))?;
         at_least(SHORTEST_LIMIT, "open_timeout", Some(self.open_timeout))?;
@@ -131,7 +130,7 @@ fn at_least(shortest: Duration, setting: &'static str, duration: Option<Duration
     }
 }
 
-/// Whether the floor fits under `max_size`. `resize` asks as well.
+/// Refuses a floor above `max_size`. `resize` asks as well.
 pub(crate) fn check_floor(min_idle: u32, max_size: u32) -> Result<(), Error> {
     if min_idle > max_size {
         return Err(Error::config("min_idle", format!("is {min_idle}, and max_size is {max_size}")));

@@ -1,4 +1,4 @@
-//! What a pool can be seen doing: [`Stats`], [`Connections`], and why connections are closed.
+//! What users see of a pool at work: [`Stats`], [`Connections`], and why connections are closed ([`CloseReason`]).
 
 use crate::leaf::histogram::Distribution;
 use crate::leaf::text::{Escaping, Short, Shown, Times, write_table};
@@ -55,16 +55,15 @@ pub struct ConnectionInfo {
     pub server_id: Option<u64>,
     /// What it is doing.
     pub state: ConnectionState,
-    /// How long it has been doing that: idle for, in use for, being opened for.
+    /// How long it has been in this state.
     pub since: Duration,
     /// The time since its opening began.
     pub age: Duration,
     /// How often it was checked out.
     pub uses: u64,
-    /// Where it was checked out, while it is, or is being validated by the thread that wants it: the line that called
-    /// `get`.
+    /// The line that called `get`, while the connection is in use, or is being validated for the caller.
     pub location: Option<&'static Location<'static>>,
-    /// Which thread that is.
+    /// The thread that called `get`, at the same times.
     pub thread: Option<String>,
 }
 
@@ -290,13 +289,13 @@ impl fmt::Display for Stats {
         write!(f, "pool '{}': {} of {} connections", Shown(&self.name), self.size(), self.max_size)?;
         writeln!(f, ", built {} ago{closed}", Short(self.age))?;
         write!(f, "  now        {} idle, {} in use", self.idle, self.in_use)?;
-        let passing = [
+        let between = [
             (self.checking, "checking"),
             (self.opening, "opening"),
             (self.closing, "closing"),
             (self.abandoned, "abandoned"),
         ];
-        some(f, ", ", passing.map(|(n, what)| (u64::from(n), what)))?;
+        some(f, ", ", between.map(|(n, what)| (u64::from(n), what)))?;
         write!(f, "; {} waiting", self.waiting)?;
         write!(f, "\n  checkouts  {}; {} had to wait, {} timed out", self.checkouts, self.waits, self.timeouts)?;
         some(f, ", ", [(self.rejected, "rejected"), (self.leaks, "in use for too long")])?;
@@ -316,7 +315,7 @@ impl fmt::Display for Stats {
     }
 }
 
-/// `lead`, and then those of the numbers that are not zero; nothing if all are.
+/// Writes `lead`, and then the numbers that are not zero; nothing if all are zero.
 fn some<const N: usize>(f: &mut fmt::Formatter<'_>, lead: &str, numbers: [(u64, &str); N]) -> fmt::Result {
     for (i, (n, what)) in numbers.into_iter().filter(|&(n, _)| n > 0).enumerate() {
         write!(f, "{}{n} {what}", if i == 0 { lead } else { ", " })?;
@@ -350,7 +349,7 @@ pub enum CloseReason {
     Resized,
     /// The pool was closed.
     Closed,
-    /// A check of it did not end within its limit.
+    /// Its check or reset did not end within its limit.
     Abandoned,
 }
 
@@ -408,7 +407,7 @@ pub(crate) struct Counts {
     pub(crate) abandoned: u32,
 }
 
-/// What the ledger counts as it goes.
+/// What the ledger has counted since the pool was built.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) checkouts: u64,
@@ -432,7 +431,7 @@ impl Tally {
         self.closes[reason as usize] += 1;
     }
 
-    /// An idle or aged connection is closed now, `late` after it should have been.
+    /// The close of an idle or aged connection begins `late` after its deadline.
     pub(crate) fn evicted_late(&mut self, late: Duration) {
         self.max_lateness = self.max_lateness.max(late);
     }
@@ -464,7 +463,7 @@ mod tests {
 
     #[test]
     fn a_table_of_many_rows_takes_a_time_that_grows_with_them() {
-        // A hundred times what it takes, and a tenth of what it takes if each row looks at all of them.
+        // A hundred times what the table takes, and a tenth of what it would take if each row looked at all rows.
         let limit = Duration::from_secs(20);
         let table = Connections((0..20_000).map(|id| row(id, "'worker'")).collect());
         let begun = std::time::Instant::now();

@@ -1,7 +1,7 @@
 //! Time as the pool sees it: [`Moment`], and the one place that reads a clock.
 //!
-//! A `Moment` is a number, so the [`Ledger`](crate::ledger::Ledger) that reckons with it runs on virtual time in a test
-//! and on the monotonic clock in a pool, and has no way to ask for the time itself.
+//! A `Moment` is a number. So the [`Ledger`](crate::ledger::Ledger), which is only ever told a moment, runs on virtual
+//! time in a test and on the monotonic clock in a pool.
 
 use std::time::{Duration, Instant};
 
@@ -27,13 +27,13 @@ impl Moment {
         if self == Moment::NEVER { self } else { Moment(self.0.saturating_sub(nanos(d))) }
     }
 
-    /// How long after `earlier` this is; zero if it is not.
+    /// The time from `earlier` to this moment; zero if this moment is the earlier one.
     #[inline]
     pub(crate) fn since(self, earlier: Moment) -> Duration {
         Duration::from_nanos(self.nanos_since(earlier))
     }
 
-    /// `since` in nanoseconds, for those who count.
+    /// [`since`](Moment::since) as a number of nanoseconds, which the histograms count in.
     #[inline]
     pub(crate) fn nanos_since(self, earlier: Moment) -> u64 {
         self.0.saturating_sub(earlier.0)
@@ -55,18 +55,18 @@ pub(crate) struct Clock {
 impl Clock {
     /// A clock that reads `Moment::BIRTH` now.
     pub(crate) fn new() -> Clock {
-        // In this order: the coarse clock, whose origin is then the later one, never runs ahead of the precise one.
+        // The coarse clock is made second. So its origin is the later one, and it never runs ahead of the precise clock.
         let birth = Instant::now();
         Clock { birth, coarse: coarse::Source::new() }
     }
 
-    /// The time to the nanosecond, for a few tens of nanoseconds.
+    /// The time to the nanosecond. To read it costs a few tens of nanoseconds.
     pub(crate) fn precise(&self) -> Moment {
         Moment(nanos(self.birth.elapsed()))
     }
 
-    /// The time as of the system's last tick: never ahead of [`precise`](Clock::precise), behind it by less than
-    /// [`resolution`](Clock::resolution) (a busy kernel may tick late), for a few nanoseconds.
+    /// The time as of the system's last tick. It is never ahead of [`precise`](Clock::precise), and behind it by less than
+    /// [`resolution`](Clock::resolution), unless a busy kernel ticks late. To read it costs a few nanoseconds.
     #[inline]
     pub(crate) fn coarse(&self) -> Moment {
         match self.coarse.elapsed() {
@@ -75,9 +75,8 @@ impl Clock {
         }
     }
 
-    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only,
-    /// so it comes out of a tick up to one behind, and is up to two behind before the next. (`coarse_is_not_far_behind`
-    /// looks.)
+    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only. So
+    /// the clock is up to one tick behind after a tick, and up to two before the next (`coarse_is_not_far_behind`).
     pub(crate) fn resolution(&self) -> Duration {
         self.coarse.resolution() * 2
     }
@@ -127,7 +126,7 @@ mod coarse {
 mod coarse {
     use std::time::Duration;
 
-    /// No coarse clock here: the precise one serves.
+    /// Such a system has no coarse clock: the precise one serves.
     #[derive(Debug)]
     pub(super) struct Source;
 
@@ -175,12 +174,12 @@ mod tests {
     #[test]
     fn coarse_is_not_far_behind() {
         let clock = Clock::new();
-        // In this order a pause between the readings does not count.
+        // The precise clock is read first, so that a pause between the two readings does not count as lag.
         let lag = || {
             let precise = clock.precise();
             precise.since(clock.coarse())
         };
-        // A busy machine comes late to take a step, now and then.
+        // A busy machine ticks late now and then.
         let (mut all, mut late) = (0, 0);
         while clock.precise() < Moment::BIRTH.plus(Duration::from_millis(100)) {
             let lag = lag();

@@ -1,5 +1,5 @@
-//! [`Distribution`]: how long things took. A histogram in a fixed array, by hand: it is written under the pool's lock
-//! at every return, where those of the registries allocate, or count in atomics.
+//! [`Distribution`]: how long things took. The histogram is a fixed array, made by hand: the pool writes it under its lock
+//! at every return, and the histograms on crates.io allocate there, or count in atomics.
 
 use crate::leaf::text::{Short, Times};
 use std::fmt;
@@ -23,7 +23,7 @@ const BUCKETS: usize = ((OCTAVES - STEP_BITS + 1) * STEPS) as usize;
 #[derive(Clone)]
 pub struct Distribution {
     count: u64,
-    /// In nanoseconds, as are all its numbers.
+    /// In nanoseconds, as is `max`.
     sum: u64,
     max: u64,
     buckets: [u64; BUCKETS],
@@ -44,28 +44,28 @@ impl Distribution {
         self.buckets[bucket(nanos)] += 1;
     }
 
-    /// How many there were.
+    /// How many times were recorded.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// All of them together.
+    /// The sum of all.
     pub fn sum(&self) -> Duration {
         Duration::from_nanos(self.sum)
     }
 
-    /// The longest; zero if there was none.
+    /// The longest; zero if none was recorded.
     pub fn max(&self) -> Duration {
         Duration::from_nanos(self.max)
     }
 
-    /// The mean; zero if there was none.
+    /// The mean; zero if none was recorded.
     pub fn mean(&self) -> Duration {
         Duration::from_nanos(self.sum.checked_div(self.count).unwrap_or(0))
     }
 
-    /// The time that a part `q` of them, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero
-    /// if there was none; a `q` outside of 0 to 1 counts as the nearer end.
+    /// The time that a share `q` of all, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero if
+    /// none was recorded; a `q` outside of 0 to 1 counts as the nearer end.
     pub fn quantile(&self, q: f64) -> Duration {
         let rank = (q.clamp(0.0, 1.0) * self.count as f64).ceil().max(1.0) as u64;
         let mut seen = 0;

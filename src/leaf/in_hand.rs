@@ -1,14 +1,14 @@
-//! What this very thread does for a pool at this moment: a `close` that is called from within must not wait for it.
+//! Which connections the pool itself works on, on this very thread, at this moment. A `close` that is called from within
+//! that work, by a hook or the manager, must not wait for the end of it.
 //!
-//! That is known only of what the pool itself has in hand on this thread: a job, a validation, a connection that a hook
-//! or the manager looks at during its checkout or return. Of a connection in use nobody knows on which thread it is:
-//! the caller may have moved it.
+//! Such work is a job, a validation, or a look at a connection by a hook or the manager during its checkout or return. A
+//! connection in use is not part of it: the caller may have moved it to another thread.
 
 use std::cell::{Cell, RefCell};
 use std::mem;
 
-/// A pool, by the address of its `Shared`, and the number of the connection in hand: [`EXECUTOR`] for a thread of its
-/// executor.
+/// A pool, by the address of its `Shared`, and the number of the connection in hand. On a thread of the pool's executor the
+/// number is [`EXECUTOR`].
 type Work = (usize, u64);
 
 const NOTHING: Work = (0, 0);
@@ -16,13 +16,13 @@ const NOTHING: Work = (0, 0);
 const EXECUTOR: u64 = 0;
 
 thread_local! {
-    /// What goes on at this moment, without a destructor, so that it can be used to the very end of its thread.
+    /// The innermost work. It has no destructor, so that it can be read to the very end of its thread.
     static TOP: Cell<Work> = const { Cell::new(NOTHING) };
-    /// What that was called from, where a hook uses the pool.
+    /// The work from within which the innermost one was called, where a hook uses a pool; the outermost first.
     static BELOW: RefCell<Vec<Work>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Something goes on until this is dropped.
+/// The work goes on until this is dropped. It has the work from within which it was called.
 #[must_use]
 pub(crate) struct InHand(Work);
 
@@ -36,14 +36,14 @@ pub(crate) fn with(pool: usize, id: u64) -> InHand {
     InHand(before)
 }
 
-/// This thread is one of the executor's of `pool`, at work.
+/// This thread belongs to the executor of `pool`, and runs a job.
 pub(crate) fn on_the_executor(pool: usize) -> InHand {
     with(pool, EXECUTOR)
 }
 
 #[cold]
 fn push(before: Work) {
-    // A thread that has begun to end cannot remember more than one.
+    // A thread that has begun to end has no list any more, and knows of the innermost work only.
     let _ = BELOW.try_with(|below| below.borrow_mut().push(before));
 }
 
@@ -58,8 +58,7 @@ impl Drop for InHand {
     }
 }
 
-/// Whether this thread is one of the executor's of `pool`, and the numbers of that pool's connections that it has in
-/// hand.
+/// Whether this thread belongs to the executor of `pool`, and the numbers of that pool's connections that it has in hand.
 pub(crate) fn of(pool: usize) -> (bool, Vec<u64>) {
     let mut ids = vec![TOP.get()];
     let _ = BELOW.try_with(|below| ids.extend_from_slice(&below.borrow()));

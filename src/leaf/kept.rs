@@ -1,13 +1,12 @@
-//! What keeps a pool's lock alive while a connection is returned behind it.
+//! Keeps a pool's lock alive while a connection is returned under it, without counting owners at every return.
 //!
-//! A connection in use is what keeps the pool's memory alive: nothing else need be left of the pool when the connection
-//! is returned. But on its way back it moves into what the lock guards, and the lock has to outlive its own release. To
-//! count one more owner up and down again for that is two locked instructions, where the whole of a checkout and return
-//! has four. So each thread stays an owner of the lock to which it returned a connection last, and counts only when
-//! that changes.
+//! A connection in use keeps the pool's memory alive, and may be the last that does. As it is returned it moves into what
+//! the lock guards, but the lock has to outlive its own release. To count one more owner for that moment would take two
+//! atomic instructions, and a whole checkout and return has only four. So each thread stays an owner of the lock to which
+//! it returned a connection last, and counts only when it returns one to another pool.
 //!
-//! What a thread keeps so, until it returns a connection to another pool or ends, is the lock and the emptied ledger:
-//! no connection, no manager, no hook, nothing of the user's. Those go when the pool goes.
+//! Until then, or until the thread ends, it keeps the lock and the emptied ledger of a pool that is gone. It keeps no
+//! connection, no manager, no hook and nothing else of the user's: those are dropped with the pool.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -17,7 +16,7 @@ thread_local! {
     static KEPT: Cell<Option<Arc<dyn Any + Send + Sync>>> = const { Cell::new(None) };
 }
 
-/// An owner of what `of` owns: the one that this thread keeps, if it is of the same.
+/// An owner of what `of` owns: the one that this thread keeps, if that owns the same.
 #[inline]
 pub(crate) fn take<T: Any + Send + Sync>(of: &Arc<T>) -> Arc<T> {
     let kept = KEPT.try_with(Cell::take).ok().flatten();
@@ -27,10 +26,10 @@ pub(crate) fn take<T: Any + Send + Sync>(of: &Arc<T>) -> Arc<T> {
     }
 }
 
-/// Keeps it for the next time, instead of what was kept before. (Or drops it, on a thread that has begun to end.)
+/// Keeps `owner` for the next return, instead of the owner kept before. (A thread that has begun to end drops it.)
 #[inline]
 pub(crate) fn keep<T: Any + Send + Sync>(owner: Arc<T>) {
-    // Dropped after the cell is free again.
+    // The owner kept before is dropped after the cell is free again, since its drop may use the cell.
     let _before = KEPT.try_with(move |kept| kept.replace(Some(owner)));
 }
 
@@ -46,7 +45,7 @@ mod tests {
         assert_eq!(owners(), (2, 1));
         let taken = take(&a);
         assert_eq!(owners(), (2, 1), "the kept one, not one more");
-        // Meanwhile, as when a connection is returned from within the drop of another.
+        // A second owner is taken meanwhile, as when a connection is returned from within the drop of another.
         keep(take(&a));
         keep(taken);
         assert_eq!(owners(), (2, 1));

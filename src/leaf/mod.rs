@@ -1,4 +1,4 @@
-//! What knows nothing of pools: each of these could be a crate of its own.
+//! Small tools that import nothing of the other layers: each could be a crate of its own.
 
 pub(crate) mod clock;
 pub(crate) mod defect;

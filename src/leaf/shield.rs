@@ -5,7 +5,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// What code that is not the pool's has panicked with, in words.
+/// The message of a panic in code that is not the pool's.
 #[derive(Debug)]
 pub(crate) struct Panic(String);
 
@@ -15,9 +15,9 @@ impl fmt::Display for Panic {
     }
 }
 
-/// Runs code that is not the pool's.
+/// Runs code that is not the pool's, and catches its panic.
 pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Panic> {
-    // What the code may leave half done is the connection, which is closed, or the manager's own.
+    // Unwind safe: what the code may leave half done is a connection, which is then closed, or belongs to the manager.
     catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
         let text = panic_text(&*payload).to_owned();
         drop_payload(payload);
@@ -37,14 +37,15 @@ pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> &str {
     }
 }
 
-/// Drops what a panic came with. That may panic as well, and so on: what the second one comes with is leaked.
+/// Drops the payload of a panic. Its drop may panic as well, and so on for ever: the second payload is leaked.
 pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
     if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
         std::mem::forget(second);
     }
 }
 
-/// The manager and the hooks are the user's, and may panic when they are dropped: on whatever thread has the pool last.
+/// Something of the user's whose drop may panic, such as the manager. The panic is caught, since the drop runs on whatever
+/// thread has the pool last.
 pub(crate) struct Shielded<T>(Option<T>);
 
 impl<T> Shielded<T> {

@@ -1,19 +1,18 @@
-//! What is shown: text from outside (a server's words, a pool's or a thread's name), in a form that stands in a log or
-//! on a terminal and does nothing else there.
+//! Text for people. Text from outside (a server's words, the name of a pool or thread) is escaped and cut to a length, so
+//! that it can do nothing to a log or a terminal.
 //!
-//! Every way out goes through here: an error's or a table's `Display`, a log record, a name. What is kept for programs
-//! (a field, the typed source of a cause) stays as it came. Escaped text is not changed by being escaped again, and cut
-//! text is not cut again, so it does no harm to go through here twice.
+//! All that people see comes through this file: an error's or a table's `Display`, a log record, a name. What programs read
+//! (a field, the typed source of a cause) stays as it came. To escape or cut a text twice changes nothing.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
 
-/// How much is shown of what the other side said, in bytes: several times what PostgreSQL's own longest errors come to.
+/// How much is shown of a cause, in bytes: several times the length of PostgreSQL's own longest errors.
 pub(crate) const CAUSE: usize = 1024;
 /// How much is shown of a name that anybody may choose, in bytes.
 pub(crate) const NAME: usize = 64;
 
-/// What stands at the end of what was cut.
+/// The end of a text that was cut.
 pub(crate) const CUT: &str = " ... (cut)";
 
 /// Shows what it holds, escaped.
@@ -40,19 +39,19 @@ impl<W: Write> Write for Escaping<W> {
     }
 }
 
-/// What `value` shows, escaped and cut to `limit` bytes, which says so. However much it may show, little more than that
-/// is ever made.
+/// The text of `value`, escaped and cut to `limit` bytes. A text that was cut says so. However long the text would be,
+/// hardly more than `limit` bytes of it are made.
 pub(crate) fn brief(value: impl fmt::Display, limit: usize) -> String {
     let mut text = Brief::new(limit);
     text.push(value);
     text.finish()
 }
 
-/// Text up to a limit; escaped.
+/// Escaped text up to a limit.
 pub(crate) struct Brief {
     text: String,
     limit: usize,
-    /// How much of it will still be there if it is to be cut.
+    /// How many bytes of the text stay if it has to be cut, so that there is room for [`CUT`].
     kept: usize,
     is_cut: bool,
 }
@@ -62,13 +61,13 @@ impl Brief {
         Brief { text: String::new(), limit, kept: 0, is_cut: false }
     }
 
-    /// Adds what `value` shows, as far as there is room.
+    /// Adds the text of `value`, as far as there is room.
     pub(crate) fn push(&mut self, value: impl fmt::Display) {
-        // The only error is the one that ends it at the limit. (One of the value's own ends what it shows.)
+        // An error ends the text: `write_str` returns one at the limit, and the value's own `Display` may.
         let _ = write!(self, "{value}");
     }
 
-    /// What there is until now, the end of what was cut included.
+    /// The text so far. If it was cut, it ends with [`CUT`].
     pub(crate) fn as_str(&self) -> &str {
         &self.text
     }
@@ -106,8 +105,8 @@ impl Write for Brief {
     }
 }
 
-/// Whether a character does something other than to stand there: it controls a terminal, begins a line, changes the
-/// direction of what follows or cannot be seen.
+/// Whether a character does more than to be read: it controls a terminal, begins a line, changes the direction of the text
+/// or cannot be seen.
 pub(crate) fn is_harmful(c: char) -> bool {
     match c {
         ' '..='~' => false,
@@ -190,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_stands_there_is_left_alone() {
+    fn harmless_text_is_left_alone() {
         for text in ["", "plain, with 'quotes' and a \\ in it", "größer als 10 µs, 東京 🦀"] {
             assert_eq!(Shown(text).to_string(), text);
             assert_eq!(brief(text, 100), text);
@@ -198,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_something_is_escaped_once() {
+    fn a_harmful_character_is_escaped_once() {
         for (text, shown) in [
             ("a\x1b[2Jb", "a\\u{1b}[2Jb"),
             ("one\r\ntwo\tthree", "one\\r\\ntwo\\tthree"),
@@ -214,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_long_is_cut_once_and_says_so() {
+    fn a_text_too_long_is_cut_once_and_says_so() {
         for limit in [20, 21, 22, 23, 24, 64] {
             for text in ["x".repeat(1000), "ä".repeat(1000), "\x1b".repeat(1000), "a\n🦀".repeat(1000)] {
                 let cut = brief(&text, limit);

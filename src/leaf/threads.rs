@@ -1,5 +1,5 @@
-//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the thread's name for
-//! those who ask later.
+//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the name that belongs to the
+//! number, for the errors and tables that show it later.
 
 use crate::leaf::text::{NAME, brief, is_harmful};
 use std::cell::Cell;
@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 thread_local! {
-    // Without a destructor, so that it can be read to the very end of its thread.
+    // It has no destructor, so that it can be read to the very end of its thread.
     static ID: Cell<u64> = const { Cell::new(0) };
     /// Deregisters the thread when it ends.
     static DEREGISTER: Deregister = const { Deregister(Cell::new(0)) };
@@ -28,7 +28,7 @@ pub(crate) fn id() -> u64 {
 /// The name of a thread by its number.
 pub(crate) fn name(id: u64) -> String {
     let known = names().known.get(&id).cloned();
-    // It may have been registered in the process from which this one was forked.
+    // A thread without a name here may have been registered by the process from which this one was forked.
     known.unwrap_or_else(|| if id == ID.get() { own_name(id) } else { format!("unnamed-{id} (ended)") })
 }
 
@@ -36,15 +36,15 @@ fn own_name(id: u64) -> String {
     thread::current().name().map_or_else(|| format!("unnamed-{id}"), |name| format!("'{}'", brief(name, NAME)))
 }
 
-/// How many threads that have ended are still known by name: a connection may outlive the thread that took it.
+/// How many threads that have ended are still known by name: a connection may outlive the thread that checked it out.
 const ENDED: usize = 256;
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
 static REGISTRY: Registry = Registry::new();
 
-/// The names of one process, and the next for a child of it.
+/// The names of one process, and the registry of its forked child.
 struct Registry {
-    /// 0: nobody's yet.
+    /// 0: no process has this registry yet.
     pid: AtomicU32,
     names: Mutex<Names>,
     next: OnceLock<Box<Registry>>,
@@ -57,7 +57,7 @@ impl Registry {
     }
 }
 
-/// The names of this process. Those of its parent may be locked for ever.
+/// The names of this process. Each process has its own, since the parent's may be locked for ever in a child.
 fn names() -> MutexGuard<'static, Names> {
     let pid = process::id();
     let mut registry = &REGISTRY;
@@ -112,8 +112,8 @@ impl Drop for Deregister {
     }
 }
 
-/// The name of a thread of the pool `pool`: cut to what Linux shows (15 bytes), with its suffix kept, and with nothing
-/// in it that does something to a terminal.
+/// The name of a thread of the pool `pool`: cut to the 15 bytes that Linux shows, with its whole suffix, and without a
+/// harmful character.
 pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
     let mut end = pool.len().min(15 - suffix.len());
     while !pool.is_char_boundary(end) {
@@ -127,7 +127,7 @@ pub(crate) fn thread_name(pool: &str, suffix: &str) -> String {
 mod tests {
     use super::*;
 
-    /// One at a time: many that end have those before them forgotten.
+    /// These tests run one at a time: where many threads end, earlier ones are forgotten.
     static ENDINGS: Mutex<()> = Mutex::new(());
 
     #[test]
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ended_are_forgotten_in_time() {
+    fn threads_that_ended_are_forgotten_in_time() {
         let _alone = ENDINGS.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..ENDED * 2 {
             thread::spawn(id).join().unwrap();

@@ -1,4 +1,4 @@
-//! [`PoolTime`]: what a pool's time is, and in which process it passes.
+//! [`PoolTime`]: the clock of a pool, and the process in which the pool was built.
 
 use crate::leaf::clock::{Clock, Moment};
 use crate::leaf::process::{Home, origin};
@@ -11,7 +11,7 @@ pub(crate) struct PoolTime {
     home: Home,
     /// When the pool was built, see [`origin`].
     born: u64,
-    /// How many wait, as of the last time it changed: while somebody does, the clock is read precisely.
+    /// The number of waiters. While there is one, the clock is read precisely.
     waiting: AtomicU32,
 }
 
@@ -30,12 +30,12 @@ impl PoolTime {
         self.clock.resolution()
     }
 
-    /// So many wait now.
-    pub(crate) fn note_waiting(&self, waiting: u32) {
+    /// Sets the number of waiters.
+    pub(crate) fn set_waiting(&self, waiting: u32) {
         self.waiting.store(waiting, Ordering::Relaxed);
     }
 
-    /// The time: coarse, and precise while somebody waits.
+    /// The time: coarse, and precise while there is a waiter.
     #[inline]
     pub(crate) fn now(&self) -> Moment {
         if self.waiting.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
@@ -57,11 +57,12 @@ impl PoolTime {
         self.home.is_elsewhere()
     }
 
-    /// The same for next to nothing, unless this very thread looked a moment ago, and was forked since.
+    /// The same, as a rule without a system call. Wrong only if this very thread looked at its process a moment ago, and
+    /// was forked since.
     #[inline]
     pub(crate) fn seems_forked(&self, now: Moment) -> bool {
-        // By the coarse clock always: what was seen by the precise one would be relied on until the coarse one has come
-        // up.
+        // Always by the coarse clock. A look at the time of the precise one would lie ahead of the coarse clock, and would
+        // be taken for a fresh one until the coarse clock has caught up.
         let now = if self.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
         self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }

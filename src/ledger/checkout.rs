@@ -22,7 +22,7 @@ impl<C, W: Clone> Ledger<C, W> {
             return Take::Nothing;
         }
         let Some((index, check)) = self.next_idle(0, now) else { return Take::Nothing };
-        // A caller that came later does not take what others wait for out of the stack for a check.
+        // While others wait, a caller that came later does not take a connection out of the stack for a check of its own.
         if check && (!here || self.front.is_some()) {
             return Take::Nothing;
         }
@@ -40,8 +40,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. A connection that is only stale
-    /// comes as [`Take::Check`]: the caller is to look at it without asking the server, and to say what it saw to
+    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. A connection that was only unused for
+    /// long comes as [`Take::Check`]. The caller is to look at it without asking the server, and to report to
     /// [`looked_at`](Ledger::looked_at).
     pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
         self.step(now, |l, now| {
@@ -67,10 +67,10 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// Takes a connection that needs a check, if one that was made since a caller asked in vain serves for it.
+    /// Takes a connection although it needs a check, if one was made for an earlier caller that asked in vain.
     pub(super) fn take_checked(&mut self, now: Moment, caller: Caller) -> Option<(Token, C)> {
         let (index, _) = self.next_idle(0, now)?;
-        if !self.serves_who_asked(index) {
+        if !self.serves_without_check(index) {
             return None;
         }
         let conn = self.pop_idle();
@@ -79,8 +79,9 @@ impl<C, W: Clone> Ledger<C, W> {
         Some((self.token(index), conn))
     }
 
-    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once): it seems `well`, or there
-    /// was nothing to be seen. `None`: the caller may not have it; then the executor checks it, for the next.
+    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once). `well`: the connection seems
+    /// well; otherwise nothing could be seen. `None`: the caller may not have the connection, and the executor checks it for
+    /// the next caller.
     pub(crate) fn looked_at(
         &mut self,
         now: Moment,
@@ -96,7 +97,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 return None;
             }
             let well = well && !l.is_suspect(&l.slots[index as usize]);
-            if l.may_barge(now) && (well || l.serves_who_asked(index)) {
+            if l.may_barge(now) && (well || l.serves_without_check(index)) {
                 l.asked_at = now;
                 l.check_out(index, now, caller);
                 return Some((token, conn));
@@ -108,8 +109,8 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// The idle connection that would be handed out after `others`, and whether it needs a check. Whatever has expired
-    /// at that place is closed first.
+    /// The idle connection that would be handed out after `others` of them, and whether it needs a check. Expired connections
+    /// at that place are closed first.
     #[inline]
     pub(super) fn next_idle(&mut self, others: usize, now: Moment) -> Option<(u32, bool)> {
         loop {
@@ -123,7 +124,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Closes the connection at this place of the stack, which was found expired before the reaper came.
+    /// Closes the connection at this place of the stack, which has expired before the reaper looked.
     #[cold]
     fn expire(&mut self, at: usize, now: Moment) {
         let (index, conn) = self.idle.remove(at);
@@ -160,13 +161,13 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// A connection is returned.
     #[inline]
-    pub(crate) fn returned(&mut self, now: Moment, token: Token, conn: C, back: Condition) {
+    pub(crate) fn returned(&mut self, now: Moment, token: Token, conn: C, condition: Condition) {
         self.step(now, |l, now| {
             let index = token.index;
             l.debug_assert_in_use(&token);
             l.tally.usage_time.record(now.nanos_since(l.slots[index as usize].since));
             let mut reason = l.unfit(index, now);
-            match back {
+            match condition {
                 Condition::Keep => {}
                 Condition::Reset if reason.is_none() => {
                     let slot = &mut l.slots[index as usize];
@@ -182,7 +183,8 @@ impl<C, W: Clone> Ledger<C, W> {
                     reason = Some(CloseReason::Broken);
                 }
                 Condition::Outdated => {
-                    // Once for all connections that are as old: those opened since are not the ones that were meant.
+                    // Only the first of a generation outdates the pool. Another of the same generation says nothing of
+                    // the connections that were opened since.
                     if l.slots[index as usize].generation == l.generation {
                         l.outdate(now);
                     }
@@ -223,14 +225,14 @@ impl<C, W: Clone> Ledger<C, W> {
         match self.settings.validate {
             Validate::Never => false,
             Validate::Always => true,
-            // A check that was made for a caller that did not wait for it, or for keepalive, serves the next as well.
+            // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller too.
             Validate::AfterIdle(limit) => {
                 self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus(limit) <= now
             }
         }
     }
 
-    /// Why a connection that changes hands may not be kept, if so.
+    /// Why a connection that was returned, opened or checked must be closed, if it must.
     #[inline]
     pub(super) fn unfit(&self, index: u32, now: Moment) -> Option<CloseReason> {
         let slot = &self.slots[index as usize];
@@ -249,14 +251,14 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether a connection that needs a check may do without for a caller that cannot wait for one: it was found well
-    /// since the last such caller asked, and nothing has been found dead since.
-    pub(super) fn serves_who_asked(&self, index: u32) -> bool {
+    /// Whether a connection that needs a check may be handed out without one to a caller that cannot wait. It may if it was
+    /// used or found well since the last such caller asked, and no connection has been found dead since.
+    pub(super) fn serves_without_check(&self, index: u32) -> bool {
         let slot = &self.slots[index as usize];
         !self.is_suspect(slot)
             && match self.settings.validate {
                 Validate::Never => true,
-                // Every use wants a check of its own: the connection was not used since this one.
+                // Every use wants a check of its own, so the connection must not have been used since the check.
                 Validate::Always => {
                     slot.proven >= self.asked_at && (slot.uses == 0 || slot.proven >= slot.unused_since)
                 }
@@ -270,7 +272,7 @@ impl<C, W: Clone> Ledger<C, W> {
         slot.proven_after < self.found_dead && self.settings.validate != Validate::Never
     }
 
-    /// A connection was found dead: whatever was proven before is suspect.
+    /// A connection was found dead: every connection that was proven well before is suspect.
     pub(super) fn suspect(&mut self) {
         self.found_dead += 1;
     }
@@ -282,7 +284,7 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// The job that has this slot has proved that the connection was well at `at`, when the job began. `false`: another
-    /// was found dead since, so this proves nothing.
+    /// connection was found dead since, so the job proves nothing.
     pub(super) fn proved(&mut self, index: u32, at: Moment) -> bool {
         let slot = &mut self.slots[index as usize];
         let Some(job) = slot.job() else { unreachable!("only a job proves anything") };

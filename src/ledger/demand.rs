@@ -1,4 +1,4 @@
-//! Demand: what is checked and opened, and when. [`plan`](Ledger::plan) runs at the end of every step.
+//! Demand: which connections are checked and opened, and when. [`plan`](Ledger::plan) decides it at the end of a step.
 
 use std::time::Duration;
 
@@ -11,26 +11,26 @@ use crate::leaf::clock::Moment;
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 /// The longest pause between opens while a caller waits.
 const BACKOFF_WAITED_FOR: Duration = Duration::from_secs(1);
-/// The longest pause between opens while none does.
+/// The longest pause between opens while no caller waits.
 const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
-/// The first pause after a permanent refusal. A password is not mended in milliseconds, and a server may lock the
-/// account of those who hammer it.
+/// The first pause after a permanent refusal. Nobody repairs a password in milliseconds, and a server may lock an account
+/// after many failed logins.
 const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
-/// The greatest part of a pause that jitter takes off, so that many pools do not come back in step.
+/// The greatest part of a pause that jitter takes off, so that many pools do not dial in step.
 const BACKOFF_JITTER: f64 = 0.2;
 
-/// How long waiters count on an open: so many times as long as it usually takes...
+/// How long waiters count on an open: this many times the usual time to open...
 const OPEN_PATIENCE: u32 = 3;
-/// ... but at least so long, for a server that has much to do is not helped by being dialled again...
+/// ... but at least so long, since more dials do not help a busy server...
 const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
-/// ... and so long while nothing is known of what is usual.
+/// ... and so long while no open has succeeded, so that the usual time is not known.
 const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
-/// The part of `close_timeout` that a connection which was replaced (`recycle`) may take to close if a caller waits for
-/// its place: the server it leads to may be the one that failed.
+/// If a caller waits for the place of a connection that `recycle` replaced, its close may take a tenth of `close_timeout`.
+/// The server that it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
 
-/// Protects a server that answers nobody. It is the least time between two dials once as many jobs as the pool has
-/// slots are abandoned, and the last dial did not come through; or once more than as many are.
+/// Protects a server that answers no dial: the least time between two dials while more than `max_size` jobs are abandoned, or
+/// exactly `max_size` and the last open failed.
 pub(super) const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
 /// A run of failed opens.
@@ -39,7 +39,7 @@ pub(super) struct Failure {
     count: u32,
     pub(super) last: Moment,
     pub(super) permanent: bool,
-    /// The server is not dialled before.
+    /// The server is not dialled before this moment.
     pub(super) retry: Moment,
     why: FailedOpen,
 }
@@ -47,7 +47,7 @@ pub(super) struct Failure {
 /// Why the last open failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FailedOpen {
-    /// The open came back with a cause, which the runtime has noted before it told the ledger.
+    /// The open came back with a cause, which the runtime noted before it told the ledger.
     AsReported,
     /// The open was abandoned at its limit.
     NoAnswer,
@@ -75,8 +75,8 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- the plan
 
-    /// Sees to it that waiters are served and the floor stands, as far as the rules allow at this moment; and that the
-    /// reaper looks again when they will allow more.
+    /// Orders the checks and opens that the waiters and the floor need, as far as the rules allow at this moment. Sets the
+    /// alarm for the moment when the rules will allow more.
     pub(super) fn plan(&mut self, now: Moment) {
         self.dirty = false;
         self.stop_counting_on(now);
@@ -95,15 +95,15 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Notifies the waiters for whom a connection is ready, and for the others has idle connections checked that need
-    /// it. Returns how many connections are then wanted beside those that are ready.
+    /// Notifies the waiters for which a connection is ready. For the others it has the idle connections checked that need a
+    /// check. Returns how many connections are then wanted beside those that are ready.
     fn plan_checks(&mut self, now: Moment) -> u32 {
         loop {
             let ready = self.ready(now);
             self.notify(ready);
             self.asked &= ready == 0;
             let demand = self.demand_beside(ready);
-            // After a check that failed more are checked than are wanted, doubling with every further failure.
+            // After a failed check more connections are checked than are wanted, twice as many after each further failure.
             let ahead = if self.check_failures == 0 {
                 0
             } else {
@@ -116,7 +116,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Orders opens, as long as another is wanted and may be dialled.
+    /// Orders opens, as long as another open is wanted and may be dialled.
     fn plan_opens(&mut self, now: Moment, demand: u32) {
         while self.wants_open(demand, None) {
             let at = self.dial_at(now);
@@ -128,10 +128,9 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether another open is wanted for this demand: for the waiters, who count on every check and open that does not
-    /// take longer than usual; and for the floor, which counts on the idle connections that last and on all that come
-    /// without being waited for. This is the one rule for refill and for replacement. `beside`: the open that asks,
-    /// slow or not, is not counted.
+    /// Whether another open is wanted for this demand. The waiters count on every check and open that does not take longer
+    /// than usual. The floor counts on the idle connections that last, and on all under way that no waiter needs. This is the
+    /// one rule for refill and for replacement. `beside`: the open that asks is not counted; whether it is slow.
     pub(super) fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
         let mut quick = self.counted.quick_opens();
         let mut slow = self.counted.slow_opens();
@@ -140,20 +139,20 @@ impl<C, W: Clone> Ledger<C, W> {
             Some(false) => quick -= 1,
             None => {}
         }
-        // One more is dialled than is waited for, not one after another: a server that answers none of them is not
-        // helped, and opens that hang take slots.
+        // The first slow open is not counted on, and every further one is. So one more open is dialled beside an open that
+        // hangs, and not one after another: more dials do not help such a server, and opens that hang take slots.
         let counted_on = quick + slow.saturating_sub(1) + self.counted.quick_checks();
-        // After a check that failed an open is among what is under way: six dead connections cost one connect, not six
-        // timeouts in a row.
-        let missed = self.check_failures > 0 && quick + slow == 0;
-        let users = demand > 0 && (missed || counted_on < demand);
-        // (`build` waits for the floor.)
+        // After a failed check an open is always under way beside the further checks: six dead connections cost one connect,
+        // not six timeouts in a row.
+        let checks_fail = self.check_failures > 0 && quick + slow == 0;
+        let users = demand > 0 && (checks_fail || counted_on < demand);
+        // (While `build` waits for the floor, one more open is dialled beside an open that hangs for the floor as well.)
         let slow = slow.saturating_sub(u32::from(self.watchers > 0));
         let coming = quick + slow + self.counted.checks();
         users || self.counted.lasting() + coming.saturating_sub(demand) < self.settings.min_idle
     }
 
-    /// How many callers wait, or have asked, for whom no connection is ready.
+    /// How many connections are wanted beside those that are ready: one for each waiter, and one for a caller that asked.
     pub(super) fn demand(&self, now: Moment) -> u32 {
         self.demand_beside(self.ready(now))
     }
@@ -162,8 +161,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
-    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there
-    /// is none.
+    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there is no
+    /// such connection.
     fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
         let Some((index, _)) = self.next_idle(ready, now) else { return false };
         let (_, conn) = self.idle.remove(self.idle.len() - 1 - ready);
@@ -179,7 +178,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.effects.orders.push(Order::Job(SlotJob::Open(token)));
     }
 
-    /// A job that takes longer than usual is no longer counted on.
+    /// Stops counting on the jobs that take longer than usual.
     fn stop_counting_on(&mut self, now: Moment) {
         while let Some(&(until, index)) = self.patience.first() {
             if until > now {
@@ -221,8 +220,8 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// A [hurried](Ledger::join) caller has left: what was ordered for it is to be there for the next. `even_now`: the
-    /// caller may have been gone before that had begun, and it is wanted all the same.
+    /// A [hurried](Ledger::join) caller has left. What was ordered for it is to serve the next one. `even_now`: the caller
+    /// may have left before anything was ordered, so it is ordered now.
     pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {
         self.step(now, |l, now| {
             if !l.closed {
@@ -235,14 +234,14 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// One connection is to be made ready. The wish ends when one is, or when an open fails: no caller waits to see the
-    /// open tried again.
+    /// One connection is to be made ready. The wish ends when a connection is ready. It also ends when an open fails, since no
+    /// caller waits for another attempt.
     pub(super) fn ask(&mut self) {
         self.asked = true;
     }
 
-    /// A caller that does not wait has found nothing. What is under way by now, and counted on, was ordered for a
-    /// caller like it.
+    /// A caller that does not wait has found nothing. The checks and opens under way that are counted on will serve the next
+    /// such caller, so it counts as having asked when the oldest of them began.
     pub(super) fn note_asked(&mut self, now: Moment) {
         let under_way = self.slots().filter(|slot| match slot.state {
             State::Checking(check, job) => !matches!(check, Check::Own(_)) && !job.slow,
@@ -260,17 +259,17 @@ impl<C, W: Clone> Ledger<C, W> {
         if self.counted.total() >= self.settings.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
     }
 
-    /// The same, if there were room.
+    /// The earliest moment at which another connection could be dialled if there were room.
     fn dial_with_room_at(&self, now: Moment) -> Moment {
         let opening = self.counted.opens();
-        // One open that takes longer than usual does not count: opens that hang keep no caller from another.
+        // One open that takes longer than usual does not count, so that an open that hangs does not stop all others.
         let hangs = u32::from(self.counted.slow_opens() > 0);
         if self.closed || opening >= self.settings.parallel_opens.saturating_add(hangs) {
             return Moment::NEVER;
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
-            // While opens fail, one at a time is enough to learn that they no longer do; and one beside an open that
+            // While opens fail, one at a time is enough to learn when they no longer do. One more may run beside an open that
             // hangs.
             if self.counted.quick_opens() > 0 || opening > 1 {
                 return Moment::NEVER;
@@ -281,7 +280,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if opening > 0 {
                 return Moment::NEVER;
             }
-            // At the bound the next may be dialled if the last came through, for then it was no connect that hung.
+            // At the bound the next open may be dialled at once if the last came through: then connects do not hang.
             if self.failure.is_some() || self.abandoned > self.settings.max_size {
                 at = at.max(self.last_dial.plus(PROBE_PERIOD));
             }
@@ -289,15 +288,15 @@ impl<C, W: Clone> Ledger<C, W> {
         at
     }
 
-    /// Abandons the close of a connection that was replaced, and hangs, or gives up a stuck slot, if nothing but a
-    /// place is missing.
+    /// Makes room for an open, if room is all it lacks: frees the slot of a stuck job, or abandons a close that takes long, of
+    /// a connection that `recycle` replaced.
     fn make_room(&mut self, now: Moment) -> bool {
         let full = self.counted.total() >= self.settings.max_size && self.counted.begun_closes() > 0;
         if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
             return false;
         }
-        // After the job is abandoned a dial must be left, or its place is of no use. (Were there a failure, its
-        // back-off would be over.)
+        // With one more job abandoned, the bound of abandoned jobs must still allow a dial, or the room would be of no use.
+        // (If the last open failed, its back-off is over: that was asked above.)
         if self.abandoned + self.counted.opens() + 1 >= self.settings.max_size
             && (self.counted.opens() > 0 || self.failure.is_some())
         {
@@ -305,8 +304,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let is_stuck = |state| matches!(state, State::Closing(Close::Stuck, _));
         if let Some(stuck) = self.slots.iter().position(|slot| is_stuck(slot.state)) {
-            // Its slot could not be freed before.
-            self.give_up(stuck as u32);
+            // The slot could not be freed at the job's limit, and can be now.
+            self.release_abandoned(stuck as u32);
             return true;
         }
         let generation = self.generation;
@@ -329,7 +328,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- failed opens
 
-    /// Whether it is hopeless to wait at this moment.
+    /// Whether it is useless to wait: the server refuses for good, and no connection is alive that could be returned.
     pub(super) fn is_refused(&self, now: Moment) -> bool {
         let refused = self.failure.is_some_and(|failure| failure.permanent && now < failure.retry);
         refused && self.counted.alive() == 0
@@ -338,13 +337,13 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Notes a failed open, and when to try again.
     pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, permanent: bool, jitter: f64) {
         let count = match self.failure {
-            // The open was dialled before the last one had failed: it says nothing new.
+            // The open was dialled before the last one failed: its failure says nothing new.
             Some(f) if f.permanent == permanent && begun < f.last => f.count,
             Some(f) if f.permanent == permanent => f.count.saturating_add(1),
             _ => 1,
         };
         let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
-        // (`build` waits as well, though not in the queue.)
+        // (`build` waits too, though not in the queue.)
         let waited_for = self.front.is_some() || self.watchers > 0;
         let longest = if permanent || !waited_for { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);

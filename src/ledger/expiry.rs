@@ -1,5 +1,5 @@
-//! What time ends: [`reap`](Ledger::reap) closes what was idle for too long and what is too old, has idle connections
-//! kept alive, reports leaks and abandons jobs past their limits.
+//! What falls due with time: [`reap`](Ledger::reap) closes connections that were idle for too long or are too old, has idle
+//! connections kept alive, reports leaks and abandons jobs past their limits.
 
 use std::time::Duration;
 
@@ -10,7 +10,8 @@ use super::values::{Order, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
-/// How long before the end of its life a floor connection is replaced: a twentieth of it, at most this.
+/// How long before the end of its life a floor connection is replaced: a twentieth of its life, at most this. An open rarely
+/// takes longer.
 const MAX_REPLACEMENT_LEAD: Duration = Duration::from_secs(5);
 
 impl<C, W: Clone> Ledger<C, W> {
@@ -18,7 +19,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn reap(&mut self, now: Moment, jitter: f64) {
         let now = self.tick(now);
         self.alarm = Moment::NEVER;
-        // Floor connections near their end are marked first, so that what replaces them is ordered before they go.
+        // Floor connections near their end are marked first, so that their replacements are ordered before they are closed.
         self.mark_expiring_soon(now);
         self.plan(now);
         while let Some(&(dies, index)) = self.lifetimes.first() {
@@ -42,11 +43,11 @@ impl<C, W: Clone> Ledger<C, W> {
         self.report_leaks(now);
         self.plan(now);
         self.alarm = self.alarm.min(self.next_deadline());
-        // The reaper, which calls this, sleeps until the alarm just set.
+        // The reaper itself calls this, and is going to sleep until the alarm just set.
         self.effects.wake_reaper = false;
     }
 
-    /// When something will be due, beside what the plan has armed for.
+    /// When `reap` will next have something to do, apart from the alarms of the plan.
     fn next_deadline(&self) -> Moment {
         let mut next = self.idle_deadline();
         if let Some(&(dies, _)) = self.lifetimes.first() {
@@ -106,12 +107,13 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- keepalive
 
-    /// The idle connection whose keepalive is due first, and when. One at a time: `NEVER` while one goes on.
+    /// The idle connection whose keepalive is due first, and when. `NEVER` while a keepalive check runs: they run one at a
+    /// time.
     fn keepalive_due(&self) -> (Moment, u32) {
         let never = (Moment::NEVER, 0);
         match self.settings.keepalive {
             Some(period) if self.keepalive.is_none() && !self.closed => {
-                // Of equals the lowest in the stack is the first.
+                // Among equals the lowest in the stack is the first.
                 let due = |&(index, _): &(u32, C)| {
                     let slot = &self.slots[index as usize];
                     (slot.since.max(slot.proven).plus(period), index)
@@ -165,14 +167,14 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether the slot of a connection that may be alive can be given up. It cannot if as many jobs are abandoned
-    /// already, or may yet be, as the pool has slots.
+    /// Whether one more slot can be freed although its connection may be alive. It cannot if `max_size` jobs are abandoned
+    /// already, or may yet be.
     pub(super) fn may_abandon(&self) -> bool {
         self.abandoned + self.counted.opens() < self.settings.max_size
     }
 
-    /// Abandons a job past its limit. An open frees its slot (dialling stops by itself). So does another job, if the
-    /// pool [may abandon](Ledger::may_abandon) one more.
+    /// Abandons a job past its limit. The slot of an open is always freed, since the bound of abandoned jobs limits the dials
+    /// that follow. The slot of another job is freed if the pool [may abandon](Ledger::may_abandon) one more.
     pub(super) fn abandon(&mut self, index: u32, now: Moment, jitter: f64) {
         let slot = &self.slots[index as usize];
         let (id, was, state, born) = (slot.id, slot.as_seen(), slot.state, slot.born);
@@ -190,21 +192,21 @@ impl<C, W: Clone> Ledger<C, W> {
                 }
                 self.limit_of(check)
             }
-            // (A close may be abandoned before its limit, for its place.)
+            // (A close may be abandoned before its limit, to make room.)
             State::Closing(..) => now.since(slot.since).min(self.settings.close_timeout),
             State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs have limits"),
         };
         let cancel = matches!(state, State::Checking(Check::Reset, _) | State::Closing(..));
         self.effects.orders.push(Order::Abandon { id, was, limit, cancel });
         if was == ConnectionState::Opening || self.may_abandon() {
-            self.give_up(index);
+            self.release_abandoned(index);
         } else {
             self.set_stuck(index, now);
         }
     }
 
-    /// The grace of a close is over: opens that still hang have no limit any longer. It would do nothing for them that
-    /// was not done by now, and no other open takes their place.
+    /// The grace of a close is over: opens that still hang have no limit any longer. They were aborted by now, and no other
+    /// open takes their place, so their limit would change nothing.
     pub(crate) fn abandon_opens(&mut self, now: Moment) {
         self.tick(now);
         let opens =

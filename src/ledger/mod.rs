@@ -7,9 +7,8 @@ use crate::leaf::clock::Moment;
 use crate::settings::{Settings, Validate};
 use crate::stats::{Counts, Tally};
 
-// From the bottom to the top: each file uses types of those above it in this list only. What a rule of one file needs
-// of another it asks of the `Ledger`, on which all of them have methods; that is why the struct stands here, above them
-// all.
+// Each file uses types and constants only of files above it in this list. A rule that needs a rule of another file calls a
+// method of `Ledger`. All files add methods to it, so the struct stands here.
 mod values;
 
 mod slots;
@@ -34,15 +33,16 @@ use demand::Failure;
 use queue::{Front, Waiter};
 use slots::StateCounts;
 
-/// What is to be done for others than the caller of a method. The caller empties it before it releases the lock.
+/// What a method of the ledger wants done for others than its caller. Whoever has the lock takes the effects out before
+/// releasing it.
 #[derive(Debug)]
 pub(crate) struct Effects<C, W> {
-    /// Waiters that have left the queue, and what they get: to be filled in under the lock.
+    /// Waiters that have left the queue, and their outcome, which is to be filled in under the lock.
     pub(crate) served: Vec<(W, Outcome<C>)>,
     /// Waiters to be woken, so that they come to [`take_notified`](Ledger::take_notified).
     pub(crate) notified: Vec<W>,
     pub(crate) orders: Vec<Order<C>>,
-    /// The reaper sleeps too long: wake it.
+    /// The reaper is to be woken, since it means to sleep past the alarm.
     pub(crate) wake_reaper: bool,
     /// Something has changed that `build` or `close` may be waiting for.
     pub(crate) changed: bool,
@@ -57,7 +57,7 @@ impl<C, W> Default for Effects<C, W> {
 impl<C, W> Effects<C, W> {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // One test instead of five: this is asked after every checkout and return, and the answer is hardly ever no.
+        // One test instead of five, since this is asked after every checkout and return. The answer is nearly always yes.
         (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
             == 0
     }
@@ -68,14 +68,15 @@ impl<C, W> Effects<C, W> {
     }
 }
 
-/// The rules of the pool; see the module. `C` is a connection, `W` the handle by which a waiter is woken: the ledger
+/// The rules of the pool; see the module. `C` is a connection and `W` the handle by which a waiter is woken. The ledger
 /// looks into neither.
 pub(crate) struct Ledger<C, W> {
-    /// The limits as they are by now: `resize` and `set_min_idle` change them.
+    /// The settings as they are now: `resize` and `set_min_idle` change them.
     settings: Settings,
-    /// How far behind the true time a `now` may be. Folded into every test of age, so that nothing is served late.
+    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out late.
     resolution: Duration,
-    /// The latest time the ledger was told. Readings of a clock may arrive out of order; time here does not go back.
+    /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never goes
+    /// back.
     now: Moment,
     slots: Vec<Slot>,
     /// The indexes of the free slots.
@@ -93,13 +94,14 @@ pub(crate) struct Ledger<C, W> {
     /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
     /// closed.
     lifetimes: BTreeSet<(Moment, u32)>,
-    /// When the idle stack last changed other than at its top. What is due only because of that is due since then.
+    /// When the idle stack last changed other than at its top. A connection that such a change left without a place in the
+    /// floor is due since then, and no longer.
     stack_changed_at: Moment,
-    /// Up to which end of life connections have been marked as `expiring_soon`.
+    /// Connections that end up to this moment have been marked as `expiring_soon`.
     marked_until: Moment,
     /// The limit of every job that runs and has one.
     limits: BTreeSet<(Moment, u32)>,
-    /// Until when each job is counted on, of those that still are.
+    /// Until when each job is counted on. A job that is no longer counted on is not in it.
     patience: BTreeSet<(Moment, u32)>,
     /// How long an open usually takes. `None`: no open has succeeded yet.
     usual_open: Option<Duration>,
@@ -107,7 +109,7 @@ pub(crate) struct Ledger<C, W> {
     asked: bool,
     /// Since the last plan a slot has changed its state, other than between idle and in use.
     dirty: bool,
-    /// How many jobs were abandoned and have not come back. Changed by `give_up` and `came_back`.
+    /// How many jobs were abandoned and have not come back. Changed by `release_abandoned` and `came_back`.
     abandoned: u32,
     /// How many checks have failed since a connection was last known to be well.
     check_failures: u32,
@@ -119,11 +121,11 @@ pub(crate) struct Ledger<C, W> {
     next_ticket: u64,
     /// How often all connections were declared outdated. Changed by `outdate`.
     generation: u64,
-    /// How many connections were found dead. What was proven well before the last of them is suspect. (The ledger
-    /// counts them and does not date them: what came before what is known by the order of the steps, and by no clock.)
+    /// How many connections were found dead. A connection that was last proven well before the last of them is suspect. (The
+    /// ledger counts instead of comparing times, since the order of the steps is certain and a clock's is not.)
     found_dead: u64,
-    /// When a caller that does not wait last asked for a connection. What was used or checked since serves the next
-    /// such caller, however late it comes. `NEVER`: no caller has asked.
+    /// When a caller that does not wait last asked for a connection. A connection that was used or checked since serves the
+    /// next such caller, however late that comes. `NEVER`: no caller has asked.
     asked_at: Moment,
     /// The connection whose keepalive check goes on.
     keepalive: Option<u64>,
@@ -183,7 +185,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- looking
 
-    /// The settings as they are by now.
+    /// The settings as they are now.
     pub(crate) fn rules(&self) -> &Settings {
         &self.settings
     }
@@ -209,12 +211,12 @@ impl<C, W: Clone> Ledger<C, W> {
         self.slots.iter().filter(|slot| slot.id != 0)
     }
 
-    /// Whether the floor stands: as many connections are idle as `min_idle` asks for.
+    /// Whether as many connections are idle as `min_idle` asks for.
     pub(crate) fn floor_stands(&self) -> bool {
         self.idle.len() as u32 >= self.settings.min_idle.min(self.settings.max_size)
     }
 
-    /// Whether the pool is closed and nothing will be due, so that the reaper can end. A limit that begins later sets
+    /// Whether the pool is closed and nothing will be due, so that the reaper can end. If a job's limit begins later, it sets
     /// an alarm of its own.
     pub(crate) fn is_over(&self) -> bool {
         let counts = self.counts();
@@ -228,7 +230,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- one step
 
-    /// One step: what `act` changes, then the plan for what has become of it.
+    /// One step: `act`, and then the plan, unless it would find nothing to do.
     #[inline]
     fn step<R>(&mut self, now: Moment, act: impl FnOnce(&mut Self, Moment) -> R) -> R {
         let now = self.tick(now);
@@ -261,7 +263,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Has the reaper look, if it is no longer needed.
+    /// Wakes the reaper if it is no longer needed, so that it ends.
     fn note_if_over(&mut self) {
         if self.is_over() {
             self.arm(self.now);

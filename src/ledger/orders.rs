@@ -1,4 +1,4 @@
-//! Orders from above: what a user of the pool tells it at any time.
+//! What a user may ask of the pool at any time: `resize`, `set_min_idle`, `recycle`, `close`.
 
 use super::Ledger;
 use super::demand::BACKOFF_FIRST;
@@ -7,11 +7,11 @@ use crate::leaf::clock::Moment;
 use crate::stats::CloseReason;
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// Sets the greatest number of connections. The excess goes: the longest unused at once, the others on return.
+    /// Sets the greatest number of connections. The excess is closed: the longest unused at once, the others on return.
     pub(crate) fn resize(&mut self, now: Moment, max_size: u32) {
         self.step(now, |l, now| {
             l.settings.max_size = max_size;
-            // (Connections that are being opened may never arrive.)
+            // (Connections that are being opened are no excess yet: they may never arrive.)
             let excess = l.counted.alive().saturating_sub(max_size).min(l.idle.len() as u32);
             for (index, conn) in l.drain_idle(0, excess as usize) {
                 l.close_connection(index, conn, CloseReason::Resized, now);
@@ -19,7 +19,7 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// Sets the floor. A connection that it no longer keeps, and that is due, goes at once.
+    /// Sets the floor. A connection that the floor no longer keeps, and that is due, is closed at once.
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
         self.step(now, |l, now| {
             l.settings.min_idle = min_idle;
@@ -39,15 +39,15 @@ impl<C, W: Clone> Ledger<C, W> {
         for (index, conn) in self.drain_idle(0, self.idle.len()) {
             self.close_connection(index, conn, CloseReason::Recycled, now);
         }
-        // A server that was mended deserves a look before the back-off ends.
+        // The server may have been repaired, so it is dialled again before the back-off ends.
         if let Some(failure) = &mut self.failure {
             failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
             failure.permanent = false;
         }
     }
 
-    /// Ends the pool: no caller waits any longer, no connection is kept. Returns how many waited; `None` if the pool
-    /// was closed before.
+    /// Closes the pool: no caller waits any longer, and no connection is kept. Returns how many callers waited; `None` if
+    /// the pool was closed before.
     pub(crate) fn close(&mut self, now: Moment) -> Option<u32> {
         self.step(now, |l, now| {
             if l.closed {

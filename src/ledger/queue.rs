@@ -1,8 +1,8 @@
 //! The queue of waiters, and the hand-off: who gets a connection that is returned or opened.
 //!
-//! A connection goes to the first waiter (*hand-off*), or to the idle stack, where running threads may take it first
-//! (*barging*) while the next waiters are *notified* to come and take what is there. The README of this folder says
-//! why, and proves that no waiter is forgotten.
+//! A connection goes to the first waiter (*hand-off*), or to the idle stack. In the stack a running thread may take it first
+//! (*barging*), while the next waiters are *notified* to come and take it. The README of this folder says why, and proves
+//! that no waiter is forgotten.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::values::{Caller, Join, Outcome, Take, Ticket, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::CloseReason;
 
-/// Protects a waiter from starving: the first one is handed what comes back once it was barged so often...
+/// Protects waiters from starving: a returned connection is handed off to the first waiter once it was barged so often...
 pub(super) const MAX_BARGES: u32 = 4;
-/// ... and has been the first for so long. Protects the running threads: a waiter that became the first a moment ago
-/// would hold up the connection for as long as a thread takes to wake.
+/// ... and has been the first for so long. Protects the running threads: a connection that is handed off to a waiter lies
+/// unused for as long as its thread takes to wake.
 pub(super) const HANDED_OFF_AFTER: Duration = Duration::from_micros(20);
 
 pub(super) struct Waiter<W> {
@@ -27,23 +27,23 @@ pub(super) struct Waiter<W> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Front {
     pub(super) ticket: Ticket,
-    /// Since when it waits.
+    /// When the waiter began to wait.
     pub(super) since: Moment,
-    /// When it became the first.
+    /// When the waiter became the first.
     first_since: Moment,
     /// How often other callers got a connection since then.
     pub(super) barged: u32,
 }
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// How many wait, notified or not.
+    /// The number of waiters, notified or not.
     pub(crate) fn waiting(&self) -> u32 {
         (self.queue.len() + self.notified.len()) as u32
     }
 
-    /// Queues for a connection, at `ticket` if the caller has had a place before. Asks for what it takes to serve it.
-    /// `hurried`: the caller may not have the time to wait for a check, and takes a connection that was checked for a
-    /// caller like it.
+    /// Queues the caller for a connection, at `ticket` if it has had a place before. The plan then checks or opens what it
+    /// needs. `hurried`: the caller may not have the time to wait for a check, and takes a connection that was checked for an
+    /// earlier hurried caller.
     pub(crate) fn join(
         &mut self,
         now: Moment,
@@ -70,7 +70,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let waiting = l.waiting();
             if l.settings.max_waiting.is_some_and(|max| waiting >= max) {
                 if waiting == 0 {
-                    // Where no caller may wait, none waits for a check.
+                    // Where no caller may wait, none can wait for a check either.
                     if let Some((token, conn)) = l.take_checked(now, caller) {
                         return (Join::Ready(token, conn), Some(handle));
                     }
@@ -83,7 +83,8 @@ impl<C, W: Clone> Ledger<C, W> {
             if waiting == 0 {
                 l.shorten_back_off(now);
             }
-            // (A hurried caller that comes again and again wants one connection, not one more each time.)
+            // (A hurried caller waits in place of the wish that an earlier one left. So a caller that comes again and again
+            // wants one connection, not one more each time.)
             l.asked &= !hurried;
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
             l.queue.insert(ticket, Waiter { handle, caller, since: ticket.since });
@@ -109,7 +110,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let caller = waiter.caller;
             l.queue.insert(ticket, waiter);
             let is_first = l.front.is_some_and(|front| front.ticket == ticket);
-            // If two connections are there the first waiter is not barged by one that takes the other.
+            // If two connections are idle, one is left for the first waiter, and a later waiter may take the other.
             if !is_first && !l.may_barge(now) && l.idle.len() <= 1 {
                 return None;
             }
@@ -125,7 +126,7 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// A waiter leaves the queue. `Some`: it was still queued, and this is its handle. `None`: it has been served.
+    /// A waiter leaves. `Some`: the waiter was still queued, and this is its handle. `None`: it has been served.
     pub(crate) fn leave(&mut self, now: Moment, ticket: Ticket) -> Option<W> {
         self.step(now, |l, now| {
             let waiter = l.unqueue(now, ticket)?;
@@ -147,7 +148,7 @@ impl<C, W: Clone> Ledger<C, W> {
         Some(waiter)
     }
 
-    /// Empties the queue.
+    /// Empties the queue: all waiters get this outcome.
     pub(super) fn dismiss_queue(&mut self, now: Moment, outcome: impl Fn() -> Outcome<C>) {
         while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
             self.tally.wait_time.record(now.nanos_since(waiter.since));
@@ -157,7 +158,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- the hand-off
 
-    /// Whether the first waiter gets what comes back now.
+    /// Whether a connection that is returned now is handed off to the first waiter.
     #[inline]
     fn is_handed_off(&self, front: Front, now: Moment) -> bool {
         let was_barged = front.barged >= MAX_BARGES && now.since(front.first_since) >= HANDED_OFF_AFTER;
@@ -170,8 +171,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.front.is_none_or(|front| now.since(front.since) < self.settings.fair_after)
     }
 
-    /// Gives a connection to the first waiter, or keeps it. `fresh`: it was proven well just now. For what is kept
-    /// while others wait, the plan notifies them, or has it checked first.
+    /// Hands a connection off to the first waiter, or makes it idle. `fresh`: it was proven well just now. If it becomes idle
+    /// while there are waiters, the plan notifies one of them, or has the connection checked first.
     #[inline]
     pub(super) fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
         if let Some(front) = self.front {
@@ -186,8 +187,8 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn supply_queue(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
-        // What the executor brings was made for the waiters, so they get it. They also get what would be evicted before
-        // their time of being barged is over.
+        // A connection that the executor brings was made for the waiters, so the first waiter gets it. The first waiter also
+        // gets a connection that would be evicted before `fair_after` is over.
         let lasts = self.settings.max_idle.is_none_or(|max| max > self.settings.fair_after);
         let well = fresh || !self.needs_check(&self.slots[index as usize], now);
         if well && (fresh || !lasts || self.is_handed_off(front, now)) {
@@ -201,8 +202,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.push_idle(index, conn, now);
     }
 
-    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more than are
-    /// waited for.
+    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more connections than
+    /// there are waiters.
     pub(super) fn ready(&self, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
         let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);

@@ -1,5 +1,5 @@
-//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current:
-//! the ledger then changes nothing, and the job closes what it has.
+//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current. The
+//! ledger then changes no slot, and the job closes the connection that it brings.
 
 use super::Ledger;
 use super::demand::FailedOpen;
@@ -9,14 +9,14 @@ use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;
 
-/// How long a close counts among those that run side by side. It takes a millisecond or two; one that takes longer may
-/// hang, and must not hold up the next by more than what is scheduling noise anyway. (The executor runs one more for
-/// each that takes longer, so that with every such pause twice as many have begun.)
+/// How long a close counts among those that run side by side. A close takes a millisecond or two. One that takes longer may
+/// hang, and must not delay the next by more than scheduling noise. (The executor runs one more close beside each such one.
+/// So even if all hang, twice as many begin after every such pause.)
 pub(super) const CLOSE_PATIENCE: Duration = Duration::from_millis(3);
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// An open, check or reset starts to run: its limit counts from now. `None`: it was an open, nobody wants it any
-    /// longer, and its slot is free.
+    /// An open, check or reset starts to run: its limit counts from now. `None`: the job was an open that is no longer wanted,
+    /// and its slot is free.
     pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
         self.step(now, |l, now| {
             let index = token.index;
@@ -60,8 +60,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.count_on(index, now.plus(self.open_patience()));
     }
 
-    /// A close starts to run, in a job of its own or in one that goes on to close what it has: it has a limit of its
-    /// own.
+    /// A close starts to run, within a limit of its own. It runs in a job of its own, or in the job whose open, check or reset
+    /// failed.
     pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
         self.step(now, |l, now| {
             if l.is_current(token) {
@@ -84,8 +84,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// A connection has arrived. `Err`: too late, the open was abandoned; the connection is to be closed, and its token
-    /// then [`free`](Ledger::free)d. `Ok(false)`: the connection's life was over when it arrived.
+    /// A connection has arrived. `Err`: the open was abandoned before; the job is to close the connection, and to
+    /// [`free`](Ledger::free) its token then. `Ok(false)`: the connection's life was over when it arrived.
     pub(crate) fn opened(&mut self, now: Moment, token: Token, conn: C) -> Result<bool, (Token, C)> {
         self.step(now, |l, now| {
             let index = token.index;
@@ -100,14 +100,14 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.is_expired(&l.slots[index as usize], now) {
                 l.tally.failed_opens += 1;
                 l.failed(now, born, FailedOpen::TooOld { took }, false, 0.5);
-                // It is not counted among the closed connections, for it is not among the opened ones.
+                // It is not counted as closed, since it was not counted as opened.
                 l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
                 return Ok(false);
             }
-            // A single open says little of what is usual.
+            // A single open moves the usual time by a quarter at most, since it says little of what is usual.
             l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
             l.failure = None;
-            // (Even if the connection is suspect by now: the server is there.)
+            // (The run of failed checks ends even if this connection is suspect by now: the server answers.)
             l.check_failures = 0;
             l.tally.opens += 1;
             if dies != Moment::NEVER {
@@ -122,13 +122,13 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// An open has failed, with a cause that was noted before. The slot is not free until [`free`](Ledger::free), for
-    /// the job still has handlers to run.
+    /// An open has failed, with a cause that the runtime noted before. The slot stays taken until [`free`](Ledger::free),
+    /// since the job still has handlers to run.
     pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
-                // The open was abandoned, and comes back with a cause: that is the news now.
+                // The open was abandoned. Its cause says more than that it was.
                 return l.reported_late();
             }
             let born = l.slots[index as usize].born;
@@ -138,8 +138,8 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// The executor's check or reset has succeeded. `Err`: too late, the job was abandoned; the connection is to be
-    /// closed and its token freed.
+    /// The executor's check or reset has succeeded. `Err`: the job was abandoned before; it is to close the connection, and to
+    /// free its token then.
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         self.step(now, |l, now| {
             if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
@@ -150,21 +150,21 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// The connection that the executor brings was well at `at`.
+    /// The executor brings a connection that was well at `at`.
     fn proven(&mut self, index: u32, at: Moment, now: Moment, conn: C) {
         let fresh = self.proved(index, at);
         match self.unfit(index, now) {
             Some(reason) => self.close_connection(index, conn, reason, now),
             None => {
-                // It is there for the caller that asked, unless it goes to one that waits.
+                // The wish of a caller that asked is met, unless the connection goes to a waiter.
                 self.asked &= !fresh || self.front.is_some();
                 self.supply(index, conn, now, fresh);
             }
         }
     }
 
-    /// A check or reset has failed, the executor's or a caller's own. The slot is not free until
-    /// [`free`](Ledger::free). A failed check makes the siblings suspect; a failed reset says nothing of them.
+    /// A check or reset has failed, the executor's or a caller's own. The slot stays taken until [`free`](Ledger::free). A
+    /// failed check makes the siblings suspect; a failed reset says nothing of them.
     pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
         self.step(now, |l, now| {
             let index = token.index;
@@ -185,13 +185,13 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// A job has ended, and what it had is gone: its slot is free.
+    /// A job has ended, and its connection is closed: the slot is free.
     pub(crate) fn free(&mut self, now: Moment, token: Token) {
         self.step(now, |l, _| {
             if !l.is_current(&token) {
                 return l.came_back();
             }
-            // An open or a check ends without a report if it panicked where nothing could catch that, or was never run.
+            // An open or a check ends without a report if it panicked outside of the shield, or never ran.
             debug_assert!(
                 !matches!(l.slots[token.index as usize].as_seen(), ConnectionState::Idle | ConnectionState::InUse),
                 "freed while idle or in use"

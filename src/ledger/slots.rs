@@ -1,9 +1,8 @@
 //! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot
 //! changes its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! `README.md`, beside this file, has the table of all transitions; every other is a mistake. The caller or the job
-//! that has the slot's [`Token`] may ask for one. The reaper may for an idle connection, and, at a job's limit, for the
-//! slot of that job.
+//! `README.md`, beside this file, has the table of all transitions. Whoever has the slot's [`Token`] may ask for a
+//! transition. So may the reaper for an idle connection, and, at a job's limit, for the slot of that job.
 
 use std::time::Duration;
 
@@ -12,8 +11,8 @@ use super::values::{Caller, Order, SlotJob, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
-/// How long waiters count on a check or a reset that goes on. One that takes longer may hang: then another connection
-/// is checked or opened for the waiters beside it, where there is room.
+/// How long waiters count on a check or a reset that runs. One that takes longer may hang. Then another connection is
+/// checked or opened for the waiters beside it, where there is room. A check that works usually takes far less.
 pub(super) const CHECK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// What the ledger knows of one slot.
@@ -24,18 +23,18 @@ pub(crate) struct Slot {
     pub(super) state: State,
     /// The index in [`StateCounts`] under which the slot is counted.
     counted: u8,
-    /// When the slot took its state; for an idle connection, since when it is unused.
+    /// When the slot took its state; for an idle connection, `unused_since`.
     pub(crate) since: Moment,
-    /// When the connection was last returned, or, before its first return, when it arrived. (A check for maintenance is
-    /// not use, and leaves it as it is.) Valid from the arrival on.
+    /// When the connection was last returned, or, before its first return, when it arrived. (A keepalive check is not use,
+    /// and does not change this.) Valid from the arrival on.
     pub(super) unused_since: Moment,
-    /// When the connect began. Valid once it has; before, when it was ordered. So for the four that follow.
+    /// When the connect began; until then, when it was ordered. The four fields that follow are valid from the connect on.
     pub(crate) born: Moment,
     /// The end of life: the connection is not handed out from this moment on.
     pub(super) dies: Moment,
     /// When the connection was last known to be well...
     pub(super) proven: Moment,
-    /// ... and how many others had been found dead when the job that proved it began.
+    /// ... and how many connections had been found dead when the job that proved it began.
     pub(super) proven_after: u64,
     /// The ledger's generation when the connect began.
     pub(super) generation: u64,
@@ -79,7 +78,7 @@ impl Slot {
     }
 }
 
-/// What a slot is in, with what is true in that state only.
+/// The state of a slot, with what is true in that state only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Free,
@@ -104,14 +103,14 @@ pub(super) struct Job {
     pub(super) slow: bool,
     /// How many connections had been found dead when the job began. (A close proves nothing and has 0.)
     pub(super) begun_after: u64,
-    /// When the job is abandoned. `NEVER` until it begins. A caller's own check has none, and is not `slow` either.
+    /// When the job is abandoned. `NEVER` until it begins. A caller's own check has no limit here, and is never `slow`.
     pub(super) limit: Moment,
     /// Until when the job is counted on. `NEVER` once it is slow.
     pub(super) patience: Moment,
 }
 
 impl Job {
-    /// A job that is yet to begin, `found_dead` connections having been found dead.
+    /// A job that is yet to begin, after `found_dead` connections were found dead.
     pub(super) const fn ordered(found_dead: u64) -> Job {
         Job { slow: false, begun_after: found_dead, limit: Moment::NEVER, patience: Moment::NEVER }
     }
@@ -122,7 +121,7 @@ impl Job {
 pub(super) enum Check {
     /// The caller validates it, for itself.
     Own(Caller),
-    /// The executor validates it, for the caller that comes first.
+    /// The executor validates it, for the first waiter or the idle stack.
     Executor,
     /// The executor resets it.
     Reset,
@@ -131,11 +130,11 @@ pub(super) enum Check {
 /// How far a close is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Close {
-    /// It was ordered. `due`: since when, if the connection's time was over; else `NEVER`.
+    /// The close was ordered. `due`: when the connection's time was over; `NEVER` if it was not.
     Ordered { due: Moment },
-    /// It runs; or the job in which the open, check or reset failed runs what comes before the close.
+    /// The close runs; or the job whose open, check or reset failed runs the handlers that come before the close.
     Runs,
-    /// It is past its limit, and its slot could not be given up.
+    /// The job is past its limit, and its slot could not be freed.
     Stuck,
 }
 
@@ -239,7 +238,7 @@ impl StateCounts {
         self.0[1..].iter().sum()
     }
 
-    /// Connections that will or may come to the next waiter.
+    /// Connections that a waiter may get: idle, in use, or being checked.
     pub(super) fn alive(&self) -> u32 {
         self.total() - self.closes() - self.opens()
     }
@@ -248,8 +247,8 @@ impl StateCounts {
 impl<C, W: Clone> Ledger<C, W> {
     // ---------------------------------------------------------------------------------------------- states
 
-    /// Sets the state of a slot, and with it the counts. (Inlined, so that a checkout and a return, which know the
-    /// state they set, need not look up where it is counted.)
+    /// Sets the state of a slot, and with it the counts. (Inlined: a checkout and a return know the state that they set, so
+    /// the compiler knows where it is counted.)
     #[inline(always)]
     fn set(&mut self, index: u32, state: State) {
         let after = StateCounts::of(&state);
@@ -260,7 +259,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.counted.0[after] += 1;
     }
 
-    /// A slot takes another state, since then. What belonged to the state before ends with it.
+    /// A slot takes another state, which it has since `since`. The limit, the patience or the lifetime that belonged to the
+    /// state before ends with it.
     #[inline(always)]
     fn change(&mut self, index: u32, state: State, since: Moment) {
         if self.slots[index as usize].counted >= StateCounts::CHECK as u8 {
@@ -275,7 +275,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// The executor's job no longer has the slot.
+    /// The executor's job no longer has the slot. Not inlined: a plain checkout and return never come here.
     #[inline(never)]
     fn end_job(&mut self, index: u32) {
         self.dirty = true;
@@ -288,7 +288,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// The slot no longer has a connection that can be used.
+    /// The slot no longer has a connection that can be used. Not inlined: a plain checkout and return never come here.
     #[inline(never)]
     fn end_life(&mut self, index: u32) {
         self.dirty = true;
@@ -320,7 +320,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.set(index, state);
     }
 
-    /// An ordered open begins: it is counted on anew.
+    /// An ordered open begins: it has no limit yet, and is counted on anew.
     pub(super) fn restart_open(&mut self, index: u32) {
         self.end_limit(index);
         self.end_patience(index);
@@ -329,7 +329,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- slots
 
-    /// The one token of a slot, for what has the slot next.
+    /// The one token of a slot, for the caller or the job that has the slot next.
     #[inline]
     pub(super) fn token(&self, index: u32) -> Token {
         Token { index, id: self.slots[index as usize].id }
@@ -349,7 +349,7 @@ impl<C, W: Clone> Ledger<C, W> {
         );
     }
 
-    /// Has a free slot, or a new one, for an open that is ordered now.
+    /// Takes a free slot, or makes a new one, for an open that is ordered now.
     pub(super) fn occupy(&mut self, now: Moment) -> Token {
         let id = self.next_id;
         self.next_id += 1;
@@ -390,8 +390,9 @@ impl<C, W: Clone> Ledger<C, W> {
         self.note_if_over();
     }
 
-    /// Frees the slot of a job that goes on: the job is abandoned until it [comes back](Ledger::came_back).
-    pub(super) fn give_up(&mut self, index: u32) {
+    /// Frees the slot of a job that is abandoned. The job goes on, and counts as abandoned until it
+    /// [comes back](Ledger::came_back).
+    pub(super) fn release_abandoned(&mut self, index: u32) {
         self.abandoned += 1;
         self.release(index);
     }
@@ -404,7 +405,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- jobs
 
-    /// The job that has the slot is abandoned at `at`, if it has not ended by then.
+    /// The job that has the slot is abandoned at `at`, unless it ends before.
     pub(super) fn start_limit(&mut self, index: u32, at: Moment) {
         self.end_limit(index);
         let Some(job) = self.slots[index as usize].job_mut() else { unreachable!("only jobs have limits") };
@@ -423,7 +424,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Counts on the job that has the slot until then.
+    /// Counts on the job that has the slot until `until`.
     pub(super) fn count_on(&mut self, index: u32, until: Moment) {
         self.end_patience(index);
         let Some(job) = self.slots[index as usize].job_mut() else { unreachable!("only jobs are counted on") };
@@ -441,7 +442,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// A check by the executor begins: what it proves counts from now.
+    /// A check or reset by the executor begins: its success proves what holds from now on.
     pub(super) fn restart_check(&mut self, index: u32) {
         let found_dead = self.found_dead;
         if let Some(job) = self.slots[index as usize].job_mut() {
@@ -488,17 +489,17 @@ impl<C, W: Clone> Ledger<C, W> {
         self.effects.orders.push(Order::Job(SlotJob::Close(token, conn, reason)));
     }
 
-    /// The connection is to be closed by a job that is yet to begin, and is due since `due`.
+    /// The connection is to be closed by a job that is yet to begin. Its time was over at `due`.
     pub(super) fn await_close(&mut self, index: u32, now: Moment, due: Moment) {
         self.change(index, State::Closing(Close::Ordered { due }, Job::ordered(0)), now);
     }
 
-    /// The job is past its limit, and its slot cannot be given up.
+    /// The job is past its limit, and its slot cannot be freed.
     pub(super) fn set_stuck(&mut self, index: u32, now: Moment) {
         self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
     }
 
-    /// A job goes on to close what it has, if anything: it has another limit from now on.
+    /// A job goes on to close its connection, if it has one, within a new limit.
     pub(super) fn start_closing(&mut self, index: u32, now: Moment) {
         self.change(index, State::Closing(Close::Runs, Job::ordered(0)), now);
         self.start_limit(index, now.plus(self.settings.close_timeout));
@@ -506,7 +507,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- the idle stack
 
-    /// Keeps a connection, at its place by when it was last used.
+    /// Puts a connection into the idle stack, which is sorted by the time of the last use.
     #[inline]
     pub(super) fn push_idle(&mut self, index: u32, conn: C, now: Moment) {
         let expiring_soon = self.settings.min_idle > 0 && {
@@ -534,8 +535,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.effects.changed |= self.watchers > 0;
     }
 
-    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only bring a
-    /// deadline that lies ahead.
+    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only add a deadline
+    /// that lies ahead.
     #[inline]
     pub(super) fn idle_deadline(&self) -> Moment {
         match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
@@ -544,13 +545,13 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Takes the top of the stack, which there must be. The caller of this changes its state.
+    /// Takes the connection at the top of the stack, which must not be empty. The calling function sets the slot's state.
     #[inline]
     pub(super) fn pop_idle(&mut self) -> C {
         self.idle.pop().expect("looked at before").1
     }
 
-    /// Takes this connection out of the stack. The caller of this changes its state.
+    /// Takes this connection out of the stack. The calling function sets the slot's state.
     pub(super) fn remove_idle(&mut self, index: u32) -> C {
         let since = self.slots[index as usize].since;
         let from = self.idle.partition_point(|&(i, _)| self.slots[i as usize].since < since);
@@ -558,7 +559,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.idle.remove(at).1
     }
 
-    /// Takes these places out of the stack. The caller of this changes the states.
+    /// Takes the connections at these places out of the stack. The calling function sets the slots' states.
     pub(super) fn drain_idle(&mut self, from: usize, to: usize) -> Vec<(u32, C)> {
         self.idle.drain(from..to.max(from)).collect()
     }

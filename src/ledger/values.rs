@@ -1,4 +1,4 @@
-//! What the ledger is told, and what it answers: values only, without a rule.
+//! The values that the ledger's methods take and return. No rule stands here.
 
 use std::panic::Location;
 use std::time::Duration;
@@ -13,8 +13,7 @@ pub(crate) struct Caller {
     pub(crate) thread: u64,
 }
 
-/// One slot of the pool, in the hands of the caller or the job that has this value. Spent by passing it back to the
-/// ledger.
+/// The proof that whoever has this value has the slot. It is spent by passing it back to the ledger.
 #[derive(Debug)]
 #[must_use = "a token that is dropped takes its slot with it"]
 pub(crate) struct Token {
@@ -33,12 +32,11 @@ impl Token {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket {
     pub(super) number: u64,
-    /// When it was drawn. A caller that leaves the queue for a check of its own and comes back has waited all the
-    /// while.
+    /// When the ticket was drawn. A caller that joins the queue after a check of its own has waited since then.
     pub(super) since: Moment,
 }
 
-/// What becomes of a waiter.
+/// How the wait of a waiter ends.
 #[derive(Debug)]
 pub(crate) enum Outcome<C> {
     /// The waiter has this connection.
@@ -54,7 +52,7 @@ pub(crate) enum Outcome<C> {
 pub(crate) enum SlotJob<C> {
     Open(Token),
     Check(Token, C),
-    /// With the caller that had it last.
+    /// With the caller that had the connection last.
     Reset(Token, C, Option<Caller>),
     Close(Token, C, CloseReason),
 }
@@ -70,15 +68,15 @@ impl<C> SlotJob<C> {
     }
 }
 
-/// What is to be done about jobs, and told.
+/// What the ledger wants done about jobs, or reported.
 #[derive(Debug)]
 pub(crate) enum Order<C> {
-    /// The executor is to do this.
+    /// The executor is to run this job.
     Job(SlotJob<C>),
-    /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread. `was`: what
-    /// the job was doing, for words only.
+    /// The job that has this slot is past its limit: abort it if that can be done, and replace its thread.
     Abandon {
         id: u64,
+        /// What the job was doing, for the log.
         was: ConnectionState,
         limit: Duration,
         /// Whether the server may be at work for the job, and is to be asked to stop.
@@ -91,16 +89,16 @@ pub(crate) enum Order<C> {
     Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },
 }
 
-/// What an attempt to take an idle connection came to.
+/// The outcome of an attempt to take an idle connection.
 #[derive(Debug)]
 pub(crate) enum Take<C> {
     Ready(Token, C),
-    /// The caller is to validate the connection itself, as it said it can. It has this place in the queue.
+    /// The caller is to validate the connection itself, as it offered to. It has this place in the queue.
     Check(Token, C, Ticket),
     Nothing,
 }
 
-/// What the wish to wait came to.
+/// The outcome of an attempt to join the queue.
 #[derive(Debug)]
 pub(crate) enum Join<C> {
     Ready(Token, C),
@@ -111,16 +109,16 @@ pub(crate) enum Join<C> {
     TooMany(u32),
 }
 
-/// How a connection is returned.
+/// The condition in which a connection is returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
     Keep,
-    /// The executor is to clean it before any caller gets it.
+    /// The executor is to reset the connection before another caller gets it.
     Reset,
-    /// It is to be closed for this reason, which says nothing of others.
+    /// The connection is to be closed for this reason, which says nothing of other connections.
     Discard(CloseReason),
-    /// It was found dead: its siblings are suspect.
+    /// The connection was found dead: its siblings are suspect.
     Broken,
-    /// Every connection that is older than now is to be replaced, itself included.
+    /// Every connection that was opened before now is to be replaced, this one included.
     Outdated,
 }

@@ -1,4 +1,4 @@
-//! The beginning of a pool: [`Builder`], with every setting, its default, and what is refused; and the warm-up.
+//! The beginning of a pool: [`Builder`], with every setting, its default and which values are refused; and the warm-up.
 
 use crate::error::Error;
 use crate::event::HandleEvent;
@@ -33,7 +33,7 @@ use std::time::Duration;
 /// # Ok::<(), millpond::Error>(())
 /// ```
 ///
-/// Durations too long for the clock mean "never". What cannot be is refused by [`build`](Builder::build), not changed
+/// Durations too long for the clock mean "never". [`build`](Builder::build) refuses a value that cannot be, and changes none
 /// in silence.
 pub struct Builder<M: Manage> {
     name: Option<String>,
@@ -85,8 +85,8 @@ impl<M: Manage> Builder<M> {
 
     /// How long a connection may be unused before it is closed, unless [`min_idle`](Builder::min_idle) keeps it.
     ///
-    /// Default 10 minutes. `None`: for ever. Zero: a connection that nobody waits for is closed as it comes back
-    /// (refused together with a `min_idle`). A very short one comes to the same, except that a `min_idle` is kept.
+    /// Default 10 minutes. `None`: for ever. Zero: a connection that no caller waits for is closed as it is returned
+    /// (refused together with a `min_idle`). A very short one has the same effect, except that a `min_idle` is kept.
     #[must_use]
     pub fn max_idle(mut self, max_idle: impl Into<Option<Duration>>) -> Self {
         self.settings.max_idle = max_idle.into();
@@ -99,8 +99,8 @@ impl<M: Manage> Builder<M> {
         self.max_idle(idle_timeout)
     }
 
-    /// How old a connection may get: it is not handed out past this age. An idle one is closed at it, one in use when
-    /// it is returned. Counted from the moment its opening began.
+    /// How old a connection may get: it is not handed out past this age. An idle connection is closed at this age, one in use
+    /// when it is returned. The age counts from the moment its opening began.
     ///
     /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
@@ -109,7 +109,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The greatest part of `max_lifetime` by which the life of a connection is shortened, at random, so that those
+    /// The greatest part of `max_lifetime` by which the life of a connection is shortened, at random, so that connections
     /// opened together do not end together.
     ///
     /// Default 0.1. 0: none. Outside of 0 to 1 is refused.
@@ -121,8 +121,8 @@ impl<M: Manage> Builder<M> {
 
     /// How long [`Pool::get`] waits, and [`build`](Builder::build) for the first connections.
     ///
-    /// Default 30 seconds. Zero is refused. A very short one gets what is ready, and `build` fails: see
-    /// [`build_unchecked`](Builder::build_unchecked).
+    /// Default 30 seconds. Zero is refused. With a very short one `get` finds only a connection that is ready, and `build`
+    /// fails: see [`build_unchecked`](Builder::build_unchecked).
     #[must_use]
     pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connection_timeout = timeout;
@@ -153,8 +153,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: it loses its slot,
-    /// and what may yet come of it is closed.
+    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: its slot is freed, and a
+    /// connection that it still brings is closed.
     ///
     /// Default 10 seconds. Less than 1 ms is refused.
     #[must_use]
@@ -172,8 +172,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each
-    /// has a thread of the pool's for as long as that takes.
+    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each takes
+    /// a thread of the pool until it is open.
     ///
     /// Default 4. Zero is refused, and so is more than 1024.
     #[must_use]
@@ -184,9 +184,9 @@ impl<M: Manage> Builder<M> {
 
     /// How many threads may wait for a connection; one more fails at once.
     ///
-    /// Default `None`: any number. 0: nobody waits, not even for a connection to be opened, nor (with a manager that
-    /// does not [keep its limits](Manage::keeps_limits)) to be checked: what a call that failed had opened or checked
-    /// serves the next.
+    /// Default `None`: any number. 0: no caller waits, not even for a connection to be opened, nor (with a manager that does
+    /// not [keep its limits](Manage::keeps_limits)) to be checked. Such a call fails, and the connection that is opened or
+    /// checked for it serves the next.
     #[must_use]
     pub fn max_waiting(mut self, n: impl Into<Option<u32>>) -> Self {
         self.settings.max_waiting = n.into();
@@ -195,10 +195,9 @@ impl<M: Manage> Builder<M> {
 
     /// Bounds barging: once the first waiter has waited for so long, no other caller takes a connection before it.
     ///
-    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it
-    /// has been the first for 20 µs. Otherwise any thread that runs may take the connection, while the waiter is
-    /// notified that it may. A thread takes microseconds to wake; a connection that is in use for less than that would
-    /// lie unused meanwhile.
+    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it has
+    /// been the first for 20 µs. Otherwise any thread that runs may take the connection, and the waiter is notified that it
+    /// may. The reason: a thread takes microseconds to wake, and a connection that is handed off lies unused meanwhile.
     ///
     /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in
     /// order of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve`
@@ -209,8 +208,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How often an idle connection is validated to keep firewalls and servers from forgetting it. Does not count as
-    /// use. One at a time.
+    /// How often an idle connection is validated, to keep firewalls and servers from forgetting it. This does not count as
+    /// use. Connections are validated one at a time.
     ///
     /// Default `None`: not at all. Less than 10 ms is refused.
     #[must_use]
@@ -240,7 +239,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// Is given every error of the manager, on the thread where it came up: r2d2's `error_handler`.
+    /// The handler gets every error of the manager, on the thread where it came up: r2d2's `error_handler`.
     ///
     /// Default: none. (r2d2 logs them as errors; this pool logs failures at warn by itself.)
     #[must_use]
@@ -249,7 +248,7 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// Is told of what happens in the pool. Default: none.
+    /// The handler is told of what happens in the pool. Default: none.
     #[must_use]
     pub fn event_handler(mut self, handler: Box<dyn HandleEvent>) -> Self {
         self.hooks.events = Some(handler);
@@ -267,7 +266,7 @@ impl<M: Manage> Builder<M> {
     ///
     /// # Errors
     ///
-    /// As [`build`](Builder::build); and [`Config`](crate::ErrorKind::Config) if it was given none.
+    /// As [`build`](Builder::build); and [`Config`](crate::ErrorKind::Config) if it was given no manager.
     pub fn open(mut self) -> Result<Pool<M>, Error> {
         match self.manager.take() {
             Some(manager) => self.build(manager),
@@ -277,8 +276,8 @@ impl<M: Manage> Builder<M> {
 
     /// Builds the pool and opens `max(1, min_idle)` connections, trying again until `connection_timeout` has passed.
     ///
-    /// None of them is checked out for that: there is no checkout and no return of which an event would tell, and the
-    /// first caller finds a connection as `on_acquire` left it. With a `max_idle` of zero the first is closed at once.
+    /// None of them is checked out for that. So no event tells of a checkout or a return, and the first caller finds a
+    /// connection as `on_acquire` left it. With a `max_idle` of zero the first connection is closed at once.
     ///
     /// # Errors
     ///
@@ -325,12 +324,12 @@ impl<M: Manage> Pool<M> {
         Pool::builder().build(manager)
     }
 
-    /// The settings of a pool to be.
+    /// A builder with the default of every setting.
     pub fn builder() -> Builder<M> {
         Builder::new()
     }
 
-    /// A pool with a thread that keeps time, and no connection yet.
+    /// A pool with a reaper, and no connection yet.
     fn start(settings: Settings, hooks: Hooks<M>, manager: M) -> Result<Pool<M>, Error> {
         let shared = Shared::new(settings, hooks, manager);
         shared.start_reaper().map_err(|e| Error::config("pool", format!("its thread cannot be started: {e}")))?;
@@ -362,7 +361,7 @@ impl<M: Manage> Pool<M> {
                 None => Err(shared.timeout_error(timeout)),
             }
         };
-        // One alone, which the manager looks at before there are others: a floor of one brings it.
+        // A floor of one brings the first connection alone, so that the manager looks at it before there are others.
         shared.life.is_starting.store(true, Ordering::Release);
         let now = shared.time.precise();
         shared.with(|l| l.set_min_idle(now, 1));
@@ -371,7 +370,7 @@ impl<M: Manage> Pool<M> {
         wait_until(|l| l.floor_stands())
     }
 
-    /// From now on there are to be `min_idle` unused connections.
+    /// Sets the floor to `min_idle`: it is 0 until the warm-up.
     fn set_floor(&self) {
         let shared = self.shared();
         let now = shared.time.precise();

@@ -1,4 +1,4 @@
-//! The way of a `get`: an idle connection at once; or one that this thread validates; or a place in the queue.
+//! The way of a `get`: an idle connection at once, or one that the caller validates itself, or a place in the queue.
 //!
 //! One absolute deadline covers all of it. The caller waits on the pool and on nothing else: it never connects, and
 //! never drops a connection.
@@ -22,7 +22,7 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A timeout in which a job may not even begin, on a busy machine.
+/// A timeout so short that on a busy machine a job may not even begin within it.
 const BLINK: Duration = Duration::from_millis(10);
 
 impl<M: Manage> Pool<M> {
@@ -34,8 +34,8 @@ impl<M: Manage> Pool<M> {
     ///
     /// # Errors
     ///
-    /// * [`Timeout`](crate::ErrorKind::Timeout): no connection came in time. Says which threads have them, or why none
-    ///   could be opened.
+    /// * [`Timeout`](crate::ErrorKind::Timeout): no connection came in time. The error says which threads use the
+    ///   connections, or why none could be opened.
     /// * [`Connect`](crate::ErrorKind::Connect): the server refuses for good, and no connection is alive. At once.
     /// * [`Closed`](crate::ErrorKind::Closed): the pool is closed. At once, to waiters as well.
     /// * [`TooManyWaiting`](crate::ErrorKind::TooManyWaiting): `max_waiting` others wait. At once.
@@ -75,12 +75,12 @@ impl<M: Manage> Pool<M> {
     /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the
     /// network; but asks for one to be made ready, so that a later call finds it.
     ///
-    /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is had after
-    /// a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix socket).
-    /// Otherwise it is had if it was used or validated since the last such call, however long ago that is: a validation
-    /// that one call asked for in vain serves the next. So its user may find it dead. A suspect connection (another was
-    /// found dead since) is had only after it was validated; and with [`Validate::Always`](crate::Validate) each use
-    /// has a validation of its own.
+    /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is checked out after
+    /// a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix socket). Otherwise it
+    /// is checked out if it was used or validated since the last such call, however long ago that is: a validation that one
+    /// call asked for in vain serves the next. So the caller may find the connection dead. A suspect connection (another was
+    /// found dead since) is checked out only after a validation. With [`Validate::Always`](crate::Validate) each use has a
+    /// validation of its own.
     ///
     /// `None` as well if the pool is closed, or others wait.
     #[track_caller]
@@ -107,7 +107,7 @@ impl<M: Manage> Pool<M> {
             Take::Ready(token, conn) => Some((token, conn)),
             Take::Nothing => None,
             Take::Check(_, conn, _) if shared.is_forked() => {
-                // It is the parent's.
+                // The connection belongs to the parent process: not even its drop may run here.
                 std::mem::forget(conn);
                 None
             }
@@ -129,7 +129,7 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// The last step of every checkout that was asked for at that moment. `waited`: it took a while.
+    /// The last step of every checkout. `asked`: when the caller asked for it. `waited`: that may be a while ago.
     #[inline]
     fn check_out(&self, token: Token, conn: Box<PoolConn<M>>, asked: Moment, waited: bool) -> PooledConnection<M> {
         let shared = self.shared();
@@ -154,7 +154,7 @@ impl<M: Manage> Pool<M> {
     ) -> Result<PooledConnection<M>, Error> {
         let shared = self.shared();
         if shared.is_forked() {
-            // The connection is the parent's.
+            // The connection belongs to the parent process: not even its drop may run here.
             std::mem::forget(first);
             return Err(shared.forked_error());
         }
@@ -212,7 +212,7 @@ impl<M: Manage> Pool<M> {
         }
     }
 
-    /// Waits until there is a connection, or an end of the pool. `None`: the deadline came first.
+    /// Waits for a connection, a permanent refusal or the end of the pool. `None`: the deadline came first.
     fn wait(&self, waiter: &PoolWaiter<M>, ticket: Ticket, deadline: Moment) -> Option<Outcome<Box<PoolConn<M>>>> {
         let shared = self.shared();
         let until = shared.time.instant(deadline);
@@ -225,7 +225,7 @@ impl<M: Manage> Pool<M> {
             let now = shared.time.precise();
             let (taken, left) = shared.with(|l| {
                 let taken = l.take_notified(now, ticket);
-                // Even at the last moment: the connection for which the waiter was notified may be there.
+                // The waiter leaves only if it cannot take a connection even now: it may have been notified meanwhile.
                 let left = if is_over && taken.is_none() { l.leave(now, ticket) } else { None };
                 shared.note_waiting(l);
                 (taken, left)
@@ -233,14 +233,14 @@ impl<M: Manage> Pool<M> {
             match (taken, left) {
                 (Some((token, conn)), _) => return Some(Outcome::Connection(token, conn)),
                 (None, Some(_)) => return None,
-                // The waiter is no longer queued: then it was served, under the same lock.
+                // The waiter is no longer queued, so it was served, under the same lock.
                 (None, None) if is_over => return waiter.take(),
                 (None, None) => {}
             }
         }
     }
 
-    /// Validates on this thread. `None`: the validation failed, or the connection may not be had after all.
+    /// Validates on this thread. `None`: the validation failed, or the caller may not have the connection after all.
     fn check_here(
         &self,
         token: Token,
@@ -260,13 +260,13 @@ impl<M: Manage> Pool<M> {
         None
     }
 
-    /// A check or a look on this thread has failed: closes the connection, and says so.
+    /// A check or a look on this thread has failed: has the connection closed, and tells the log and the error handler.
     fn check_failed_here(&self, token: Token, conn: Box<PoolConn<M>>, result: Result<Result<(), M::Error>, Panic>) {
         let shared = self.shared();
         let reason = if result.is_ok() { CloseReason::Invalid } else { CloseReason::Panicked };
         let id = token.id();
         let permit = Permit::new(Arc::clone(shared), token);
-        permit.report_check(reason);
+        permit.report_check_failed(reason);
         if let Some(token) = permit.into_token() {
             shared.post(Job::Slot(SlotJob::Close(token, conn, reason)));
         }

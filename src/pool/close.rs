@@ -17,15 +17,16 @@ use std::time::{Duration, Instant};
 impl<M: Manage> Pool<M> {
     /// Closes the pool, and waits until it is closed, but for at most `grace`.
     ///
-    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out
-    /// any more. Idle connections are closed; those in use as they are returned; those being opened when they arrive.
-    /// Called from a hook, `close` does not wait for the job or the connection with which the hook was called. But for
-    /// a connection that this thread has checked out, and has not returned, it waits until the grace is over: return it
-    /// first. (The pool knows which thread checked a connection out, and not which thread has it now.)
+    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out any more.
+    /// Idle connections are closed; those in use as they are returned; those being opened when they arrive.
     ///
-    /// When the grace is over, what a connection in use is doing is cancelled and aborted where the manager can do
-    /// that, the rest is left to end by itself, and the report says what. Zero: waits for nothing. A second call has a
-    /// grace of its own.
+    /// Called from a hook, `close` does not wait for the job or the connection with which the hook was called. But for a
+    /// connection that this thread has checked out, and has not returned, it waits until the grace is over: return it first.
+    /// (The pool knows which thread checked a connection out, and not which thread has it now.)
+    ///
+    /// When the grace is over, the calls of connections in use are cancelled and aborted, where the manager can do that. All
+    /// else that is left ends by itself, and the report lists it. Zero: waits for nothing. A second call has a grace of its
+    /// own.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
         let closer = Closer::new("`close` was called", Location::caller(), grace);
@@ -33,15 +34,15 @@ impl<M: Manage> Pool<M> {
     }
 }
 
-/// What `close` has done, and what it had to leave.
+/// What `close` has done, and what is left.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CloseReport {
     /// The name of the pool.
     pub pool: String,
-    /// How long it took.
+    /// How long the call took.
     pub elapsed: Duration,
-    /// How many waited for a connection, and were told that the pool is closed.
+    /// How many callers waited for a connection, and were told that the pool is closed.
     pub waiters: u32,
     /// Connections that are not closed yet: still in use, or in a job that has not ended.
     pub left: Connections,
@@ -49,7 +50,7 @@ pub struct CloseReport {
     pub aborted: Vec<u64>,
     /// Jobs that had been abandoned before and have not ended.
     pub abandoned: u32,
-    /// Threads of the pool that have not ended: each is in a call of the manager's, a hook's or the logger's.
+    /// Threads of the pool that have not ended: each is in a call of the manager, a hook or the logger.
     pub threads: usize,
     /// Whether the workers that a guard owned have finished; `true` if it owned none.
     pub workers_finished: bool,
@@ -58,7 +59,7 @@ pub struct CloseReport {
 }
 
 impl CloseReport {
-    /// What is reported in a forked child, in which nothing is done.
+    /// The report in a forked child, in which nothing is done.
     fn of_another_process(pool: String, elapsed: Duration) -> Self {
         let left = Connections::default();
         let (waiters, abandoned, threads) = (0, 0, 0);
@@ -89,7 +90,7 @@ impl fmt::Display for CloseReport {
 }
 
 impl CloseReport {
-    /// What a record says after the pool's name.
+    /// The text after the pool's name, which a log record has by itself.
     fn outcome(&self) -> impl fmt::Display + '_ {
         struct Outcome<'a>(&'a CloseReport);
         impl fmt::Display for Outcome<'_> {
@@ -129,15 +130,15 @@ impl CloseReport {
 /// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
 const REPORT_GRACE: Duration = Duration::from_millis(20);
 
-/// Who closes the pool, and how.
+/// Who closes the pool, from where, and with which grace.
 pub(crate) struct Closer {
     pub(crate) by: &'static str,
     pub(crate) at: &'static Location<'static>,
     pub(crate) begun: Instant,
     pub(crate) grace: Duration,
-    /// Whether the workers of a guard have finished, which had a part of the grace for it.
+    /// Whether the workers of a guard have finished. They had a part of the grace for it.
     pub(crate) workers_finished: bool,
-    /// Whether what others have waited for in vain counts against the grace.
+    /// Whether an earlier wait that ended at its deadline counts against the grace.
     pub(crate) joins: bool,
 }
 
@@ -147,10 +148,10 @@ impl Closer {
     }
 }
 
-/// A thread that closes the pool, for as long as it does.
+/// A thread that is in `close`. It is entered in the pool's list of such threads until this is dropped.
 struct Entered<'a, M: Manage> {
     shared: &'a Arc<Shared<M>>,
-    /// `None`: this thread is not within a call of the pool's, and waits for those that are.
+    /// `None`: this thread is not within a call that the pool makes, and is not in the list.
     within: Option<Within>,
 }
 
@@ -162,7 +163,7 @@ impl<'a, M: Manage> Entered<'a, M> {
             return Entered { shared, within: None };
         }
         shared.life.within.lock().push(within.clone());
-        // Those that came before wait for one thing less.
+        // The threads in the list no longer wait for what this one has in hand.
         shared.changed.notify();
         Entered { shared, within: Some(within) }
     }
@@ -171,7 +172,7 @@ impl<'a, M: Manage> Entered<'a, M> {
         self.within.as_ref().is_some_and(|within| within.on_the_executor)
     }
 
-    /// The numbers of the connections, and how many threads of the executor.
+    /// What this thread does not wait for: the numbers of connections, and how many threads of the executor.
     fn not_waited_for(&self) -> (Vec<u64>, usize) {
         if self.within.is_none() {
             return (Vec::new(), 0);
@@ -192,7 +193,7 @@ impl<M: Manage> Drop for Entered<'_, M> {
     }
 }
 
-/// Ends the pool, waits until the deadline for what it has, and reports.
+/// Closes the pool, waits until the deadline for its connections and threads, and reports.
 fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let Closer { by, at, begun, grace, workers_finished, joins } = closer;
     if shared.is_forked() {
@@ -225,8 +226,8 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         }
     };
     let abandoned = shared.counts().abandoned;
-    // As of the look that ended the wait: what another closer has logged since then is no thread that was waited for. Else as
-    // of now, before others are started that abort.
+    // Counted at the look that ended the wait, since another closer may have logged since then, and its thread is none that
+    // was waited for. After a wait in vain counted now, before threads are started to abort.
     let threads = threads.unwrap_or_else(|| shared.executor.threads()).saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.slots(|_| true)));
@@ -266,7 +267,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     report
 }
 
-/// A pool whose manager's type is not known: what a guard has.
+/// A pool as a guard has it, which does not know the manager's type.
 pub(crate) trait Close: Send + Sync {
     fn name(&self) -> &str;
     fn is_forked(&self) -> bool;

@@ -17,12 +17,12 @@ use std::thread;
 
 /// A connection checked out of a [`Pool`](crate::Pool), to which it is returned when this is dropped.
 ///
-/// It derefs to the connection itself, so what else can be done with it are associated functions:
-/// `PooledConnection::discard(c)`, not `c.discard()`.
+/// It derefs to the connection itself, so its own methods are associated functions: `PooledConnection::discard(c)`, not
+/// `c.discard()`.
 ///
-/// It does not keep the pool open, and may outlive it. Dropped by a panic that began after the checkout, the connection
-/// is closed: it may be in the middle of something. [Forgotten](std::mem::forget), it takes its slot with it for good.
-#[must_use = "a connection that is not bound to a name goes back to the pool at once"]
+/// It does not keep the pool open, and may outlive it. If a panic that began after the checkout drops it, the connection is
+/// closed: it may be in the middle of something. If it is [forgotten](std::mem::forget), its slot stays taken for good.
+#[must_use = "a connection that is not bound to a name is returned to the pool at once"]
 pub struct PooledConnection<M: Manage> {
     /// `None` once it is returned.
     conn: Option<Box<PoolConn<M>>>,
@@ -47,17 +47,17 @@ impl<M: Manage> PooledConnection<M> {
         self.conn.as_deref_mut().expect(IN_USE)
     }
 
-    /// Closes the connection instead of returning it: for one whose state you do not trust.
+    /// Closes the connection instead of returning it. Use it if you do not trust the connection's state.
     pub fn discard(mut this: Self) {
         this.return_as(Some(Condition::Discard(CloseReason::Discarded)));
     }
 
-    /// Takes the connection out of the pool, for good: it is yours, the pool no longer counts it, and may open another
-    /// in its place. A customizer's `on_release` is not called for it, and its extensions are dropped.
+    /// Takes the connection out of the pool for good: it is yours. The pool no longer counts it, and may open another in its
+    /// place. A customizer's `on_release` is not called for it, and its extensions are dropped.
     pub fn detach(mut this: Self) -> M::Connection {
         let mut conn = this.conn.take().expect(IN_USE);
         let token = conn.checkout.token.take();
-        // (In a forked child the ledger is the parent's.)
+        // (In a forked child the ledger belongs to the parent.)
         let shared = &conn.owner;
         if let Some(token) = token.filter(|_| !shared.is_forked()) {
             let now = shared.time.now();
@@ -75,7 +75,7 @@ impl<M: Manage> PooledConnection<M> {
     pub fn info(this: &Self) -> ConnectionInfo {
         let Conn { owner: shared, id, born, .. } = this.conn();
         if shared.is_forked() {
-            // What can be said without the ledger, which is the parent's.
+            // The info is made without the ledger, which belongs to the parent process.
             let age = shared.time.precise().since(*born);
             let state = ConnectionState::InUse;
             return ConnectionInfo {
@@ -93,17 +93,17 @@ impl<M: Manage> PooledConnection<M> {
         shared.describe(slots).pop().expect("a connection in use has a slot")
     }
 
-    /// What was attached to this connection. It stays with it from one checkout to the next.
+    /// What was attached to this connection. It stays with the connection from one checkout to the next.
     pub fn extensions(this: &Self) -> &Extensions {
         &this.conn().extensions
     }
 
-    /// What is attached to this connection, to be changed: prepared statements, say.
+    /// The same, to be changed: attach prepared statements, say.
     pub fn extensions_mut(this: &mut Self) -> &mut Extensions {
         &mut this.conn_mut().extensions
     }
 
-    /// Returns the connection in this condition, or in the one that the manager finds.
+    /// Returns the connection in this condition. `None`: in the condition that the manager finds.
     #[inline]
     fn return_as(&mut self, condition: Option<Condition>) {
         let Some(mut conn) = self.conn.take() else { return };
@@ -112,7 +112,7 @@ impl<M: Manage> PooledConnection<M> {
         // From now on the connection is unused.
         let now = shared.time.now();
         if shared.time.seems_forked(now) {
-            // It is the parent's: to look at it is to read what is meant for the parent.
+            // The connection belongs to the parent process: a look at it would read bytes that are meant for the parent.
             return mem::forget((token, conn));
         }
         let in_hand = in_hand::with(shared.address(), conn.id);
@@ -133,7 +133,7 @@ impl<M: Manage> PooledConnection<M> {
             shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
         drop(in_hand);
-        // When a connection was found dead counts from the finding, not from the return.
+        // A connection was found dead at the end of the look above, not at the beginning of the return.
         let now = if condition == Condition::Keep { now } else { shared.time.now() };
         let core = kept::take(&shared.core);
         core.returned(now, token, conn, condition);
@@ -164,7 +164,7 @@ impl<M: Manage> DerefMut for PooledConnection<M> {
     }
 }
 
-/// The pool and the number, whatever the connection is.
+/// Shows the pool's name and the connection's number, whatever the connection is.
 impl<M: Manage> fmt::Debug for PooledConnection<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let conn = self.conn();

@@ -1,4 +1,4 @@
-//! [`PoolGuard`]: closes the pool when dropped, after the workers it owns.
+//! [`PoolGuard`]: closes the pool when it is dropped, after the workers that it owns have finished.
 
 use crate::leaf::shield::catch;
 use crate::manage::Manage;
@@ -67,22 +67,21 @@ const GRACE: Duration = Duration::from_secs(5);
 /// # Ok::<(), millpond::Error>(())
 /// ```
 ///
-/// There is one deadline, the [grace](PoolGuard::grace): the workers have the first three quarters of it to finish,
-/// with the pool still open so that they can end what they have begun; then the pool is closed with what is left of it;
-/// then the workers are dropped.
+/// There is one deadline, the [grace](PoolGuard::grace). The workers have the first three quarters of it to finish, with the
+/// pool still open, so that they can end what they have begun. Then the pool is closed with the rest of the grace. Then the
+/// workers are dropped.
 ///
-/// The guard waits for a connection that its own thread has checked out as well, for the pool cannot know that the
-/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before
-/// it.
+/// The guard also waits for a connection that its own thread has checked out, since the pool cannot know that the connection
+/// is not with another thread by now. So make the guard first: what is declared after it is dropped before it.
 ///
 /// # Where `Drop` does not run
 ///
 /// | case | what to do |
 /// |---|---|
-/// | `let _ = pool.guard();` | drops it at once. Give it a name: `let _guard`. |
+/// | `let _ = pool.guard();` | drops the guard at once. Give it a name: `let _guard`. |
 /// | a guard in a `static` or `OnceLock` | statics are never dropped. Keep it in `main`. |
 /// | `std::process::exit` | ends the process without unwinding. Return from `main` (with an `ExitCode`), or drop the guard first. |
-/// | `panic = "abort"` | no unwinding either: only a return from `main` drops it. |
+/// | `panic = "abort"` | no unwinding either: only a return from `main` drops the guard. |
 /// | SIGTERM, SIGINT (Ctrl-C) | end the process unless handled. Handle them (crate `signal-hook`): wake `main`, let it return. `examples/server.rs` does. |
 /// | SIGKILL, a crash, power | nothing runs. The server notices by itself: at once if the machine still lives (its sockets are closed), else by TCP keepalive (`tcp_keepalives_idle` on PostgreSQL). |
 /// | `std::mem::forget`, a cycle of `Arc`s | do not. |
@@ -110,8 +109,8 @@ impl PoolGuard {
         self.owning_with(workers, |w, deadline| w.finish(deadline))
     }
 
-    /// Makes the guard own `workers`, with `finish` to end them: it is called once, should tell them to stop, wait for
-    /// them until the deadline it is given at most, and say whether they have all finished. A panic in it counts as no.
+    /// Makes the guard own `workers`, with `finish` to end them. `finish` is called once. It should tell the workers to stop,
+    /// wait for them until the deadline at most, and return whether they have all finished. A panic in it counts as `false`.
     pub fn owning_with<W>(
         mut self,
         workers: W,
@@ -128,17 +127,17 @@ impl PoolGuard {
 }
 
 impl<W> PoolGuard<W> {
-    /// How long the drop may take. Default 5 seconds. Zero: the workers are told, the pool is closed, and nothing is
-    /// waited for.
+    /// How long the drop may take. Default 5 seconds. Zero: `finish` is called, the pool is closed, and nothing is waited
+    /// for.
     ///
-    /// What another guard of the same pool, or a `close`, has waited for in vain counts against it: two guards in a row
-    /// take the longer of two graces, not both. (Workers have their part of it in any case.)
+    /// If another guard of the same pool, or a `close`, has waited in vain, its wait counts against this grace: two guards in
+    /// a row take the longer of two graces, not both. (Workers have their part of the grace in any case.)
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
     }
 
-    /// Does now what the drop would do, and says what came of it.
+    /// Does now what the drop would do, and reports.
     pub fn close(mut self) -> CloseReport {
         self.finish_and_close("its guard was closed").expect("a guard closes once, and this one is still here")
     }
@@ -146,12 +145,13 @@ impl<W> PoolGuard<W> {
     fn finish_and_close(&mut self, by: &'static str) -> Option<CloseReport> {
         let pool = self.pool.take()?;
         if pool.is_forked() {
-            // The workers are the parent's as well: nobody finishes here, and to drop them might wait for them.
+            // The workers belong to the parent process as well. Their threads do not run here, and their drop might wait for
+            // them.
             std::mem::forget(self.workers.take());
             return Some(pool.close_by(Closer::new(by, self.at, Duration::ZERO)));
         }
         let mut closer = Closer { joins: true, ..Closer::new(by, self.at, self.grace) };
-        // A grace too long to add is none: a year will do for what must have a deadline.
+        // A grace too long for the clock means no deadline. The workers must be given one: a year.
         let far = closer.begun + Duration::from_secs(365 * 86_400);
         let workers_until = closer.begun.checked_add(self.grace.mul_f64(0.75)).unwrap_or(far);
         let finish = &mut self.finish;
@@ -166,7 +166,7 @@ impl<W> PoolGuard<W> {
 impl<W> Drop for PoolGuard<W> {
     fn drop(&mut self) {
         let _ = catch(|| self.finish_and_close("its guard was dropped"));
-        // The workers' own drop is theirs, and comes last; a panic of it must not become an abort.
+        // The workers are dropped last. A panic of their drop is caught: during an unwinding it would end the process.
         if let Some(workers) = self.workers.take() {
             let _ = catch(|| drop(workers));
         }
@@ -199,10 +199,10 @@ impl<W> fmt::Debug for PoolGuard<W> {
 
 /// Threads that use a pool, and can be waited for.
 pub trait Workers {
-    /// Waits until they have finished, at most until `deadline`. Whether they have.
+    /// Waits until the workers have finished, at most until `deadline`. Returns whether they have.
     ///
-    /// The implementations in this crate tell nobody to stop: the workers must know from elsewhere that it is time (a
-    /// channel that is closed, a flag, the pool's [`Closed`](crate::ErrorKind::Closed)). For more, use
+    /// The implementations in this crate do not tell the workers to stop: they must know it from elsewhere (a channel that
+    /// is closed, a flag, the pool's [`Closed`](crate::ErrorKind::Closed)). To tell them, use
     /// [`owning_with`](PoolGuard::owning_with).
     fn finish(&mut self, deadline: Instant) -> bool;
 }
@@ -215,7 +215,8 @@ impl Workers for () {
 
 impl<T> Workers for JoinHandle<T> {
     fn finish(&mut self, deadline: Instant) -> bool {
-        // The standard library can wait for a thread, or until a deadline, but not both.
+        // The standard library can wait for a thread, or until a deadline, but not for both. So this looks again and again, at
+        // growing pauses: 0.1 ms, which a worker that is about to end needs, up to 10 ms, which is little beside a grace.
         let mut pause = Duration::from_micros(100);
         while !self.is_finished() {
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {
@@ -230,7 +231,7 @@ impl<T> Workers for JoinHandle<T> {
 
 impl<W: Workers> Workers for [W] {
     fn finish(&mut self, deadline: Instant) -> bool {
-        // All of them, also after one that has not finished.
+        // All workers are waited for, also after one that has not finished.
         let unfinished = self.iter_mut().filter_map(|w| (!w.finish(deadline)).then_some(())).count();
         unfinished == 0
     }

@@ -1,13 +1,13 @@
-//! [`Pool`]: what its users hold.
+//! [`Pool`] and the other types that users have in their hands:
 //!
 //! | file | |
 //! |---|---|
-//! | `mod` | the handle: what it shows, and what changes while it is open |
+//! | `mod` | the handle: what it shows of the pool, and what it changes while the pool is open |
 //! | `checkout` | the way of a `get` |
 //! | `connection` | a connection in use, and the way of its return |
-//! | `refusals` | why there is no connection |
-//! | `close`, `guard` | the end |
-//! | `builder` | the beginning |
+//! | `refusals` | the errors: why there is no connection |
+//! | `close`, `guard` | the end of a pool |
+//! | `builder` | its beginning |
 
 pub(crate) mod builder;
 mod checkout;
@@ -27,13 +27,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A pool of connections: a handle to it, to be cloned and given to every thread.
+/// A handle to a pool of connections. Clone it and give a clone to every thread.
 ///
-/// The pool is open until one of them is told to [`close`](Pool::close), a [`PoolGuard`](crate::PoolGuard) is dropped,
-/// or the last handle and guard is. Connections in use do not keep it open.
+/// The pool is open until [`close`](Pool::close) is called on a handle, a [`PoolGuard`](crate::PoolGuard) is dropped, or the
+/// last handle is dropped. A guard counts as a handle; connections in use do not keep the pool open.
 pub struct Pool<M: Manage>(Arc<Handle<M>>);
 
-/// What the handles have in common and the pool's own threads have not.
+/// What the handles share with each other and not with the pool's own threads: its drop is that of the last handle.
 struct Handle<M: Manage> {
     shared: Arc<Shared<M>>,
 }
@@ -87,11 +87,11 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, others when they are returned.
     ///
-    /// A close of such a connection that takes more than a tenth of `close_timeout`, while somebody waits for its
-    /// place, is abandoned like one past that limit: the server at the other end may be the one that failed.
+    /// If the close of such a connection takes more than a tenth of `close_timeout` while a caller waits for its place, it is
+    /// abandoned like a close past that limit: the server at the other end may be the one that failed.
     ///
-    /// For after a failover, or when a password was changed. What the pool remembers of a permanent refusal is
-    /// forgotten: the next attempt is made soon.
+    /// Call it after a failover, or when a password was changed. The pool forgets a permanent refusal, and makes the next
+    /// attempt soon.
     pub fn recycle(&self) {
         let shared = self.shared();
         if shared.is_forked() {
@@ -116,7 +116,7 @@ impl<M: Manage> Pool<M> {
         State { connections: counts.idle + counts.in_use + counts.checking, idle_connections: counts.idle }
     }
 
-    /// What the pool is doing and has done. For a gauge every few seconds: it takes the pool's lock for a moment.
+    /// What the pool is doing and has done. Made to be called every few seconds: it takes the pool's lock for a moment.
     pub fn stats(&self) -> Stats {
         let shared = self.shared();
         let (dropped_records, counts, max_size, closed, tally) = if shared.is_forked() {
@@ -140,8 +140,8 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.slots(|_| true)))
     }
 
-    /// Logs records about this pool, from a thread that the logger may block, for as long as there is one: it does not
-    /// keep the pool. Afterwards it logs on the thread that calls it.
+    /// Logs records about this pool, from a thread of the pool that the logger may block. It does not keep the pool alive.
+    /// Once the pool is gone it logs on the thread that calls it.
     #[cfg(feature = "postgres")]
     pub(crate) fn recorder(&self) -> impl Fn(Level, String) + Send + Sync + 'static {
         let (shared, name) = (Arc::downgrade(self.shared()), self.name().to_string());

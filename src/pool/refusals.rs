@@ -1,4 +1,4 @@
-//! Why there is no connection: what the errors of a pool are made of.
+//! Why there is no connection: makes the errors of a pool.
 
 use crate::error::{Cause, Closed, Connect, Error, ErrorKind, Timeout};
 use crate::leaf::text::Short;
@@ -44,7 +44,7 @@ impl<M: Manage> Shared<M> {
     /// Why the last open failed, in words.
     fn why_failed(&self, why: FailedOpen) -> Option<Cause> {
         match why {
-            // The cause was set before the ledger was told.
+            // The runtime stored the cause before it told the ledger.
             FailedOpen::AsReported => self.openings.cause(),
             FailedOpen::NoAnswer => {
                 let limit = Short(self.settings.open_timeout);

@@ -1,6 +1,6 @@
-//! [`Error`]: what went wrong with a connection, and the one table of which errors are permanent.
+//! [`Error`]: what went wrong with a connection. The table of permanent errors stands here, and nowhere else.
 //!
-//! No error shows a part of a connection string, for any part may be the password.
+//! No error shows a part of a connection string, since any part may be the password.
 
 use super::wire::{NegotiationError, Watch, is_answer_in_clear};
 use crate::leaf::text::{self, Brief};
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// What went wrong with a PostgreSQL connection.
 ///
-/// It can be cloned, so every thread that waited for the same attempt to connect can look at it:
+/// An error can be cloned, so every thread that waited for the same attempt to connect can look at it:
 ///
 /// ```
 /// # fn f(e: millpond::Error) {
@@ -24,16 +24,16 @@ use std::sync::Arc;
 /// # }
 /// ```
 ///
-/// Its text is escaped and shortened like a [`Cause`](crate::Cause); what [`as_postgres`](Error::as_postgres) gives is
-/// as it came.
+/// Its text is escaped and shortened like a [`Cause`](crate::Cause). The error that [`as_postgres`](Error::as_postgres)
+/// returns is as it came.
 #[derive(Clone)]
 pub struct Error(Arc<Kind>);
 
 enum Kind {
-    /// An error of the `postgres` crate, and what was being done, where that is not clear from the error.
+    /// An error of the `postgres` crate, and what was being done, where the error does not say it.
     Postgres(::postgres::Error, Option<String>),
-    /// A server's error for which there is none of the `postgres` crate: the crate may see the end of the connection
-    /// before the server's last error; or the error was longer than is kept.
+    /// An error of the server without an error of the `postgres` crate. The crate may have seen the end of the
+    /// connection before the server's last error; or the error was longer than is kept.
     Server { code: SqlState, text: String },
     /// An error of this crate's own.
     Own { text: String, permanent: bool },
@@ -44,7 +44,7 @@ impl Error {
         Error(Arc::new(Kind::Own { text: text.into(), permanent }))
     }
 
-    /// The error that ended the connection that `watch` sees: `error`, or better the server's own.
+    /// The error that ended the connection of `watch`: the server's own, if it sent one, or else `error`.
     pub(super) fn of(error: ::postgres::Error, watch: &Watch) -> Error {
         match watch.fatal_error() {
             Some((code, text)) if error.code().is_none() => {
@@ -68,7 +68,7 @@ impl Error {
         }
     }
 
-    /// The error of the `postgres` crate, if it is one. Of an error in which the server says more than 64 KiB only the
+    /// The error of the `postgres` crate, if there is one. Of an error of the server that is longer than 64 KiB only the
     /// SQLSTATE and the beginning are kept.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
@@ -90,9 +90,9 @@ impl Error {
         self.as_postgres()?.as_db_error()
     }
 
-    /// Whether it is useless to try the same again soon: the server or the configuration refuses, and somebody must
-    /// mend that. The pool then fails all waiters at once and tries again slowly, for passwords are mended and
-    /// databases created.
+    /// Whether it is useless to try the same again soon: the server or the configuration refuses, and a person must
+    /// change that. The pool then fails all waiters at once. It tries again slowly, since a password may be corrected or
+    /// a database created.
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
@@ -108,10 +108,11 @@ impl From<::postgres::Error> for Error {
     }
 }
 
-/// How much of one error of a server's is kept, in bytes: a cause lives until the next, and each waiter gets it.
+/// How much of one error of a server is kept, in bytes. A cause lives until the next one, and each waiter gets it, so its
+/// size must have a bound; errors of PostgreSQL are far shorter.
 const KEPT: usize = 64 * 1024;
 
-/// How long an error of a server's is, in bytes.
+/// How long an error of a server is, in bytes.
 fn weight(db: &DbError) -> usize {
     let rest = [db.detail(), db.hint(), db.where_(), db.schema(), db.table(), db.column(), db.datatype()];
     let rest = rest.into_iter().chain([db.constraint(), db.file(), db.routine()]);
@@ -119,11 +120,11 @@ fn weight(db: &DbError) -> usize {
         + rest.flatten().map(str::len).sum::<usize>()
 }
 
-/// What is left of a cause's length for all that stands around a message, so that a long one does not cost the
-/// SQLSTATE.
+/// How much of a cause's length is left for the text around the server's message, so that a long message does not cost
+/// the SQLSTATE.
 const ROOM: usize = 128;
 
-/// The text of an error of the `postgres` crate. Its own leaves out all that matters ("db error").
+/// The text of an error of the `postgres` crate. The crate's own text leaves out all that matters ("db error").
 fn words(e: &::postgres::Error, doing: Option<&str>) -> String {
     let mut text = Brief::new(text::CAUSE);
     if let Some(doing) = doing {
@@ -162,7 +163,7 @@ impl fmt::Debug for Error {
     }
 }
 
-/// The text has the whole chain in it, so there is no `source` to say it twice; see [`Error::as_postgres`].
+/// The text has the whole chain in it, so there is no `source` that would repeat it; see [`Error::as_postgres`].
 impl StdError for Error {}
 
 /// The table. Everything that is not in it is transient: starting up (57P03), shutting down (57P01), too many
@@ -189,14 +190,14 @@ fn is_permanent(e: &::postgres::Error) -> bool {
     if let Some(negotiation) = NegotiationError::of(e) {
         return !negotiation.is_transient();
     }
-    // The connection is not observed, so `postgres` has asked for TLS. It gives the first text whatever the answer was,
-    // and a server that has no process for a client answers with an error.
+    // The connection is not observed, so `postgres` has asked for TLS. It says "does not support TLS" whatever the
+    // answer was, and a server that has no process for a client answers with an error.
     let no_tls = |source: &(dyn StdError + 'static)| source.to_string() == "server does not support TLS";
     if e.source().is_some_and(|source| no_tls(source) || is_answer_in_clear(source)) {
         return false;
     }
     let io = e.source().and_then(|s| s.downcast_ref::<io::Error>());
-    // `postgres::Error` has no public kind; these are its texts for what can only be mended by hand.
+    // `postgres::Error` has no public kind. These are its texts for errors that only a person can correct.
     let text = e.to_string();
     let by_hand = ["invalid connection string", "invalid configuration", "authentication error"];
     let disagreement = |io: &io::Error| matches!(io.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput);
@@ -209,7 +210,7 @@ fn is_permanent(e: &::postgres::Error) -> bool {
     }
 }
 
-/// The error of a connection string. It says which part is wrong, without showing any: it may be the password.
+/// The error of a connection string. It says which part is wrong, and shows none: any part may be the password.
 pub(super) fn parse_error(params: &str, e: &::postgres::Error) -> Error {
     let reason = e.source().map(ToString::to_string).unwrap_or_default();
     // The constant texts of `postgres`: `invalid value for option `port``.
@@ -224,8 +225,8 @@ pub(super) fn parse_error(params: &str, e: &::postgres::Error) -> Error {
     Error::own(text, true)
 }
 
-/// An option that is not known may be the second half of a password with a space or a `?` in it. So it is named by its
-/// place.
+/// The error of an unknown option. It may be the second half of a password with a space or a `?` in it, so the error says
+/// its place and not its name.
 fn unknown_option(params: &str, option: &str) -> String {
     let is_it = |part: &str| part.split('=').next() == Some(option);
     let place = match params.split_once("://") {

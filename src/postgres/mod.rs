@@ -19,22 +19,22 @@
 //! `r2d2_postgres` one, which keeps working, in these ways:
 //!
 //! * **Refusals differ from failures.** A wrong password, a missing database, an untrusted certificate fail within one
-//!   round trip, in the server's words, and are not hammered at; a server that starts up, is full or away is tried
+//!   round trip, in the server's words, and are not tried again soon. A server that starts up, is full or away is tried
 //!   again until the deadline. See [`Error`].
-//! * **Nobody receives another's transaction.** A connection that comes back inside one is rolled back before it is
-//!   handed out again, with a warning that names the line that had checked it out; one in the middle of a COPY, or
-//!   whose answers no longer match its questions, is closed. What a session has set stays, unless you choose otherwise:
-//!   see [`Reset`].
-//! * **A query that nobody waits for ends.** If its caller has gone, or does not read the rest of the answer, it is
-//!   cancelled before the connection's place is taken by another. A [`Canceller`] ends with its checkout: a watchdog
-//!   that fires late hits nobody else's query.
+//! * **No caller gets the transaction of another.** A connection that is returned inside a transaction is rolled back
+//!   before it is handed out again, with a warning that names the line that had checked it out. A connection in the
+//!   middle of a COPY, or whose answers no longer match its questions, is closed. What a session has set stays, unless
+//!   you choose otherwise: see [`Reset`].
+//! * **A query ends with its checkout.** If its caller has returned the connection, or does not read the rest of the
+//!   answer, the query is cancelled before the connection's place is taken by another. A [`Canceller`] ends with its
+//!   checkout: a watchdog that fires late does not cancel the next caller's query.
 //! * **A commit that keeps nothing is an error.** See [`Transaction::commit`].
 //! * **Nothing hangs.** Validation keeps its limit, and a connect, query or close that is stuck in a dead network can
 //!   be aborted from outside, so that no thread stays behind.
 //! * **An operator sees whose backend it is.** `application_name` is the pool's name and the process id, unless you set
-//!   it. [`audit`](audit()) joins the server's view of this application's backends with the pool's own, finds those
-//!   that are proven to be nobody's any more, and can end them. What it cannot prove it calls unknown, and leaves
-//!   alone.
+//!   it. [`audit`](audit()) joins the server's view of this application's backends with the pool's own. It finds the
+//!   backends that are proven to have no client any more, and can end them. What it cannot prove it calls unknown, and
+//!   leaves alone.
 //! * **The same SQL takes one round trip, not two.** See [Statements](#statements).
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open
 //!   with what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the
@@ -62,11 +62,12 @@
 //! Write values as parameters, not into the SQL: each text is a statement of its own. A connection remembers
 //! [256](PostgresManager::statement_cache), least recently used first out.
 //!
-//! A statement that an `ALTER TABLE` has outdated (SQLSTATE 0A000) or a `DISCARD ALL` removed (26000) is forgotten, and
-//! outside a transaction prepared again and run: the call works as if nothing had been. Only if the server refused it
-//! before anything of it ran: what may have run is never run twice. (On a connection that is not observed the error
-//! itself must prove that; it cannot where `log_parameter_max_length_on_error` is set, and then the next call works.)
-//! Inside a transaction the error is yours: the transaction has failed with it, and works when you repeat it.
+//! A statement that an `ALTER TABLE` has outdated (SQLSTATE 0A000) or a `DISCARD ALL` removed (26000) is forgotten.
+//! Outside a transaction it is prepared again and run: the call works as if nothing had happened. This is done only if
+//! the server refused the statement before anything of it ran, so nothing ever runs twice. (On a connection that is not
+//! observed the error itself must prove that. It cannot where `log_parameter_max_length_on_error` is set, and then the
+//! next call works.) Inside a transaction the call fails: the transaction has failed with it, and works when you repeat
+//! it.
 //!
 //! # Transaction poolers
 //!
@@ -76,26 +77,28 @@
 //! (PgBouncer since 1.21, `max_prepared_statements`). Then the `_cached` functions use no statement that outlives a
 //! transaction: the first time a connection meets an SQL text they learn the types of its parameters, in a short
 //! transaction (three round trips; four if not observed), and from then on send text and parameters in one message, in
-//! one round trip. What does *not* work there, whatever this crate does: `query` with a text instead of a statement,
-//! outside a transaction (use `query_cached` or `query_typed`); and types that are not built in may not, since
-//! `postgres` looks each up, once, with a statement of its own: where that is gone the call fails with 26000, and the
-//! pool replaces the connection.
+//! one round trip.
+//!
+//! Two things do *not* work there, whatever this crate does. One is `query` with a text instead of a statement, outside
+//! a transaction: use `query_cached` or `query_typed`. The other are, at times, types that are not built in: `postgres`
+//! looks each up, once, with a statement of its own. Where that is gone the call fails with 26000, and the pool replaces
+//! the connection.
 //!
 //! # The observer
 //!
-//! To know how a connection comes back, and to abort what hangs, the pool watches the bytes of the connection, in a TLS
-//! connector of this crate's own around yours, which negotiates by your `sslmode` as `postgres` does. (But only a plain
-//! no is taken for one: after any other answer nothing goes out in clear, and it is tried again.) Beside a round trip
-//! it costs little (`cargo bench --bench postgres`). It cannot see **unix sockets**, and [`PostgresManager::observe`]
-//! switches it off. With it on, `client.cancel_token()` does not work with `cancel_query(NoTls)`:
-//! [`Connection::canceller`] does, on any connection.
+//! To know in which state a connection is returned, and to abort calls that hang, the pool watches the bytes of the
+//! connection. It does so in a TLS connector of its own around yours, which negotiates by your `sslmode` as `postgres`
+//! does. (But only a plain no is taken for a no. After any other answer nothing is sent in clear text, and the attempt
+//! is made again.) Beside a round trip the observer costs little (`cargo bench --bench postgres`). It cannot see **unix
+//! sockets**, and [`PostgresManager::observe`] switches it off. While it is on, `client.cancel_token()` does not work
+//! with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
 //!
-//! A connection that is not observed is asked with one query when it comes back (and is pinged before, if more than the
-//! `_cached` functions was used), which costs as much as a small query, and nothing can be aborted. Nor is there a
-//! bound to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all):
-//! `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And a server that
-//! declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
-//! `sslmode=prefer` it takes both for a no, and logs in in clear.)
+//! A connection that is not observed is asked with one query when it is returned (and is pinged before, if more than the
+//! `_cached` functions was used). That costs as much as a small query, and nothing can be aborted. Nor is there a bound
+//! to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all): `postgres`
+//! takes as much memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is
+//! taken for one that fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both
+//! for a no, and logs in in clear text.)
 //!
 //! # Code that is generic over `GenericClient`
 //!
@@ -136,12 +139,12 @@ pub mod choosing_the_numbers {}
 /// A PostgreSQL connection that is checked out of a pool.
 pub type PooledConnection<T = NoTls> = crate::PooledConnection<PostgresManager<T>>;
 
-/// The shortest start: a connection string in (`host=... user=...` or `postgres://...`), a builder out, to be
-/// [`open`](Builder::open)ed. Without TLS; for TLS make a [`PostgresManager`] with your connector.
+/// The shortest start: makes a builder from a connection string (`host=... user=...` or `postgres://...`). Call
+/// [`open`](Builder::open) on it. Without TLS; for TLS make a [`PostgresManager`] with your connector.
 ///
 /// # Errors
 ///
-/// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
+/// If the text is no connection string. The error says which part is wrong, and never its text: it may be the password.
 pub fn builder(params: &str) -> Result<Builder<PostgresManager<NoTls>>, Error> {
     Ok(Builder::new().manager(PostgresManager::parse(params, NoTls)?))
 }

@@ -5,8 +5,8 @@ use crate::ledger::Token;
 use crate::manage::Manage;
 use r2d2::Extensions;
 
-/// A connection, and its owner: what keeps the pool's memory alive while the connection is in use. Its box is made when
-/// it is opened, and moved from then on.
+/// A connection, and `owner`: what keeps the pool's memory alive while the connection is in use. The box of a `Conn` is made
+/// once, when the connection is opened: a checkout or return moves the box and allocates nothing.
 pub(crate) struct Conn<M: Manage, O> {
     pub(crate) owner: O,
     pub(crate) id: u64,
@@ -15,17 +15,17 @@ pub(crate) struct Conn<M: Manage, O> {
     pub(crate) extensions: Extensions,
     /// Whether a customizer's `on_acquire` has succeeded: only then `on_release` is called.
     pub(crate) acquired: bool,
-    /// What is true of it in use only.
+    /// What is true only while the connection is in use.
     pub(crate) checkout: Checkout,
 }
 
 /// One checkout.
 pub(crate) struct Checkout {
-    /// The slot. `None`: the connection is not in use.
+    /// The slot's token. `None`: the connection is not in use.
     pub(crate) token: Option<Token>,
-    /// Whether the thread that took the connection was panicking already.
+    /// Whether the caller's thread was panicking already when the checkout began.
     pub(crate) panicking: bool,
-    /// When it began, if there are events to tell.
+    /// When the checkout began. Set only if there is an event handler.
     pub(crate) begun: Moment,
 }
 

@@ -1,15 +1,15 @@
-//! [`EventCount`]: what the threads of a pool sleep on for long.
+//! [`EventCount`]: what the reaper, `build` and `close` sleep on.
 //!
-//! It stands on the standard library's lock, not on `parking_lot`'s: the latter keeps every sleeping thread in a table
-//! of the process, which a forked child inherits without those threads, and trips over when it comes to sleep itself.
-//! With what sleeps long out of that table, a child may fork at any time and build a pool of its own.
+//! It uses the standard library's lock and not `parking_lot`'s. `parking_lot` keeps every sleeping thread in a table of the
+//! process. A forked child inherits that table without the threads, and may hang when it sleeps on such a lock itself.
+//! Since long sleeps are not in the table, a process may fork at any time, and the child may build a pool of its own.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Counts events. A thread that waits for the next event takes the count first, then looks at what the event would
-/// change, and then waits: so it misses none, and need not hold a lock in between.
+/// Counts events. A thread that waits for the next event reads the count first, then looks at the state that an event would
+/// change, and then waits. So it misses no event, and needs no lock in between.
 #[derive(Debug)]
 pub(crate) struct EventCount {
     home: Home,
@@ -22,13 +22,13 @@ impl EventCount {
         EventCount { home: Home::here(), count: Mutex::new(0), sleepers: Condvar::new() }
     }
 
-    /// How many events there were.
+    /// The number of events until now.
     pub(crate) fn count(&self) -> u64 {
         *self.lock()
     }
 
-    /// Counts one more event, and wakes all who wait. (In a forked child nobody waits, and the thread that holds the
-    /// lock may not be there.)
+    /// Counts one more event, and wakes all sleeping threads. (A forked child has no such thread, nor perhaps the one that
+    /// has the lock. There nothing is done.)
     pub(crate) fn notify(&self) {
         let Some(mut count) = self.home.lock(&self.count) else { return };
         *count += 1;
@@ -52,7 +52,7 @@ impl EventCount {
         }
     }
 
-    /// A number cannot be left half changed.
+    /// The lock, even if it is poisoned: a panic cannot leave a number half changed.
     fn lock(&self) -> MutexGuard<'_, u64> {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -64,7 +64,7 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    /// How long a test waits for what is to come at once.
+    /// How long a test waits for an event that is to come at once.
     const SOON: Duration = Duration::from_secs(20);
 
     /// Waits, and says whether the event came before the deadline.

@@ -1,18 +1,18 @@
 //! The [`Executor`]: the threads that may block.
 //!
-//! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind
-//! uses up those of another; what is over the limit waits in a backlog of its kind. A job that takes longer than usual
-//! may be told to [count no longer](Executor::stop_counting) against that limit. The thread of an [abandoned
-//! job](Executor::abandon) is abandoned: it leaves when that job ends.
+//! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind uses
+//! up the threads of another. A job over that limit waits in the backlog of its kind. A job that takes longer than usual
+//! may [stop counting](Executor::stop_counting) against the limit. A job past its limit is [abandoned](Executor::abandon):
+//! another thread may take its place, and its own leaves when the job ends.
 //!
-//! What counts is what stands in the [list of running jobs](Inner::running), each under the kind it was started as. So
-//! a job that runs elsewhere (on its caller, where no thread can be started) or that goes on to do something else (a
-//! failed check closes what it has) counts as what it is: nothing, and a check.
+//! A job counts as long as it stands in the [list of running jobs](Inner::running), under the kind it was started as. So a
+//! close that runs on the thread that posted it, since no thread could be started, does not count. A failed check that
+//! goes on to close its connection counts as a check.
 //!
-//! A thread that cannot be started loses nothing: an open comes back to the thread that posted it, another job waits
-//! for another thread of the executor; if there is none, a close comes back too and the others wait to be tried again.
+//! No job is lost if a thread cannot be started. An open is returned to the thread that posted it. A close is returned as
+//! well, if the executor has no thread at all. Every other job waits in the backlog for a thread.
 //!
-//! No thread pool of the ecosystem does this: theirs cannot abandon a job that hangs, nor limit by kind.
+//! No thread pool on crates.io does this: those can neither abandon a job that hangs nor limit jobs by kind.
 
 use crate::leaf::shield::drop_payload;
 use crate::leaf::threads::thread_name;
@@ -26,11 +26,11 @@ use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);
-/// How many closes run at once, of those that do not take longer than usual. Closes come many at a time: after a burst
-/// all that is surplus is evicted together.
+/// How many closes run at once, of those that do not take longer than usual. Several, since after a burst all surplus
+/// connections are evicted together; few, since each takes only a millisecond or two.
 const CLOSERS: usize = 4;
-/// How many jobs of each other kind run at once. A process that has no thread left for others ends; in a pool of more
-/// than as many connections a job over this limit waits.
+/// How many jobs of each other kind run at once, so that a pool cannot use up the threads of its process. In a pool of more
+/// connections than this a job over the limit waits.
 const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. A record beyond them is dropped, and counted.
 const MAX_RECORDS: usize = 1024;
@@ -42,9 +42,9 @@ pub(crate) enum Kind {
     /// Validate, keep alive, reset.
     Check,
     Close,
-    /// Cancel and abort what is stuck: one per slot.
+    /// Cancel and abort stuck calls: one per slot.
     Abort,
-    /// Log records: one thread, which a logger that blocks may keep.
+    /// Log records: they have one thread, which the logger may block.
     Record,
 }
 
@@ -64,11 +64,12 @@ impl Kind {
 pub(crate) trait Task: Send + 'static {
     fn kind(&self) -> Kind;
 
-    /// The number of the connection whose slot the job has: by it the job may be counted no longer, or abandoned.
+    /// The number of the connection whose slot the job has. By it [`stop_counting`](Executor::stop_counting) and
+    /// [`abandon`](Executor::abandon) find the job.
     fn slot(&self) -> Option<u64>;
 }
 
-/// Whom an executor works for.
+/// The pool that an executor works for.
 pub(crate) trait Host: Send + Sync + 'static {
     type Job: Task;
 
@@ -77,7 +78,7 @@ pub(crate) trait Host: Send + Sync + 'static {
     /// Runs a job, on a thread of the executor.
     fn run(self: &Arc<Self>, job: Self::Job);
 
-    /// Runs a job on the thread that has posted it: there is no thread for it.
+    /// Runs a job on the thread that posted it, since the executor has no thread for it.
     fn run_on_caller(self: &Arc<Self>, job: Self::Job);
 
     /// A thread has left the executor.
@@ -87,7 +88,7 @@ pub(crate) trait Host: Send + Sync + 'static {
 pub(crate) struct Executor<J> {
     name: String,
     inner: Mutex<Inner<J>>,
-    /// To the threads that linger: a job, or `None` to leave.
+    /// Sends a job to a thread that lingers; `None`: it is to leave.
     send: Sender<Option<Started<J>>>,
     receive: Receiver<Option<Started<J>>>,
     spawn: Spawn,
@@ -102,7 +103,7 @@ struct Started<J> {
     job: J,
 }
 
-/// What the list of running jobs says of one.
+/// A job in the list of running jobs.
 struct Running {
     kind: Kind,
     slot: Option<u64>,
@@ -113,7 +114,7 @@ struct Running {
 struct Inner<J> {
     /// Threads that have not left, those of abandoned jobs among them.
     threads: usize,
-    /// Threads that linger and to which nothing has been sent.
+    /// Threads that linger and to which no job was sent.
     idle: usize,
     /// The jobs that run and were not abandoned, in the order in which they were started.
     running: BTreeMap<u64, Running>,
@@ -154,9 +155,10 @@ impl<J: Task> Executor<J> {
         self.inner.lock().dropped_records
     }
 
-    /// Has a job done. `Ok(false)`: it waits in the backlog, and somebody must call
-    /// [`run_backlog`](Executor::run_backlog). `Err`: no thread could be started, and the job is one that must not wait
-    /// for one.
+    /// Has a job run. `Ok(false)`: no thread could be started. The job is in the backlog, and [`run_backlog`] must be called
+    /// again later. `Err`: no thread could be started, and the job must not wait for one.
+    ///
+    /// [`run_backlog`]: Executor::run_backlog
     pub(crate) fn post<S: Host<Job = J>>(&self, host: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
         let mut inner = self.inner.lock();
         let kind = job.kind();
@@ -194,8 +196,8 @@ impl<J: Task> Executor<J> {
         }
     }
 
-    /// Starts threads for the jobs in the backlog for which there is room: after a thread could not be started, or a
-    /// job no longer counts. `false`: a job still waits for which there is no thread.
+    /// Gives threads to the jobs of the backlog for which there is room. There may be some after a thread could not be
+    /// started, or after a running job no longer counts. `false`: there is room, but no thread could be started.
     pub(crate) fn run_backlog<S: Host<Job = J>>(&self, host: &Arc<S>) -> bool {
         loop {
             let mut inner = self.inner.lock();
@@ -228,8 +230,9 @@ impl<J: Task> Executor<J> {
         self.inner.lock().defer(job);
     }
 
-    /// The job that has this slot takes longer than usual: it counts no longer against the limit of its kind, and the
-    /// jobs behind it run. Nothing happens if it does not run here.
+    /// The job that has this slot takes longer than usual: it no longer counts against the limit of its kind, and jobs of the
+    /// backlog run. Nothing changes if no thread of the executor runs the job. Returns as
+    /// [`run_backlog`](Executor::run_backlog) does.
     pub(crate) fn stop_counting<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
@@ -240,8 +243,8 @@ impl<J: Task> Executor<J> {
         self.run_backlog(host)
     }
 
-    /// The job that has this slot is abandoned: its thread leaves when the job ends, and the jobs behind it run.
-    /// Nothing happens if it does not run here.
+    /// The job that has this slot is abandoned: its thread leaves when the job ends, and jobs of the backlog run. Nothing
+    /// changes if no thread of the executor runs the job. Returns as [`run_backlog`](Executor::run_backlog) does.
     pub(crate) fn abandon<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
@@ -252,7 +255,7 @@ impl<J: Task> Executor<J> {
         self.run_backlog(host)
     }
 
-    /// From now on no thread lingers. Jobs are still done.
+    /// From now on no thread lingers. Jobs still run.
     pub(crate) fn close(&self) {
         let mut inner = self.inner.lock();
         inner.closed = true;
@@ -262,7 +265,7 @@ impl<J: Task> Executor<J> {
     }
 
     fn tell(&self, what: Option<Started<J>>) {
-        // The receiver lives as long as `self`, so this cannot fail.
+        // `self` has a receiver as well, so this cannot fail.
         let _ = self.send.send(what);
     }
 
@@ -278,7 +281,7 @@ impl<J: Task> Executor<J> {
         )
     }
 
-    /// The life of a thread: it runs jobs, until none comes for a while.
+    /// The life of a thread: it runs jobs until none comes for [`LINGER`].
     fn serve<S: Host<Job = J>>(&self, host: &Arc<S>) {
         loop {
             let mut next = match self.receive.recv_timeout(LINGER) {
@@ -287,7 +290,7 @@ impl<J: Task> Executor<J> {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     let mut inner = self.inner.lock();
                     if inner.idle > 0 {
-                        // No job is on its way to a thread that lingers.
+                        // A thread that lingers without a job on its way to it: this one leaves.
                         inner.idle -= 1;
                         break;
                     }
@@ -295,13 +298,13 @@ impl<J: Task> Executor<J> {
                 }
             };
             while let Some(Started { number, job }) = next.take() {
-                // A panic that was not caught may end its job, and not the thread.
+                // A panic that nothing else caught ends the job, and not the thread.
                 if let Err(payload) = catch_unwind(AssertUnwindSafe(|| host.run(job))) {
                     drop_payload(payload);
                 }
                 let mut inner = self.inner.lock();
                 let Some(Running { kind, .. }) = inner.running.remove(&number) else {
-                    // The job was abandoned: another thread has its place.
+                    // The job was abandoned, and another thread has taken its place.
                     inner.threads -= 1;
                     return;
                 };
@@ -320,8 +323,8 @@ impl<J: Task> Executor<J> {
 }
 
 impl<J: Task> Inner<J> {
-    /// Beside those that may run, one more runs for each that counts no longer: so of many jobs that hang the last
-    /// begins soon.
+    /// Whether another job of this kind may run. One more may run for each that no longer counts, so that of many jobs that
+    /// hang the last one still begins soon.
     fn has_room(&self, kind: Kind) -> bool {
         let (mut counted, mut slow) = (0, 0);
         for job in self.running.values().filter(|job| job.kind == kind) {
@@ -338,7 +341,8 @@ impl<J: Task> Inner<J> {
         Started { number, job }
     }
 
-    /// The job that has this slot: of two the later, for the earlier has passed the slot on and is about to end.
+    /// The running job that has this slot. If there are two, it is the later one: the earlier has handed its slot to the
+    /// ledger, and is about to end.
     fn find(&self, slot: u64) -> Option<u64> {
         self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
     }
@@ -423,15 +427,15 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(20);
 
-    /// Posts a close that tells when it begins.
-    fn seen_by(host: &Arc<TestHost>, slot: u64) -> Receiver<()> {
+    /// Posts a close. The receiver is told when it runs.
+    fn post_close(host: &Arc<TestHost>, slot: u64) -> Receiver<()> {
         let (done, seen) = unbounded();
         host.post(Kind::Close, slot, move || done.send(()).unwrap());
         seen
     }
 
     #[test]
-    fn closes_are_limited_and_do_not_hold_up_an_open() {
+    fn closes_are_limited_and_do_not_delay_an_open() {
         let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
@@ -470,7 +474,7 @@ mod tests {
         assert!(seen.is_empty());
         assert!(host.executor.abandon(&host, 0));
         seen.recv_timeout(SOON).expect("the fifth close goes on");
-        drop(go); // the stuck ones return, one of them to leave
+        drop(go); // the stuck jobs end, and the thread of the abandoned one leaves
         host.executor.close();
         for _ in 0..CLOSERS + 1 {
             gone.recv_timeout(SOON).unwrap();
@@ -479,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_takes_long_holds_up_nobody_and_its_thread_stays() {
+    fn a_close_that_takes_long_delays_no_other_and_its_thread_stays() {
         let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
         let (done, seen) = unbounded();
@@ -499,8 +503,8 @@ mod tests {
         let mut begun: Vec<u64> = (0..2).map(|_| seen.recv_timeout(SOON).unwrap()).collect();
         begun.sort();
         assert_eq!(begun, [4, 5], "one in its place, and one more beside it");
-        assert!(host.executor.stop_counting(&host, 2), "a second time it is not counted down again");
-        let done = seen_by(&host, 6);
+        assert!(host.executor.stop_counting(&host, 2), "a second time this changes nothing");
+        let done = post_close(&host, 6);
         assert!(done.is_empty());
         drop(go);
         done.recv_timeout(SOON).unwrap();
@@ -511,14 +515,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_run_here_counts_nothing_down() {
+    fn a_job_that_does_not_run_here_frees_no_place() {
         let (host, gone) = host();
         let (go, wait) = bounded::<()>(0);
-        // A check that failed, and goes on to close what it has.
+        // A check that failed, and goes on to close its connection.
         let hangs = wait.clone();
         host.post(Kind::Check, 1, move || _ = hangs.recv());
         assert!(host.executor.abandon(&host, 1));
-        // A close that ran on its caller.
+        // A close that ran on the thread that posted it.
         assert!(host.executor.abandon(&host, 2));
         for n in 10..10 + CLOSERS as u64 {
             let wait = wait.clone();
@@ -567,7 +571,7 @@ mod tests {
 
     #[test]
     fn there_is_an_end_to_the_threads_of_each_kind() {
-        // None of them ever runs: it is about how many are wanted.
+        // No thread ever runs: the test counts how many are started.
         let (left, _gone) = unbounded();
         let executor = Executor::with_spawn("host".into(), |_, body| {
             drop(body);
@@ -583,7 +587,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blocked_logger_drops_what_is_too_much() {
+    fn beside_a_blocked_logger_surplus_records_are_dropped() {
         let (host, _gone) = host();
         let (go, wait) = bounded::<()>(0);
         host.post(Kind::Record, None, move || _ = wait.recv());
@@ -598,7 +602,7 @@ mod tests {
     static RUN: AtomicUsize = AtomicUsize::new(0);
 
     #[test]
-    fn no_thread_to_be_had_loses_nothing() {
+    fn without_a_thread_no_job_is_lost() {
         let (left, gone) = unbounded();
         let executor = Executor::with_spawn("host".into(), |builder, body| {
             if SPAWNS.load(Ordering::SeqCst) {
@@ -614,9 +618,9 @@ mod tests {
         let job = |kind| Job(kind, None, Box::new(run));
         SPAWNS.store(false, Ordering::SeqCst);
         assert!(host.executor.post(&host, job(Kind::Open)).is_err(), "an open fails, to be tried again");
-        assert!(host.executor.post(&host, job(Kind::Close)).is_err(), "a close runs on the caller if there is nobody");
+        assert!(host.executor.post(&host, job(Kind::Close)).is_err(), "a close is to run on the thread that posted it");
         assert!(host.executor.post(&host, job(Kind::Check)).is_ok_and(|ok| !ok), "a check waits");
-        assert!(!host.executor.run_backlog(&host), "and still does");
+        assert!(!host.executor.run_backlog(&host), "the check still waits");
         for _ in 0..MAX_RECORDS + 7 {
             assert!(host.executor.post(&host, job(Kind::Record)).is_ok_and(|ok| !ok));
         }

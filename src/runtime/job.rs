@@ -1,4 +1,4 @@
-//! [`Job`]: what the executor can be given to do.
+//! [`Job`]: everything that the executor may be asked to do.
 
 use crate::error::Cause;
 use crate::ledger::SlotJob;
@@ -7,13 +7,13 @@ use crate::runtime::executor::{Kind, Task};
 use log::Level;
 use std::sync::Arc;
 
-/// Something for the executor to do. `C` is a connection.
+/// A job of the executor's. `C` is a connection.
 pub(crate) enum Job<C> {
-    /// The ledger has ordered it.
+    /// A job with a slot, which the ledger has ordered.
     Slot(SlotJob<C>),
-    /// Abort what this connection is doing, after asking the server to cancel it if `true`.
+    /// Abort what this connection is doing. `true`: ask the server to cancel it first.
     Abort(Arc<Opening>, bool),
-    /// Drop a cause: what it was made of may be the user's.
+    /// Drop a cause, since the error in it may be the user's.
     Drop(Cause),
     /// Write a log record.
     Record(Level, String),

@@ -1,7 +1,7 @@
-//! What the executor's threads do: everything that may block, panic, or run a user's code.
+//! The jobs that the executor runs: everything that may block, panic, or run a user's code.
 //!
-//! Each job that has a slot has it as a [`Permit`], and passes it back to the ledger: in so many words, or, if a panic
-//! comes in between, by dropping it.
+//! Each job that has a slot has it as a [`Permit`]. The job reports its outcome with the permit. Whatever happens, a panic
+//! too, the drop of the permit frees the slot.
 
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
@@ -30,7 +30,7 @@ impl<M: Manage> Host for Shared<M> {
 
     fn run(self: &Arc<Self>, job: Self::Job) {
         let _in_hand = in_hand::on_the_executor(self.address());
-        // A panic of a user's code was caught where that code was called: this one is a defect.
+        // A panic of the user's code was caught where that code was called, so this one is a defect.
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(self, job))) {
             self.tell_defect("a job", &*panic);
             drop_payload(panic);
@@ -97,7 +97,7 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
     opened(shared, permit, conn, &opening)
 }
 
-/// The second half of an open: the connection is there, and is shown to the manager and the event handler.
+/// The second half of an open: the new connection is shown to the manager and the event handler, and goes to the ledger.
 fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<PoolConn<M>>, opening: &Opening) {
     if shared.life.is_starting.load(Ordering::Acquire) {
         let record = |level, text| shared.record(level, || text);
@@ -105,7 +105,7 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
         let verdict = catch(|| shared.user.manager.started(&mut conn.inner, &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
-            permit.report_failure(true);
+            permit.report_open_failed(true);
             return close(shared, permit, *conn, CloseReason::Discarded);
         }
         shared.life.is_starting.store(false, Ordering::Release);
@@ -115,8 +115,8 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
     if let Some(events) = &shared.user.hooks.events {
         shielded(|| events.handle_acquire(AcquireEvent { id, duration: took }));
     }
-    match permit.hand_over(|l, now, token| l.opened(now, token, conn)) {
-        // Its life was over: the ledger says so when it is asked why the open failed.
+    match permit.report_success(|l, now, token| l.opened(now, token, conn)) {
+        // The connection's life was over when it arrived. The ledger says so if it is asked why the open failed.
         Ok(false) => {}
         Ok(true) => {
             shared.record(Level::Debug, || {
@@ -148,12 +148,12 @@ fn report<M: Manage>(shared: &Arc<Shared<M>>, permit: &Permit<M>, cause: Cause) 
         format!("cannot open #{id}: {cause}{}", if permanent { " (will not be tried again soon)" } else { "" })
     });
     shared.set_cause(cause);
-    permit.report_failure(permanent);
+    permit.report_open_failed(permanent);
 }
 
 // -------------------------------------------------------------------------------------------------- check and close
 
-/// Validates, or resets; then `reset` says who was the last caller.
+/// Validates a connection, or resets it. `reset`: it is a reset, and this was the last caller, if it is known.
 fn check<M: Manage>(
     shared: &Arc<Shared<M>>,
     permit: Permit<M>,
@@ -180,7 +180,7 @@ fn check<M: Manage>(
     };
     let reason = match &result {
         Ok(Ok(())) => {
-            return match permit.hand_over(|l, now, token| l.checked(now, begun, token, conn)) {
+            return match permit.report_success(|l, now, token| l.checked(now, begun, token, conn)) {
                 Ok(()) => {}
                 Err((permit, conn)) => close(shared, permit, *conn, CloseReason::Abandoned),
             };
@@ -189,7 +189,7 @@ fn check<M: Manage>(
         Ok(Err(_)) => CloseReason::Invalid,
         Err(_) => CloseReason::Panicked,
     };
-    permit.report_check(reason);
+    permit.report_check_failed(reason);
     tell_check_failed(shared, permit.id(), reason, result);
     close(shared, permit, *conn, reason);
 }
@@ -229,7 +229,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, conn: PoolConn<M
     gone(shared, permit);
 }
 
-/// There is no connection any longer: its slot is free.
+/// The connection is closed, or none came: frees the slot.
 fn gone<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
     let opening = shared.openings.remove(permit.id());
     shielded(|| drop(opening));

@@ -1,4 +1,4 @@
-//! [`Lifecycle`]: the beginning and the end of a pool.
+//! [`Lifecycle`]: whether a pool is still being built, who closed it, and who waits for its end.
 
 use crate::leaf::clock::Moment;
 use parking_lot::Mutex;
@@ -15,9 +15,9 @@ pub(crate) struct Lifecycle {
     pub(crate) is_starting: AtomicBool,
     /// Who closed the pool.
     pub(crate) ended: OnceLock<Ended>,
-    /// Those who close the pool from within a call that it makes.
+    /// The threads that close the pool from within a call that the pool makes.
     pub(crate) within: Mutex<Vec<Within>>,
-    /// What `close` and guards have waited for in vain.
+    /// The last wait of a `close` or a guard that ended at its deadline.
     pub(crate) vain: Mutex<Option<VainWait>>,
 }
 
@@ -29,24 +29,25 @@ pub(crate) struct Ended {
     pub(crate) when: Moment,
 }
 
-/// A thread that closes the pool from within a call that the pool makes: what it has in hand ends only when it has
-/// closed. Of two such threads neither waits for what the other has in hand.
+/// A thread that closes the pool from within a call that the pool makes. The work it has [in hand](crate::leaf::in_hand) ends
+/// only after its `close`. So no such thread waits for what another one has in hand, or both would wait for ever.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Within {
     /// Whether it is a thread of the executor.
     pub(crate) on_the_executor: bool,
-    /// The numbers of the connections.
+    /// The numbers of the connections that it has in hand.
     pub(crate) in_hand: Vec<u64>,
 }
 
-/// A wait whose deadline came first.
+/// A wait for the end of a pool that ended at its deadline.
 #[derive(Clone)]
 pub(crate) struct VainWait {
-    /// When it began: what changed its state later was not waited for from the beginning.
+    /// When the wait began. A connection that changed its state later was not waited for from the beginning.
     pub(crate) since: Moment,
-    /// How long it was.
+    /// How long the wait was.
     pub(crate) waited: Duration,
-    /// Threads and aborted connections when it was over.
+    /// How many threads the executor had at its end.
     pub(crate) threads: usize,
+    /// The connections that had been aborted by its end.
     pub(crate) aborted: Vec<u64>,
 }

@@ -1,12 +1,12 @@
-//! Threads and locks: what carries out what the [ledger](crate::ledger) decides. Each file imports only those above it:
+//! Threads and locks: they carry out what the [ledger](crate::ledger) decides. Each file imports only files above it:
 //!
 //! | file | |
 //! |---|---|
-//! | `event_count`, `waiter`, `executor` | what threads sleep on, and the threads that may block; they know nothing of pools |
+//! | `event_count`, `waiter`, `executor` | what threads sleep on, and the threads that may block; none knows of pools |
 //! | `reaper` | the thread that keeps time |
 //! | `user`, `openings`, `lifecycle` | what the parts of a pool share |
-//! | `conn`, `job` | what they hand to each other |
-//! | `shared` | the lock, the one way to use it, and what comes of it |
+//! | `conn`, `job` | what the parts hand to each other |
+//! | `shared` | the lock, the one way to use it, and the effects that are then applied |
 //! | `permit`, `jobs` | what the executor's threads do |
 
 pub(crate) mod conn;

@@ -1,5 +1,5 @@
-//! [`Openings`]: what can be done about a connection from outside, and why the last open failed. Not in the ledger,
-//! under whose lock nothing of the user's may be dropped.
+//! [`Openings`]: the hooks that abort each connection, and why the last open failed. They are not in the ledger, since nothing
+//! of the user's may be dropped under its lock.
 
 use crate::error::Cause;
 use crate::manage::Opening;
@@ -23,7 +23,7 @@ impl Openings {
         self.by_id.lock().get(&id).cloned()
     }
 
-    /// What is removed is the caller's to drop: it contains what the user registered.
+    /// Removes an opening. The calling function drops it, without a lock, since the hooks in it are the user's.
     #[must_use]
     pub(crate) fn remove(&self, id: u64) -> Option<Arc<Opening>> {
         self.by_id.lock().remove(&id)
@@ -35,7 +35,7 @@ impl Openings {
         ids.map(|id| by_id.get(&id).and_then(|opening| opening.server_id())).collect()
     }
 
-    /// Sets why the last open failed. The cause before is the caller's to drop.
+    /// Sets why the last open failed. The calling function drops the cause before it, without a lock.
     #[must_use]
     pub(crate) fn set_cause(&self, cause: Cause) -> Option<Cause> {
         self.cause.lock().replace(cause)

@@ -1,4 +1,4 @@
-//! [`Permit`]: a slot of the pool in the hands of a job.
+//! [`Permit`]: what a job has its slot with. No path of a job, panics included, can forget to free the slot.
 
 use crate::leaf::clock::Moment;
 use crate::ledger::Token;
@@ -7,15 +7,15 @@ use crate::runtime::shared::{PoolConn, PoolLedger, Shared};
 use crate::stats::CloseReason;
 use std::sync::Arc;
 
-/// A slot in the hands of a job. Dropped, it frees the slot: no path, panics included, can forget it. Never dropped
-/// under the ledger's lock, which it takes.
+/// The slot of a job. The drop of a permit frees the slot. It takes the ledger's lock, so no permit is dropped under that
+/// lock.
 pub(crate) struct Permit<M: Manage> {
     shared: Arc<Shared<M>>,
-    /// `None` once the ledger has it.
+    /// `None` once the token was passed to the ledger.
     token: Option<Token>,
 }
 
-/// What comes back to a job that was abandoned meanwhile.
+/// The permit and connection of a job that was abandoned, which the ledger did not take.
 pub(crate) type Late<M> = (Permit<M>, Box<PoolConn<M>>);
 
 impl<M: Manage> Permit<M> {
@@ -28,7 +28,7 @@ impl<M: Manage> Permit<M> {
         self.token.as_ref().map_or(0, Token::id)
     }
 
-    /// The job starts: its limit counts from now. `None`: nobody wants it any longer.
+    /// The job starts: its limit counts from now. `None`: the job is an open that is no longer wanted.
     pub(crate) fn begin(mut self) -> Option<Self> {
         let token = self.token.take()?;
         let shared = Arc::clone(&self.shared);
@@ -37,7 +37,7 @@ impl<M: Manage> Permit<M> {
         Some(Permit::new(shared, token))
     }
 
-    /// The close begins: it has a limit of its own, if the job was not abandoned before.
+    /// The close begins. It has a limit of its own, unless the job was abandoned before.
     pub(crate) fn begin_close(&self) {
         if let Some(token) = &self.token {
             let now = self.shared.time.precise();
@@ -45,8 +45,9 @@ impl<M: Manage> Permit<M> {
         }
     }
 
-    /// Hands slot and connection to the ledger; gets them back if the job was abandoned meanwhile.
-    pub(crate) fn hand_over<R: Default>(
+    /// The job has succeeded: passes slot and connection to the ledger. `Err`: the job was abandoned meanwhile, so it keeps
+    /// both.
+    pub(crate) fn report_success<R: Default>(
         mut self,
         to: impl FnOnce(&mut PoolLedger<M>, Moment, Token) -> Result<R, (Token, Box<PoolConn<M>>)>,
     ) -> Result<R, Late<M>> {
@@ -57,7 +58,7 @@ impl<M: Manage> Permit<M> {
     }
 
     /// The open has failed.
-    pub(crate) fn report_failure(&self, permanent: bool) {
+    pub(crate) fn report_open_failed(&self, permanent: bool) {
         if let Some(token) = &self.token {
             let (now, jitter) = (self.shared.time.precise(), self.shared.jitter());
             self.shared.with(|l| l.open_failed(now, token, permanent, jitter));
@@ -65,7 +66,7 @@ impl<M: Manage> Permit<M> {
     }
 
     /// The check or the reset has failed.
-    pub(crate) fn report_check(&self, reason: CloseReason) {
+    pub(crate) fn report_check_failed(&self, reason: CloseReason) {
         if let Some(token) = &self.token {
             let now = self.shared.time.precise();
             self.shared.with(|l| l.check_failed(now, token, reason));

@@ -1,7 +1,7 @@
 //! The reaper: the thread that keeps time, and does nothing else.
 //!
-//! It sleeps until the ledger's alarm, and has done what is due then. It runs no manager's code, no hook, no log record
-//! and no drop of a connection, so nothing of that can stop the clock.
+//! The reaper sleeps until the ledger's alarm, and then has the ledger decide what is due. It runs no code of a manager, no
+//! hook, no log record and no drop of a connection, so none of these can delay an eviction.
 
 use crate::leaf::threads::thread_name;
 use crate::runtime::event_count::EventCount;
@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// How soon to try again to start a thread that could not be started, or to keep time after a panic.
+/// How soon the reaper tries again: to start a thread that could not be started, or to keep time after a panic. Soon enough
+/// for a waiter, and rare enough to cost nothing.
 const RETRY: Duration = Duration::from_millis(50);
 
 thread_local! {
-    /// On a reaper's thread: which one, by its address.
+    /// On a reaper's thread: the address of that reaper.
     static THIS: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -27,17 +28,17 @@ pub(crate) struct Reaper {
     runs: AtomicBool,
 }
 
-/// Whom a reaper keeps time for.
+/// The pool that a reaper keeps time for.
 pub(crate) trait Timed: Send + Sync + 'static {
     fn reaper(&self) -> &Reaper;
 
     /// For the name of the thread.
     fn name(&self) -> &str;
 
-    /// Does what is due. `stays`: the reaper has something to do of its own, and is not to end.
+    /// Does what is due. `stays`: the reaper has a backlog to run, and must not end.
     fn keep_time(self: &Arc<Self>, stays: bool) -> Next;
 
-    /// Runs jobs that wait for a thread, if one can be had now. Whether none is left.
+    /// Tries again to start threads for the jobs in the backlog. Whether none is left that lacks a thread.
     fn run_backlog(self: &Arc<Self>) -> bool;
 
     /// The reaper has panicked: a defect.
@@ -49,11 +50,11 @@ pub(crate) trait Timed: Send + Sync + 'static {
 
 /// What the reaper does next.
 pub(crate) enum Next {
-    /// Something was due: looks again.
+    /// Something was due: the reaper looks again.
     Look,
-    /// Sleeps until then; `None`: until it is woken.
+    /// The reaper sleeps until this instant; `None`: until it is woken.
     Sleep(Option<Instant>),
-    /// Ends: nothing will be due any longer. [`Reaper::ends`] was called under the ledger's lock.
+    /// The reaper ends: nothing will be due any longer. [`Reaper::ends`] was called under the ledger's lock.
     End,
 }
 
@@ -67,13 +68,13 @@ impl Reaper {
         self.runs.load(Ordering::SeqCst)
     }
 
-    /// There is no such thread any longer. Called under the ledger's lock: a thread that needs the reaper from then on
-    /// sees it.
+    /// The thread is about to end. Called under the ledger's lock, so that the next step of the ledger that needs the reaper
+    /// sees it and starts it anew.
     pub(crate) fn ends(&self) {
         self.runs.store(false, Ordering::SeqCst);
     }
 
-    /// Whether this is its thread.
+    /// Whether this is the reaper's thread.
     pub(crate) fn is_this_thread(&self) -> bool {
         THIS.get() == self.address()
     }
@@ -89,11 +90,11 @@ impl Reaper {
         let started = thread::Builder::new().name(thread_name(host.name(), "-reaper")).spawn(move || {
             let host = for_thread;
             THIS.set(host.reaper().address());
-            // A panic in here is a defect of the pool's. It costs what was being done, not the clock.
+            // A panic in here is a defect of the pool. The reaper goes on after it.
             while let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(&host))) {
                 host.panicked(&*panic);
                 crate::leaf::shield::drop_payload(panic);
-                // What panics each time does not take a whole processor.
+                // If every look panics, the reaper does not take up a whole processor.
                 thread::sleep(RETRY);
             }
             host.ended();
@@ -104,14 +105,14 @@ impl Reaper {
         started.map(drop)
     }
 
-    /// Has it look again: the alarm was set to an earlier time. Starts it anew if its thread had ended (the pool is
-    /// closed, and a connection was returned late).
+    /// Has the reaper look again, since the alarm was set to an earlier time. Starts its thread anew if that has ended: the
+    /// pool is closed, and a connection was returned late.
     pub(crate) fn wake<H: Timed>(host: &Arc<H>, may_start: impl FnOnce() -> bool) {
         let reaper = host.reaper();
         if reaper.runs() {
             reaper.alarm.notify();
         } else if may_start() && !reaper.runs.swap(true, Ordering::SeqCst) {
-            // Without it the close of that connection has no limit; there is nobody left to wait for it.
+            // If that fails, the close of that connection has no limit. No caller is left to wait for it.
             let _ = Reaper::start(host);
         }
     }
@@ -120,10 +121,10 @@ impl Reaper {
 /// Keeps time until nothing will be due any longer.
 fn run<H: Timed>(host: &Arc<H>) {
     let alarm = &host.reaper().alarm;
-    // Whether jobs wait for which no thread could be started.
+    // Whether the backlog has jobs for which no thread could be started.
     let mut backlog = false;
     loop {
-        // Before the look: what changes after it is not missed.
+        // Read before the look, so that no change after it is missed.
         let seen = alarm.count();
         #[cfg(test)]
         tests::strike();

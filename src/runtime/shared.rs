@@ -1,7 +1,7 @@
 //! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
 //!
-//! Under the lock run methods of the [`Ledger`] and nothing else. Their effects are applied by the thread that held the
-//! lock: waiters are served before it is released, and after it threads are woken and jobs posted.
+//! Under the lock run methods of the [`Ledger`] and nothing else. The thread that had the lock applies their effects: it
+//! serves waiters before it releases the lock, and wakes threads and posts jobs after that.
 
 use crate::error::Cause;
 use crate::hooks::Hooks;
@@ -42,7 +42,7 @@ pub(crate) type PoolWaiter<M> = Waiter<Outcome<Box<PoolConn<M>>>>;
 /// The ledger of a pool of `M`'s connections.
 pub(crate) type PoolLedger<M> = Ledger<Box<PoolConn<M>>, Arc<PoolWaiter<M>>>;
 
-/// What the parts of one pool share.
+/// What the parts of one pool share. Handles, connections in use and the pool's threads keep it alive.
 pub(crate) struct Shared<M: Manage> {
     pub(crate) name: Arc<str>,
     pub(crate) settings: Settings,
@@ -64,17 +64,18 @@ pub(crate) struct Core<M: Manage> {
     pool: Weak<Shared<M>>,
 }
 
-/// How often a lock is tried before the process is looked at.
+/// How often the lock is tried before the thread looks at its process. The lock is as a rule free again after tens of
+/// nanoseconds, and to look is a system call, which takes longer.
 const SPINS: u32 = 10;
 
 // -------------------------------------------------------------------------------------------------- the lock
 
 impl<M: Manage> Core<M> {
-    /// A connection is returned. What owns the pool on its behalf has moved into the ledger with it.
+    /// A connection is returned. The owner of the pool that it carries moves into the ledger with it.
     #[inline]
     pub(crate) fn returned(&self, now: Moment, token: Token, conn: Box<PoolConn<M>>, condition: Condition) {
         let Some(mut ledger) = self.lock_at_home() else {
-            // It is the parent's: whatever is done to it here is done to that.
+            // This is a forked child, and the connection belongs to the parent: not even its drop may run here.
             return std::mem::forget((token, conn));
         };
         ledger.returned(now, token, conn, condition);
@@ -83,7 +84,7 @@ impl<M: Manage> Core<M> {
         }
     }
 
-    /// The lock. `None`: this is a forked child, and the thread that holds the lock is the parent's.
+    /// The lock. `None`: this is a forked child, and the thread that has the lock is the parent's.
     #[inline]
     fn lock_at_home(&self) -> Option<MutexGuard<'_, PoolLedger<M>>> {
         self.ledger.try_lock().or_else(|| self.lock_slowly())
@@ -91,7 +92,6 @@ impl<M: Manage> Core<M> {
 
     #[cold]
     fn lock_slowly(&self) -> Option<MutexGuard<'_, PoolLedger<M>>> {
-        // The lock is held for tens of nanoseconds; to look at the process takes longer.
         for _ in 0..SPINS {
             std::hint::spin_loop();
             if let Some(ledger) = self.ledger.try_lock() {
@@ -107,14 +107,15 @@ impl<M: Manage> Core<M> {
             drop(ledger);
             return waiter.notify();
         }
-        // The connection is in the ledger or in its effects, and both are locked: so the pool is there.
+        // The connection, which keeps the pool alive, is in the ledger or its effects, and both are locked. So the pool is
+        // still there.
         if let Some(pool) = self.pool.upgrade() {
             pool.apply(ledger);
         }
     }
 }
 
-/// The waiter that is to be notified, if nothing else is to be done: what a busy pool does all the time.
+/// The waiter that is to be notified, if the effects have nothing else. In a busy pool this is the usual case.
 fn only_notified<M: Manage>(ledger: &mut PoolLedger<M>) -> Option<Arc<PoolWaiter<M>>> {
     let alone = ledger.effects.is_empty_but_for_notified() && ledger.effects.notified.len() == 1;
     // Popped, so that the list keeps its memory.
@@ -142,7 +143,7 @@ impl<M: Manage> Shared<M> {
         })
     }
 
-    /// Which pool this is, for as long as there is anything of it.
+    /// A number for this pool. No other pool has it as long as this one exists.
     #[inline]
     pub(crate) fn address(&self) -> usize {
         std::ptr::from_ref(self) as usize
@@ -159,8 +160,8 @@ impl<M: Manage> Shared<M> {
         answer
     }
 
-    /// [`with`](Shared::with) for a caller that may be in a forked child: `None` there, if it can be told at all. (It
-    /// can, as a rule, by [`seems_forked`](Shared::seems_forked), and certainly when the lock is not free.)
+    /// [`with`](Shared::with) for a thread that may be in a forked child. `None`: this is a child, and the lock is not free. (A
+    /// free lock is taken: the thread asks [`seems_forked`](PoolTime::seems_forked) before.)
     #[inline]
     pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut PoolLedger<M>) -> R) -> Option<R> {
         let mut ledger = self.core.lock_at_home()?;
@@ -176,7 +177,7 @@ impl<M: Manage> Shared<M> {
         self.core.ledger.lock()
     }
 
-    /// Serves waiters, releases the lock, wakes and posts.
+    /// Applies the effects: serves waiters, releases the lock, wakes threads and posts jobs.
     #[cold]
     fn apply(self: &Arc<Self>, mut ledger: MutexGuard<'_, PoolLedger<M>>) {
         if let Some(waiter) = only_notified(&mut ledger) {
@@ -207,10 +208,10 @@ impl<M: Manage> Shared<M> {
             return;
         }
         if self.is_forked() {
-            // These connections are the parent's: whatever is done to them here is done to it.
+            // This is a forked child, and the connections belong to the parent: not even their drop may run here.
             return orders.into_iter().for_each(std::mem::forget);
         }
-        // One that panics takes none of the others with it.
+        // If one order panics, the others are carried out all the same.
         for order in orders {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.carry_out(order))) {
                 self.tell_defect("an order", &*panic);
@@ -219,11 +220,11 @@ impl<M: Manage> Shared<M> {
         }
     }
 
-    /// Looks until `look` finds what it looks for, again after each change. `None`: the deadline came first.
+    /// Calls `look` after each change of the pool until it returns `Some`. `None`: the deadline came first.
     pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut() -> Option<R>) -> Option<R> {
         self.core.ledger.lock().watchers += 1;
         let found = loop {
-            // Before the look: a change after it is not missed.
+            // Read before the look, so that no change after it is missed.
             let seen = self.changed.count();
             let found = look();
             if found.is_some() || deadline.is_some_and(|at| Instant::now() >= at) {
@@ -235,9 +236,9 @@ impl<M: Manage> Shared<M> {
         found
     }
 
-    /// The queue has changed: tells the clock how many wait.
+    /// Tells the clock the number of waiters, after the queue has changed.
     pub(crate) fn note_waiting(&self, ledger: &PoolLedger<M>) {
-        self.time.note_waiting(ledger.counts().waiting);
+        self.time.set_waiting(ledger.counts().waiting);
     }
 
     /// A number between 0 and 1, at random.
@@ -281,7 +282,7 @@ impl<M: Manage> Shared<M> {
     pub(crate) fn post(self: &Arc<Self>, job: Job<Box<PoolConn<M>>>) {
         match self.executor.post(self, job) {
             Ok(true) => {}
-            // The reaper runs the backlog after each look.
+            // The job is in the backlog, which the reaper runs after each look.
             Ok(false) => self.with(|l| l.look_again()),
             Err((error, Job::Slot(SlotJob::Open(token)))) => {
                 self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
@@ -289,59 +290,59 @@ impl<M: Manage> Shared<M> {
                 self.with(|l| l.open_failed(now, &token, false, jitter));
                 self.with(|l| l.free(now, token));
             }
-            // The reaper runs no job; another thread has nobody to leave it to.
+            // The reaper runs no job: it leaves this one in the backlog. Another thread runs it itself.
             Err((_, job)) if self.reaper.is_this_thread() => self.executor.defer(job),
             Err((_, job)) => self.run_on_caller(job),
         }
     }
 
-    /// Makes the calls of a connection fail, after asking the server to stop what it is doing if `cancel`. Whether that
-    /// can be done at all.
+    /// Has the calls of a connection fail. `cancel`: the server is asked first to stop what it does. Returns whether the
+    /// manager has registered anything to abort or cancel with.
     pub(crate) fn abort(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let Some(opening) = self.openings.get(id) else { return false };
         let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
-            // The job drops the opening, too: what it contains is the user's. (If nothing is to be done, it contains
-            // nothing.)
+            // The job also drops the opening, since the hooks in it are the user's. (If there are none, it is dropped here.)
             self.post(Job::Abort(opening, cancel));
         }
         can_be_aborted
     }
 
-    /// Leaves a log record to a thread that the logger may block.
+    /// Writes a log record, from a thread that the logger may block.
     pub(crate) fn record(self: &Arc<Self>, level: Level, text: impl FnOnce() -> String) {
-        // A forked child has no such thread, and what it does is no news of the parent's pool.
+        // A forked child has no such thread, and what it does does not concern the parent's pool.
         if level <= log::max_level() && !self.is_forked() {
-            // One record is one line, whatever there is in names and words.
+            // One record is one line, whatever characters are in names and causes.
             let text = Shown(format_args!("pool '{}': {}", self.name, text())).to_string();
             self.post(Job::Record(level, text));
         }
     }
 
-    /// Tells that `what`, which is the pool's own, has panicked.
+    /// Logs that `what`, which is the pool's own code, has panicked.
     pub(crate) fn tell_defect(self: &Arc<Self>, what: &str, panic: &(dyn Any + Send)) {
         let text = defect::describe(&self.name, what, panic);
-        // The log may be what the panic came from.
+        // The panic may have come from this very logging.
         shielded(|| self.record(Level::Error, || text));
     }
 
-    /// Remembers why the last open failed: before the ledger is told that it did. The cause stays when another open
-    /// succeeds, for that one may be slow to say so; whether it still tells anything is the ledger's to know.
+    /// Stores why the last open failed, before the ledger is told that it did. The cause stays when a later open succeeds,
+    /// since the threads may come here in another order. Whether opens fail at present the ledger says
+    /// ([`failing`](Ledger::failing)).
     pub(crate) fn set_cause(self: &Arc<Self>, cause: Cause) {
         match self.openings.set_cause(cause) {
-            // What the one before was made of may be the user's, with a drop that takes its time.
+            // The error in the cause before may be the user's, and its drop may block. So the reaper leaves it to a job.
             Some(before) if before.is_typed() && self.reaper.is_this_thread() => self.post(Job::Drop(before)),
             before => shielded(|| drop(before)),
         }
     }
 
-    /// Begins the end of the pool, if it has not begun. Returns how many waited.
+    /// Closes the pool, if it is not closed. Returns how many callers waited.
     pub(crate) fn end(self: &Arc<Self>, by: &'static str, at: Option<&'static Location<'static>>) -> u32 {
         if self.is_forked() {
             return 0;
         }
         let now = self.time.precise();
-        // Before the ledger is told: a caller that learns that the pool is closed can read who closed it.
+        // Set before the ledger is told, so that every thread that finds the pool closed can read who closed it.
         let _ = self.life.ended.set(Ended { by, at, thread: threads::id(), when: now });
         let waiters = self.with(|l| {
             let waiters = l.close(now);
@@ -367,7 +368,7 @@ impl<M: Manage> Shared<M> {
         self.core.ledger.lock().counts()
     }
 
-    /// Copies of the slots that `pick` picks. What they say in words is looked up later, without the lock.
+    /// Copies of the slots that `pick` picks. Their text, such as the names of threads, is made later, without the lock.
     pub(crate) fn slots(&self, pick: impl Fn(&Slot) -> bool) -> Vec<Slot> {
         self.core.ledger.lock().slots().filter(|slot| pick(slot)).cloned().collect()
     }
@@ -407,7 +408,7 @@ impl<M: Manage> Timed for Shared<M> {
     }
 
     fn keep_time(self: &Arc<Self>, stays: bool) -> Next {
-        // Both before the lock, under which nothing but the ledger runs.
+        // Both are read before the lock is taken, since nothing but the ledger runs under it.
         let (now, jitter) = (self.time.precise(), self.jitter());
         let mut ledger = self.lock();
         if ledger.is_over() && !stays {

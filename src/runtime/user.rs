@@ -1,4 +1,4 @@
-//! [`User`]: the code that is not the pool's own, and how it is told of errors.
+//! [`User`]: the manager and the hooks of a pool, and how errors are shown to them.
 
 use crate::error::Cause;
 use crate::hooks::Hooks;
@@ -7,7 +7,7 @@ use crate::manage::Manage;
 
 /// The user's manager and hooks.
 pub(crate) struct User<M: Manage> {
-    // Before the manager, so that they are dropped before it: they may use what it owns.
+    // The hooks stand before the manager, so that they are dropped before it: they may use what it owns.
     pub(crate) hooks: Hooks<M>,
     pub(crate) manager: Shielded<M>,
     /// [`Manage::keeps_limits`], asked once.
@@ -19,7 +19,7 @@ impl<M: Manage> User<M> {
         User { keeps_limits: manager.keeps_limits(), manager: Shielded::new(manager), hooks }
     }
 
-    /// An error in words.
+    /// The manager's explanation of an error.
     pub(crate) fn explain(&self, error: &M::Error) -> Cause {
         catch(|| self.manager.explain(error)).unwrap_or_else(Cause::from)
     }
@@ -44,7 +44,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    /// Says when it is dropped.
+    /// Enters its name in a list when it is dropped.
     #[derive(Debug)]
     struct Named(&'static str, Arc<Mutex<Vec<&'static str>>>);
 

@@ -1,15 +1,15 @@
 //! One [`Waiter`]: a thread that waits for a connection.
 //!
-//! A waiter is served under the ledger's lock, by the thread that has something for it, and woken after that lock is
-//! released. So at its deadline the thread asks the ledger, and is either still queued, and leaves, or has been served.
-//! A notification, which promises nothing, may come to a waiter at any time.
+//! A waiter is served under the ledger's lock, and woken after that lock is released. So at its deadline the thread asks the
+//! ledger, and is either still queued, and leaves, or has been served. A notification promises nothing, and may come to a
+//! waiter at any time.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// A thread that waits for one `T`. (On the standard library's lock, for the reason that
-/// [`EventCount`](crate::runtime::event_count) gives.)
+/// A thread that waits for one `T`. (It uses the standard library's lock, for the reason that
+/// [`event_count`](crate::runtime::event_count) gives.)
 pub(crate) struct Waiter<T> {
     home: Home,
     signal: Mutex<Signal<T>>,
@@ -19,21 +19,21 @@ pub(crate) struct Waiter<T> {
 /// What a waiter is told.
 #[derive(Debug)]
 pub(crate) enum Signal<T> {
-    /// Nothing, until its deadline had come.
+    /// Nothing yet; from [`Waiter::wait`]: the deadline came first.
     None,
-    /// There may be a connection to take: first come, first served.
+    /// There may be a connection to take, unless another thread is faster.
     Notified,
-    /// This is for it.
+    /// The waiter was served with this.
     Served(T),
 }
 
 impl<T> Waiter<T> {
-    /// A waiter of this process, `home`: a forked child does nothing to it.
+    /// A waiter of the process `home`: in a forked child of it nothing is done to the waiter.
     pub(crate) fn new(home: Home) -> Self {
         Waiter { home, signal: Mutex::new(Signal::None), wake_up: Condvar::new() }
     }
 
-    /// Leaves `what` for the thread to find. Does not wake it.
+    /// Serves the waiter with `what`. Does not wake its thread.
     pub(crate) fn serve(&self, what: T) {
         let Some(mut signal) = self.home.lock(&self.signal) else { return std::mem::forget(what) };
         let before = std::mem::replace(&mut *signal, Signal::Served(what));
@@ -81,7 +81,7 @@ impl<T> Waiter<T> {
         }
     }
 
-    /// The signal is one or another, whatever the thread that held the lock came to.
+    /// The lock, even if it is poisoned: a panic cannot leave a signal half changed.
     fn lock(&self) -> MutexGuard<'_, Signal<T>> {
         self.signal.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! Checkout, and what a caller checks for itself.
+//! Checkout, and the checks that a caller makes for itself.
 
 use super::world::*;
 
@@ -31,7 +31,7 @@ fn a_caller_whose_own_check_failed_keeps_its_place() {
     );
     let (Join::Queued(got), _) = w.ledger.join(w.now, here(), Some(ticket), false, 77) else { panic!() };
     assert_eq!(got, ticket);
-    w.waiting.push_front((77, ticket, w.now)); // the naive account: ahead of `later`
+    w.waiting.push_front((77, ticket, w.now)); // the world's own account: ahead of `later`
     w.apply();
     w.run(ms(10));
     assert!(w.has(77) && !w.has(later));

@@ -1,4 +1,4 @@
-//! What is opened and checked, and when: demand, back-off, patience, and the bound of abandoned jobs.
+//! Which connections are opened and checked, and when: demand, back-off, patience, and the bound of abandoned jobs.
 
 use super::world::*;
 
@@ -23,7 +23,7 @@ fn connections_that_are_closing_count_against_max_size() {
     }
     let threads: Vec<_> = (0..10).map(|_| w.get()).collect();
     assert!(w.in_use.is_empty(), "there is no room");
-    // (Four begin at once, and four more each time that those before take longer than usual.)
+    // (Four begin at once, and at least four more each time that those before take longer than usual.)
     w.run(secs(3) + CLOSE_PATIENCE * 2);
     assert_eq!((w.in_use.len(), w.most), (threads.len(), 10));
 }
@@ -173,7 +173,7 @@ fn while_a_connection_is_alive_waiters_keep_waiting() {
     assert!(w.has(b));
     let c = w.get();
     w.returned_as(b, Condition::Broken);
-    assert_eq!(w.refused, [c], "now none is");
+    assert_eq!(w.refused, [c], "now no connection is alive");
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn a_silent_server_costs_no_more_jobs_than_max_size_and_a_probe_a_minute() {
 }
 
 #[test]
-fn a_reset_or_a_keepalive_that_hangs_holds_up_no_caller() {
+fn a_reset_or_a_keepalive_that_hangs_delays_no_caller() {
     for reset in [true, false] {
         let mut w = World::new(Settings { keepalive: (!reset).then_some(secs(10)), ..settings() });
         w.takes.open = ms(10);
@@ -221,8 +221,8 @@ fn a_reset_or_a_keepalive_that_hangs_holds_up_no_caller() {
         w.run(ms(69));
         assert!(!w.has(b) && w.dials.len() == 1, "it may come any moment");
         w.run(ms(11));
-        assert!(w.has(b), "there is room for another");
-        assert_eq!(w.counts().checking, 1, "which is not abandoned for that");
+        assert!(w.has(b), "there is room for another open");
+        assert_eq!(w.counts().checking, 1, "the check goes on, and is not abandoned");
         w.returned(b);
     }
 }
@@ -241,7 +241,7 @@ fn wishes_of_callers_that_do_not_wait_prepare_one_connection_at_a_time() {
 }
 
 #[test]
-fn an_open_that_hangs_keeps_no_caller_from_what_is_idle() {
+fn an_open_that_hangs_keeps_no_caller_from_an_idle_connection() {
     for waits in [true, false] {
         let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
         w.burst(1);
@@ -250,14 +250,14 @@ fn an_open_that_hangs_keeps_no_caller_from_what_is_idle() {
         let b = w.get(); // dials, and hangs
         w.returned(a);
         w.returned(b);
-        w.run(secs(2)); // what is idle needs a check by now
+        w.run(secs(2)); // the idle connection needs a check by now
         assert_eq!((w.counts().idle, w.counts().opening), (1, 1));
         if waits {
             let c = w.get();
-            assert!(w.has(c), "it needs no more than its check");
+            assert!(w.has(c), "served after the check, and no open");
         } else {
             assert!(w.try_get().is_none());
-            assert!(w.try_get().is_some(), "it was checked for it");
+            assert!(w.try_get().is_some(), "the connection was checked meanwhile");
         }
     }
 }
@@ -311,7 +311,7 @@ fn the_close_of_a_recycled_connection_that_hangs_is_abandoned_for_a_waiter() {
     w.apply();
     let threads: Vec<_> = (0..2).map(|_| w.get()).collect();
     w.run(ms(499));
-    assert!(w.in_use.is_empty() && w.abandoned == 0, "its close may end any moment");
+    assert!(w.in_use.is_empty() && w.abandoned == 0, "the closes may end any moment");
     w.run(ms(1));
     assert!(threads.iter().all(|thread| w.has(*thread)), "a tenth of the limit of a close");
     assert_eq!((w.abandoned, w.counts().abandoned, w.counts().closing), (2, 2, 1), "no more than are waited for");
@@ -322,7 +322,7 @@ fn the_close_of_a_recycled_connection_that_hangs_is_abandoned_for_a_waiter() {
 
 #[test]
 fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
-    // As many would be abandoned as the pool has slots: while opens fail, the next dial is a minute after the last.
+    // `max_size` jobs would then be abandoned: while opens fail, the next dial is a minute after the last.
     for fails in [true, false] {
         let mut w = World::new(Settings { max_size: 2, ..settings() });
         w.burst(1);
@@ -342,7 +342,7 @@ fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
         assert_eq!(w.has(a), !fails);
         assert_eq!(w.abandoned, u32::from(!fails));
         w.run(ms(1_500));
-        assert!(w.has(a), "its close has ended");
+        assert!(w.has(a), "the close has ended");
     }
 }
 
@@ -355,7 +355,7 @@ fn a_reset_that_hangs_does_not_block_a_pool_of_one_for_a_minute() {
     w.run(secs(5));
     assert!(w.has(b), "the server answers to connects");
     assert_eq!((w.counts().abandoned, w.counts().total()), (1, 1));
-    // A second one keeps its slot: as many are abandoned as may be.
+    // A second reset keeps its slot: no more jobs may be abandoned.
     let c = w.get();
     w.returned_as(b, Condition::Reset);
     w.run(secs(5));

@@ -1,4 +1,4 @@
-//! What time ends: idleness, lifetime, keepalive, leaks and limits.
+//! What falls due with time: idleness, lifetime, keepalive, leaks and limits.
 
 use super::world::*;
 
@@ -59,7 +59,7 @@ fn with_max_idle_zero_nothing_is_kept() {
     let mut w = World::new(Settings { max_idle: Some(Duration::ZERO), ..settings() });
     w.use_once(ms(5));
     assert_eq!((w.server.len(), w.closed_for(CloseReason::Idle)), (0, 1));
-    // But a waiter gets it.
+    // But a waiter gets the connection.
     w = World::new(Settings { max_idle: Some(Duration::ZERO), max_size: 1, ..settings() });
     let (a, b) = (w.get(), w.get());
     w.returned(a);
@@ -104,7 +104,7 @@ fn the_resolution_of_the_clock_hands_nothing_out_late() {
     let mut w = World::with_resolution(Settings { max_lifetime: Some(secs(3)), ..settings() }, ms(4));
     w.use_once(ms(1));
     w.run_to(Moment::BIRTH.plus(ms(2_996)));
-    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "it may be 3,000 in truth");
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "the true time may be 3,000 ms");
     w.apply();
     w.run(ms(1));
     assert_eq!(w.closed_for(CloseReason::Lifetime), 1);
@@ -166,7 +166,7 @@ fn keepalive_goes_on_after_a_slow_check_without_a_limit() {
         w.run(secs(9));
         assert_eq!(w.counts().checking, 1);
         w.run(ms(500));
-        // Whatever made the reaper look: by now the check is slow.
+        // The reaper looks again, for whatever reason. By now the check is slow.
         w.ledger.reap(w.now, 0.0);
         w.run(ms(500));
         assert_eq!((w.counts().checking, w.counts().idle), (0, 1));
@@ -174,7 +174,7 @@ fn keepalive_goes_on_after_a_slow_check_without_a_limit() {
 }
 
 #[test]
-fn a_job_past_its_limit_loses_its_slot() {
+fn an_abandoned_job_no_longer_has_its_slot() {
     let mut w = World::new(Settings { max_size: 3, ..settings() });
     w.takes.open = secs(60);
     let a = w.get();
@@ -183,9 +183,9 @@ fn a_job_past_its_limit_loses_its_slot() {
     w.takes.open = ms(1);
     w.run(secs(2));
     assert!(w.has(a), "the next attempt came through");
-    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the abandoned ones are still there");
+    assert_eq!((w.server.len(), w.counts().abandoned), (3, 2), "the abandoned opens still dial");
     w.run(secs(60));
-    assert_eq!((w.server.len(), w.counts().abandoned), (1, 0), "and gone when it came back");
+    assert_eq!((w.server.len(), w.counts().abandoned), (1, 0), "what they brought was closed");
 }
 
 #[test]
@@ -241,7 +241,7 @@ fn after_the_grace_an_open_that_hangs_has_no_limit() {
     w.returned(a);
     w.ledger.abandon_opens(w.now);
     w.apply();
-    assert!(!w.ledger.is_over(), "the close still has one");
+    assert!(!w.ledger.is_over(), "the close still has a limit");
     w.run(secs(2));
     assert!(w.ledger.is_over());
     assert_eq!((w.counts().opening, w.counts().total(), w.abandoned), (1, 1, 0));

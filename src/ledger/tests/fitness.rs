@@ -1,4 +1,4 @@
-//! What may be handed out: validation and suspicion.
+//! Which connections may be handed out: validation and suspicion.
 
 use super::world::*;
 
@@ -14,7 +14,7 @@ fn a_broken_connection_makes_its_siblings_suspect() {
     }
     let b = w.get();
     w.run(Duration::ZERO);
-    assert!(w.has(b) && !w.dead.contains(&w.in_use[&b].1), "a new one");
+    assert!(w.has(b) && !w.dead.contains(&w.in_use[&b].1), "a new connection");
 }
 
 #[test]
@@ -54,7 +54,7 @@ fn validation_follows_its_policy() {
 }
 
 #[test]
-fn what_was_checked_for_one_try_get_serves_the_next_until_another_is_found_dead() {
+fn a_connection_checked_for_one_try_get_serves_the_next_until_another_is_found_dead() {
     let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
     w.burst(3);
     for found in [false, true] {
@@ -71,12 +71,12 @@ fn what_was_checked_for_one_try_get_serves_the_next_until_another_is_found_dead(
 }
 
 #[test]
-fn what_was_checked_for_one_caller_serves_the_next() {
+fn a_connection_checked_for_one_caller_serves_the_next() {
     let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
     w.takes.check = ms(100);
     w.burst(1);
     w.run(secs(5));
-    // By `try_get`, which does not wait for it.
+    // Checked for a `try_get`, which does not wait for it.
     assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing));
     w.ledger.prepare(w.now);
     w.apply();
@@ -84,17 +84,17 @@ fn what_was_checked_for_one_caller_serves_the_next() {
     let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("the check served no caller") };
     w.checked_out(1, token, conn);
     w.returned(1);
-    // By a waiter that left.
+    // Checked for a waiter that left.
     w.run(secs(5));
     let impatient = w.get();
     assert!(w.leave(impatient));
     w.run(ms(1_100));
     let next = w.get();
-    assert!(!w.has(next), "a second after that check began, there is another");
+    assert!(!w.has(next), "a second after that check began, the connection is checked again");
     w.run(ms(100));
     assert!(w.has(next));
     w.returned(next);
-    // Of those that are unused for as long, it stays where it was: a check is no use of it.
+    // The connection is evicted by its last use: a check is not use.
     w.run(secs(600));
     assert_eq!(w.counts().idle, 0);
 }
@@ -111,9 +111,9 @@ fn a_check_that_began_before_another_was_found_dead_proves_nothing() {
     w.returned_as(dead, Condition::Broken);
     w.takes.open = Duration::MAX;
     w.run(ms(5));
-    assert!(!w.has(a), "what it brought may have died with the other");
+    assert!(!w.has(a), "the checked connection may have died with the other");
     w.run(ms(10));
-    assert!(w.has(a), "and was checked again");
+    assert!(w.has(a), "it was checked again");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::world::*;
 
 #[test]
-fn recycle_replaces_what_was_opened_before() {
+fn recycle_replaces_every_connection_opened_before() {
     let mut w = World::new(settings());
     w.takes.open = ms(10);
     w.burst(2);
@@ -20,7 +20,7 @@ fn recycle_replaces_what_was_opened_before() {
     w.apply();
     w.run(secs(1));
     assert_eq!(w.closed_for(CloseReason::Recycled), 3, "and the one that was under way");
-    w.returned(a); // has one all the same
+    w.returned(a); // panics if `a` has no connection
     assert_eq!((w.counts().idle, w.closes.len()), (1, 3));
 }
 

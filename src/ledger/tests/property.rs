@@ -1,4 +1,4 @@
-//! Whatever happens, in whatever order; and a year of a large pool.
+//! The property test: whatever happens, in whatever order, the rules hold. And a year of a large pool.
 
 use super::world::*;
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 #[derive(Clone, Debug)]
 enum Op {
     Get,
-    /// By a caller that checks for itself what needs it.
+    /// A `get` of a caller that can check a connection for itself.
     GetHere,
     TryGet,
     /// The nth connection in use is returned.
@@ -28,15 +28,15 @@ enum Op {
     Server(Option<bool>),
     /// Whether an open that fails leaves a connection behind, for its job to close.
     Leaves(bool),
-    /// How long the parts of jobs take that begin from now on.
+    /// How long the parts of a job take, if they begin from now on.
     Network(Takes),
-    /// What hangs goes on.
+    /// Jobs and checks that hang end now.
     Release,
-    /// How far behind their time threads tell the ledger what they do, in microseconds.
+    /// How far behind the true time is what threads tell the ledger, in microseconds.
     Skew(u64),
     /// Whether the system starts threads.
     Threads(bool),
-    /// The nth connection dies without a word.
+    /// The nth connection dies, and only its next check finds out.
     Kill(usize),
 }
 
@@ -107,8 +107,8 @@ fn some_settings() -> impl Strategy<Value = Settings> {
 }
 
 impl World {
-    /// The idle connections as a naive pool would reckon them: all that the server sees and no caller or job has, by
-    /// last use.
+    /// When each idle connection was last used, sorted, by the world's own account. Idle is a connection that the server sees,
+    /// and that no caller and no job has.
     fn naive_idle(&self) -> Vec<Moment> {
         let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
         let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));
@@ -124,22 +124,23 @@ impl World {
         let idle: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         let naive = self.naive_idle();
         assert_eq!(idle, naive, "the stack, by last use");
-        // P1: above the floor nothing is left that is due.
+        // P1: above the floor no idle connection is due.
         if let Some(max) = limits.max_idle {
             let due = naive.iter().skip(limits.min_idle as usize).filter(|used| used.plus(max) <= self.now);
             assert_eq!(due.count(), 0, "idle for too long");
         }
-        // P2: nothing idle is past its end.
+        // P2: no idle connection is past the end of its life.
         assert!(l.slots().all(|r| r.as_seen() != ConnectionState::Idle || r.dies > self.now), "too old");
-        // P5: the server sees at most what is counted and what is abandoned, and both are bounded.
+        // P5: the server sees at most the connections that are counted and those of abandoned jobs.
         let counts = self.counts();
         assert!(self.server.len() <= (counts.total() + counts.abandoned) as usize);
-        // A waiter has something to wait for: room that will come back, a job, or a time to dial.
+        // A waiter has something to wait for: a return, a job, or a time to dial.
         if counts.waiting > 0 {
             let hope = counts.total() > 0 || l.alarm < Moment::NEVER;
             assert!(hope, "waiting for nothing: {counts:?}");
         }
-        // P1, to the moment a close begins: four at once, and four more each time that those before take long.
+        // P1, counted to the moment a close begins: four at once, and at least four more each time that those before take
+        // long.
         if self.starts_at_once {
             let late = self.most_skew + CLOSE_PATIENCE * (l.slots.len() / CLOSERS) as u32;
             assert!(l.tally.max_lateness <= late, "{:?} late, of {late:?}", l.tally.max_lateness);
@@ -152,7 +153,7 @@ fn nth<T: Copy + Ord>(mut of: Vec<T>, n: usize) -> Option<T> {
     if of.is_empty() { None } else { Some(of[n % of.len()]) }
 }
 
-/// One life of a pool, after which its server is well again.
+/// One life of a pool. At its end the server is well again, and every waiter must be served.
 fn live(settings: Settings, ops: Vec<Op>) {
     let max = settings.max_size;
     let floor = settings.min_idle;
@@ -229,7 +230,7 @@ fn live(settings: Settings, ops: Vec<Op>) {
         w.check_against_naive();
         w.check_no_waiter_is_forgotten();
     }
-    // The server is well again, nothing takes long, what hung goes on, and every caller returns what it has.
+    // The server is well again, nothing takes long, what hung ends, and every caller returns its connection.
     (w.refuse, w.leaves_one, w.spawns, w.skew) = (None, false, true, Duration::ZERO);
     w.takes = Takes { open: ms(1), ..QUICK };
     w.release();
@@ -256,8 +257,8 @@ fn live(settings: Settings, ops: Vec<Op>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
-    /// Whatever happens, in whatever order: the rules hold after each step, every slot is freed, no waiter is
-    /// forgotten, and a pool whose server is well again serves every waiter.
+    /// Whatever happens, in whatever order: after each step the rules hold and no waiter is forgotten. A pool whose server is
+    /// well again serves every waiter, and in the end every slot is freed.
     #[test]
     fn anything_goes(settings in some_settings(), ops in prop::collection::vec(op(), 1..120)) {
         live(settings, ops);

@@ -13,7 +13,7 @@ fn waiters_are_served_in_order() {
     w.returned(first);
     for (i, thread) in threads.iter().enumerate() {
         if i % 3 != 0 {
-            w.returned(*thread); // panics if it is not this one's change
+            w.returned(*thread); // panics if this thread was not served next
         }
     }
     assert_eq!(w.ledger.tally.timeouts, 1_667);
@@ -31,7 +31,7 @@ fn with_fair_after_zero_no_caller_barges() {
 #[test]
 fn no_more_callers_wait_than_max_waiting() {
     let mut w = World::new(Settings { max_size: 1, max_waiting: Some(2), ..settings() });
-    let _out = w.get();
+    let _in_use = w.get();
     let (b, c) = (w.get(), w.get());
     let d = w.get();
     assert_eq!(w.refused, [d]);
@@ -82,12 +82,12 @@ fn barges_are_counted_anew_for_the_next_first_waiter() {
     }
     w.returned(running);
     w.returned(first);
-    assert!(!w.has(second), "no caller has barged it since it became the first");
+    assert!(!w.has(second), "no caller has barged the second since it became the first");
     for _ in 0..MAX_BARGES {
         running = w.get();
         w.run(us(3));
         w.returned(running);
-        assert!(!w.has(second), "nor has it been the first for long");
+        assert!(!w.has(second), "the second has not been the first for long");
     }
     running = w.get();
     w.run(us(8));
@@ -107,11 +107,11 @@ fn no_caller_barges_a_waiter_after_fair_after() {
     w.returned(faster);
     w.run(us(1));
     let later = w.get();
-    assert!(!w.has(later), "though one is idle");
+    assert!(!w.has(later), "though a connection is idle");
     assert_eq!(w.counts().idle, 1);
     w.returned(threads[1]);
     assert!(w.has(first), "what is returned is handed off");
-    // And the idle one is for the next waiter, which has not waited for so long.
+    // And the idle connection is for the next waiter, though it has not waited for so long.
     w.run(secs(1));
     assert!(w.has(later));
 }
@@ -164,7 +164,7 @@ fn when_a_notified_waiter_is_handed_a_connection_the_next_is_notified() {
     w.returned(threads[0]);
     w.run(us(10));
     w.returned(threads[1]);
-    assert!(w.has(first), "handed off, on its way to the other one");
+    assert!(w.has(first), "handed off, while the first was on its way to the other connection");
     w.run(us(30));
     assert!(w.has(second));
     assert_eq!(w.in_vain, 0);
@@ -175,7 +175,7 @@ fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
     let (mut w, threads) = all_in_use(2);
     let (first, second) = (w.get(), w.get());
     w.run(us(995));
-    // Both are notified, and others are faster.
+    // Both waiters are notified, and other threads are faster.
     w.returned(threads[0]);
     w.returned(threads[1]);
     let faster = [w.get(), w.get()];
@@ -183,13 +183,13 @@ fn a_notified_waiter_does_not_barge_the_first_after_fair_after() {
     w.returned(faster[0]);
     w.oversleeps(first, ms(5));
     w.run(ms(1));
-    assert_eq!((w.in_vain, w.counts().idle), (1, 1), "the second has left it to the first");
+    assert_eq!((w.in_vain, w.counts().idle), (1, 1), "the second has left the connection to the first");
     w.run(ms(5));
     assert!(w.has(first) && !w.has(second));
 }
 
 #[test]
-fn the_first_waiter_is_notified_again_for_what_is_left_to_it() {
+fn the_first_waiter_is_notified_again_for_the_connection_left_to_it() {
     let (mut w, threads) = all_in_use(2);
     let (first, second) = (w.get(), w.get());
     w.returned(threads[0]);
@@ -220,7 +220,7 @@ fn a_notified_waiter_may_take_a_connection_if_one_is_left_for_the_first() {
 }
 
 #[test]
-fn what_became_suspect_is_checked_for_notified_waiters() {
+fn a_connection_that_became_suspect_is_checked_for_notified_waiters() {
     let (mut w, threads) = all_in_use(2);
     w.ledger.settings.validate = Validate::AfterIdle(secs(1));
     w.takes.check = us(5);
@@ -230,12 +230,12 @@ fn what_became_suspect_is_checked_for_notified_waiters() {
     w.returned_as(threads[1], Condition::Broken);
     assert!(
         matches!(w.ledger.take(w.now, here(), true), Take::Nothing),
-        "nor is it checked by a caller that came later"
+        "a caller that came later does not take it for a check of its own"
     );
     w.run(us(4));
-    assert!(!w.has(first), "notified, and it must not have a suspect connection");
+    assert!(!w.has(first), "the first is notified, and must not get a suspect connection");
     w.run(us(1));
-    assert!(w.has(first), "checked at once, not when it comes and finds nothing");
+    assert!(w.has(first), "the connection was checked at once, not when the first came and found nothing");
 }
 
 #[test]
@@ -272,7 +272,7 @@ fn a_wish_to_prepare_checks_nothing_that_waiters_are_notified_for() {
 }
 
 #[test]
-fn a_caller_that_comes_from_its_own_check_has_waited_all_the_while() {
+fn a_caller_has_waited_since_its_own_check_began() {
     let mut w = World::new(Settings { validate: Validate::Always, fair_after: us(700), max_size: 2, ..settings() });
     w.burst(1);
     w.takes.check = ms(1);
@@ -284,5 +284,5 @@ fn a_caller_that_comes_from_its_own_check_has_waited_all_the_while() {
     w.run(us(10));
     w.get();
     w.run(ms(1));
-    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so no caller barges it, nor those behind it");
+    assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so it is protected from barging in time");
 }

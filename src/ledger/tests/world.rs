@@ -1,6 +1,5 @@
-//! [`World`]: a server, an executor and a reaper without threads. It carries out the ledger's orders after the times it
-//! is told, at exactly the moments they are due, and holds everything the ledger says against a naive account of its
-//! own.
+//! [`World`]: a server, an executor and a reaper without threads, on virtual time. The world carries out the ledger's orders,
+//! each part after the time that a test sets. After every step it compares what the ledger says with an account of its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::Location;
@@ -57,10 +56,10 @@ pub(super) fn settings() -> Settings {
     }
 }
 
-/// What happens to a job when its time has come.
+/// What happens to a job next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// It was ordered, and a thread takes it up.
+    /// The job was ordered, and a thread takes it up.
     Begin(Task),
     /// The server has answered to the connect.
     Opened,
@@ -68,7 +67,7 @@ pub(super) enum Event {
     Checked,
     /// The connection has been reset.
     Reset,
-    /// The user's handlers of a failure have run, and if `true` there is a connection left to close.
+    /// The user's handlers of a failure have run. `true`: a connection is left to close.
     Handled(bool),
     Closed,
 }
@@ -86,9 +85,10 @@ pub(super) struct Job {
     pub(super) token: Token,
     pub(super) conn: Conn,
     pub(super) begun: Moment,
-    /// The event with which it began.
+    /// The number of the event with which the job began.
     pub(super) event: u64,
-    /// Whether it is the executor's: not if it waits for a thread, nor if it is a close on a thread of another.
+    /// Whether a thread of the executor runs the job: not if it waits for a thread, nor if a close runs on the thread that
+    /// ordered it.
     pub(super) counted: bool,
 }
 
@@ -102,7 +102,7 @@ pub(super) struct Own {
     pub(super) event: u64,
 }
 
-/// How long the world takes for each part of a job. `Duration::MAX`: it hangs.
+/// How long each part of a job takes. `Duration::MAX`: the part hangs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Takes {
     /// From an order until a thread takes it up.
@@ -135,7 +135,7 @@ pub(super) struct World {
     pub(super) in_use: HashMap<Thread, (Token, Conn)>,
     /// The waiters, in order of arrival, and since when.
     pub(super) waiting: VecDeque<(Thread, Ticket, Moment)>,
-    /// The waiters that are notified, and are on the way.
+    /// The waiters that are notified, and when each will come.
     pub(super) awake: BTreeMap<(Moment, u64), Thread>,
     /// How often a waiter was notified in vain.
     pub(super) in_vain: u32,
@@ -149,44 +149,49 @@ pub(super) struct World {
     pub(super) takes: Takes,
     /// How long a notified waiter takes to come.
     pub(super) wake_time: Duration,
-    /// How far behind the true time is what the ledger is told, except by the reaper.
+    /// How far behind the true time is what the ledger is told, other than by the reaper.
     pub(super) skew: Duration,
     pub(super) most_skew: Duration,
     /// Whether a thread can be started.
     pub(super) spawns: bool,
     /// `Some(permanent)`: opens fail.
     pub(super) refuse: Option<bool>,
-    /// An open that fails leaves a connection behind, which its own job closes (what the first one of a build, or one
-    /// that a customizer turns down, comes to).
+    /// An open that fails leaves a connection behind, which its own job closes. So it is if a customizer refuses a
+    /// connection, or `started` the first.
     pub(super) leaves_one: bool,
-    /// What is drawn for the pause after that.
+    /// The jitter of the pause after a failed open.
     pub(super) jitter: f64,
     /// Connections that fail their next check.
     pub(super) dead: Vec<Conn>,
-    /// Whether one can look at a connection without asking the server.
+    /// Whether a caller can see that a connection is well without asking the server.
     pub(super) sees: bool,
-    /// Counts what proves a connection well, at its beginning, and what finds one dead: by which of these each
-    /// connection was last proven, and one was last found dead.
+    /// Numbers the events in their order: the beginning of each open and check, each connection found dead, each `recycle`.
     pub(super) events: u64,
+    /// The beginning of the open or check that last proved each connection well.
     pub(super) proven: HashMap<Conn, u64>,
+    /// The last event that found a connection dead.
     pub(super) suspect: u64,
-    /// With which event each connection was dialled, and the last that replaces what was dialled before.
+    /// The event with which each connection was dialled.
     pub(super) dialled: HashMap<Conn, u64>,
+    /// The last event that replaced all connections dialled before.
     pub(super) replaced: u64,
-    /// The greatest size there ever was.
+    /// The greatest `max_size` there was.
     pub(super) greatest: u32,
+    /// The most connections that the server has seen.
     pub(super) most: usize,
-    /// The jobs that the executor has, and that are neither over nor abandoned.
+    /// The jobs that the executor runs, and that are not abandoned.
     pub(super) posted: BTreeMap<u64, Task>,
-    /// Those of the closes among them that count as running side by side, and the closes that wait for one to end.
+    /// The closes among them that count as running side by side.
     pub(super) closers: BTreeSet<u64>,
+    /// The closes that wait for another close to end.
     pub(super) backlog: VecDeque<(Token, Conn)>,
-    /// The slots in use after the last call, and how many of the orders in the effects were there then.
+    /// How many slots were taken after the last call of the ledger...
     pub(super) total: u32,
+    /// ... and how many orders stood in the effects then.
     pub(super) seen: usize,
-    /// The longest that an open took which succeeded.
+    /// The longest time that a successful open took.
     pub(super) slowest_open: Duration,
-    /// On the reaper's thread, which runs no job.
+    /// Whether the world acts for the reaper, whose thread runs no job.
     pub(super) reaping: bool,
     /// Whether the world fails if a waiter is forgotten.
     pub(super) strict: bool,
@@ -194,7 +199,7 @@ pub(super) struct World {
     pub(super) starts_at_once: bool,
 }
 
-/// How long a job waits whose thread cannot be started, until it is tried again.
+/// How long a job waits if its thread cannot be started, until it is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(50);
 
 /// How much may happen at one moment, so that a world in which time stands still fails, and does not hang.
@@ -271,7 +276,7 @@ impl World {
         }
     }
 
-    /// What a thread reads off its clock: it may tell the ledger later, when others have told it of later times.
+    /// What a thread reads off its clock. The ledger may have been told a later time by another thread since.
     pub(super) fn read(&self) -> Moment {
         self.now.minus(self.skew)
     }
@@ -286,27 +291,27 @@ impl World {
         self.most_skew = self.most_skew.max(skew);
     }
 
-    /// After each call of the ledger: what it has ordered in that call never went beyond the bound, at no moment of it.
+    /// To be called after each call of the ledger: its orders never went beyond `max_size`, at no moment of that call.
     pub(super) fn watch_the_bound(&mut self) {
         let l = &self.ledger;
         let (before, after, max) =
             (i64::from(self.total), i64::from(l.counts().total()), i64::from(l.settings.max_size));
         let orders = &l.effects.orders[self.seen..];
-        let gave_up = |order: &Order<Conn>| match order {
+        let frees_slot = |order: &Order<Conn>| match order {
             Order::Abandon { id, .. } => !l.slots().any(|slot| slot.id == *id),
             _ => false,
         };
         let opens = orders.iter().filter(|order| matches!(order, Order::Job(SlotJob::Open(_)))).count() as i64;
-        let given_up = orders.iter().filter(|order| gave_up(order)).count() as i64;
-        // What was freed, but not by giving up a job, was freed before anything was ordered.
-        let freed = before + opens - after - given_up;
+        let abandoned = orders.iter().filter(|order| frees_slot(order)).count() as i64;
+        // A slot that was freed without abandoning a job was freed before anything was ordered.
+        let freed = before + opens - after - abandoned;
         assert!(freed >= 0, "{} slots are occupied that no step ordered", -freed);
         let mut total = before - freed;
         for order in orders {
             if let Order::Job(SlotJob::Open(token)) = order {
                 total += 1;
                 assert!(total <= max, "#{} was ordered as number {total} of {max}", token.id());
-            } else if gave_up(order) {
+            } else if frees_slot(order) {
                 total -= 1;
             }
         }
@@ -315,7 +320,7 @@ impl World {
         self.seen = l.effects.orders.len();
     }
 
-    /// Carries out what the ledger has in its effects.
+    /// Applies the effects of the ledger.
     pub(super) fn apply(&mut self) {
         self.watch_the_bound();
         while !self.ledger.effects.is_empty() {
@@ -350,7 +355,7 @@ impl World {
         let slot = &self.ledger.slots[token.index as usize];
         assert!(slot.dies > self.now, "handed out past its lifetime");
         assert!(self.dialled[&conn] > self.replaced, "replaced, and checked out");
-        // P9: what proves this one well began after any other was found dead.
+        // P9: the open or check that proved this connection well began after every other was found dead.
         assert!(
             self.proven[&conn] > self.suspect || self.ledger.settings.validate == Validate::Never,
             "suspect, and checked out"
@@ -383,7 +388,7 @@ impl World {
         self.post(task, token, conn);
     }
 
-    /// As `Shared::post` has it.
+    /// Starts a job, as the runtime does in `Shared::post`.
     pub(super) fn post(&mut self, task: Task, token: Token, conn: Conn) {
         if task == Task::Close && !self.may_close() {
             return self.backlog.push_back((token, conn));
@@ -402,7 +407,7 @@ impl World {
                     self.ledger.free(self.read(), job.token);
                     return self.watch_the_bound();
                 }
-                // On the thread that ordered it, where it counts as nothing.
+                // A close runs on the thread that ordered it, and is not one of the executor's.
                 Task::Close if self.posted.is_empty() && !self.reaping => {}
                 _ => return self.later(AGAIN, Event::Begin(task), job),
             }
@@ -431,7 +436,7 @@ impl World {
         self.closers.len() < CLOSERS + slow
     }
 
-    /// Closes what waited for another close.
+    /// Starts closes of the backlog, as far as they may run.
     pub(super) fn take_up(&mut self) {
         while self.may_close() {
             let Some((token, conn)) = self.backlog.pop_front() else { return };
@@ -473,8 +478,8 @@ impl World {
         self.later(takes, event, job);
     }
 
-    /// P5: at most as many jobs as the pool has slots are abandoned or dial, and one more if the last dial came
-    /// through. Beyond that the server is dialled once a minute.
+    /// P5: at most `max_size` jobs are abandoned or dial, and one more if the last dial came through. Beyond that the server
+    /// is dialled once a minute.
     pub(super) fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().abandoned + dialled.count() as u32;
@@ -488,7 +493,7 @@ impl World {
         self.ledger.is_current(&job.token) && !is_stuck(&self.ledger.slots[job.token.index as usize])
     }
 
-    /// What a job has come to.
+    /// A part of a job has ended: the job reports it and goes on.
     pub(super) fn report(&mut self, event: Event, mut job: Job) {
         let (now, id, conn) = (self.read(), job.token.id(), job.conn);
         match event {
@@ -527,7 +532,7 @@ impl World {
                 let reason = if event == Event::Reset { CloseReason::ResetFailed } else { CloseReason::Invalid };
                 let was_abandoned = !self.is_counted_on(&job);
                 if reason == CloseReason::Invalid && !was_abandoned {
-                    self.suspect = self.event(); // if the job was abandoned, that was the event
+                    self.suspect = self.event(); // (that it was abandoned was an event before)
                 }
                 self.ledger.check_failed(now, &job.token, reason);
                 self.apply();
@@ -554,12 +559,12 @@ impl World {
         self.apply();
     }
 
-    /// A job goes on.
+    /// A job goes on with its next part.
     pub(super) fn next(&mut self, takes: Duration, event: Event, job: Job) {
         if takes == Duration::ZERO { self.report(event, job) } else { self.later(takes, event, job) }
     }
 
-    /// What an abandoned job brings is closed by that very job.
+    /// An abandoned job closes the connection that it brings.
     pub(super) fn close_late(&mut self, job: Job) {
         self.apply();
         self.report(Event::Handled(true), job);
@@ -602,7 +607,7 @@ impl World {
         }
     }
 
-    /// Lets time pass, with everything that falls due on the way.
+    /// Lets time go on, and does everything that falls due on the way.
     pub(super) fn run_to(&mut self, until: Moment) {
         let mut standing = 0;
         loop {
@@ -643,7 +648,7 @@ impl World {
         self.run_to(self.now.plus(d));
     }
 
-    /// Whatever hangs goes on.
+    /// Jobs and checks that hang end now.
     pub(super) fn release(&mut self) {
         for (at, event) in self.jobs.split_off(&(Moment::NEVER, 0)) {
             self.jobs.insert((self.now, at.1), event);
@@ -659,7 +664,7 @@ impl World {
             match self.ledger.take_notified(self.read(), self.waiting[at].1) {
                 Some((token, conn)) => {
                     self.waiting.remove(at);
-                    // Not if it took from the first what there is: that one was first when it came.
+                    // (If a connection is left, the first waiter can have that one.)
                     if at > 0 && self.ledger.idle.is_empty() {
                         self.assert_may_barge();
                     }
@@ -691,7 +696,7 @@ impl World {
         self.get_or_check(false)
     }
 
-    /// The same; `here`: it can check one for itself.
+    /// The same; `here`: the thread can check a connection for itself.
     pub(super) fn get_or_check(&mut self, here: bool) -> Thread {
         self.next_thread += 1;
         let thread = self.next_thread;
@@ -701,7 +706,7 @@ impl World {
                 self.checked_out(thread, token, conn);
             }
             Take::Check(token, conn, ticket) => {
-                assert!(here, "it did not offer to");
+                assert!(here, "the caller did not offer to check");
                 self.serial += 1;
                 let event = self.event();
                 let until = self.now.plus(self.takes.check.min(self.ledger.settings.validation_timeout));
@@ -743,22 +748,22 @@ impl World {
         self.returned_as(thread, Condition::Keep);
     }
 
-    pub(super) fn returned_as(&mut self, thread: Thread, back: Condition) {
+    pub(super) fn returned_as(&mut self, thread: Thread, condition: Condition) {
         let (token, conn) = self.in_use.remove(&thread).unwrap_or_else(|| panic!("{thread} has none"));
         let now = self.read().max(self.ledger.now);
         self.server.get_mut(&conn).unwrap().1 = now;
-        match back {
+        match condition {
             Condition::Broken => self.suspect = self.event(),
-            // Once for all that are as old.
+            // Only the first of a generation replaces it.
             Condition::Outdated if self.dialled[&conn] > self.replaced => self.replaced = self.event(),
             _ => {}
         }
-        self.ledger.returned(self.read(), token, conn, back);
+        self.ledger.returned(self.read(), token, conn, condition);
         self.apply();
         self.run(Duration::ZERO);
     }
 
-    /// Whether the waiter was still queued when it gave up.
+    /// A waiter leaves. Whether it was still queued.
     pub(super) fn leave(&mut self, thread: Thread) -> bool {
         let at = self.waiting.iter().position(|w| w.0 == thread);
         let left = at.and_then(|at| {
@@ -769,13 +774,13 @@ impl World {
         left.is_some()
     }
 
-    pub(super) fn use_once(&mut self, hold: Duration) {
+    pub(super) fn use_once(&mut self, time: Duration) {
         let thread = self.get();
-        self.run(hold);
+        self.run(time);
         self.returned(thread);
     }
 
-    /// `n` at once, then all of them back.
+    /// Checks out `n` connections at once, and returns them all.
     pub(super) fn burst(&mut self, n: u64) {
         let threads: Vec<_> = (0..n).map(|_| self.get()).collect();
         self.run(self.takes.open.saturating_mul(n as u32));
@@ -799,13 +804,12 @@ impl World {
 
     // ------------------------------------------------------------------------------------------ what waiters wait for
 
-    /// How long waiters count on an open that has begun, as a naive account has it: three times as long as any has
-    /// taken.
+    /// The longest time that waiters may count on an open that has begun: three times the slowest successful open.
     pub(super) fn open_patience(&self) -> Duration {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
 
-    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or not
+    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or began not
     /// long ago.
     pub(super) fn coming(&self) -> u32 {
         let is_coming = |(event, job): &&(Event, Job)| {
@@ -833,9 +837,9 @@ impl World {
                 || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
-    /// At rest, when whatever is due has been done: each waiter is notified and on its way, or a job that may bring a
-    /// connection any moment is under way for it. Or else nothing could be done for it: there is no idle connection to
-    /// check or to hand off, and no room to open another.
+    /// To be called when everything that is due was done. Each waiter is notified and on its way, or a job that may bring a
+    /// connection any moment is under way for it. Otherwise nothing can be done for it: there is no idle connection to check
+    /// or to hand off, and no room to open another.
     pub(super) fn check_no_waiter_is_forgotten(&self) {
         if !self.strict || self.ledger.closed || self.waiting.is_empty() {
             return;
@@ -843,19 +847,19 @@ impl World {
         let (l, counts) = (&self.ledger, self.counts());
         let on_the_way = self.awake.values().filter(|&thread| self.waiting.iter().any(|w| w.0 == *thread)).count();
         let unserved = self.waiting.len() - on_the_way.min(l.idle.len());
-        // One more than are waited for is dialled, not one after another.
+        // The first slow open is not counted on, and every further one is: see `Ledger::wants_open`.
         let slow = l.counted.slow_opens().saturating_sub(1);
         let coming = self.coming() + slow;
         if coming as usize >= unserved {
             return;
         }
         let hope = format!("{unserved} wait, {coming} come: {counts:?} at {:?}", self.now);
-        // (A notified waiter has first choice: the plan sees to what it leaves.)
+        // (A notified waiter has first choice: the plan looks after the connection that it leaves.)
         assert!(on_the_way > 0 || l.idle.is_empty(), "a waiter waits beside an idle connection: {hope}");
         assert!(!self.has_room(self.now), "a waiter waits beside room for another: {hope}");
     }
 
-    /// After a caller that does not wait has asked for a connection to be made ready.
+    /// To be called after a caller that does not wait has asked: a connection is being made ready, if that is possible.
     pub(super) fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
         let ordered = l
@@ -879,7 +883,7 @@ impl World {
 
     // ------------------------------------------------------------------------------------------ what must hold
 
-    /// What must hold after every step. (With many connections not looked at after every single one.)
+    /// What must hold after every step. (In a large pool only some steps are looked at, for the test's time.)
     pub(super) fn audit(&self) {
         let (l, now) = (&self.ledger, self.now);
         if l.slots.len() > 100 && !self.serial.is_multiple_of(997) {
@@ -894,11 +898,7 @@ impl World {
         assert_eq!(counts.closing, state(ConnectionState::Closing));
         assert_eq!(counts.in_use as usize, self.in_use.len());
         assert_eq!(counts.waiting as usize, self.waiting.len());
-        assert_eq!(
-            StateCounts::recount(&l.slots),
-            l.counted,
-            "counted where the state is set, and by the state it has"
-        );
+        assert_eq!(StateCounts::recount(&l.slots), l.counted, "a slot is counted under another state than it has");
         assert_eq!(counts.idle as usize, l.idle.len());
         assert_eq!(counts.total() as usize + l.free.len(), l.slots.len());
         assert!(
@@ -909,7 +909,7 @@ impl World {
             l.patience.len(),
             l.slots().filter(|slot| slot.job().is_some_and(|job| job.patience != Moment::NEVER)).count()
         );
-        // The stack is sorted, and where callers wait beside it, some are notified, or a job is under way for each.
+        // The stack is sorted. If callers wait beside idle connections, one is notified, or a job is under way for each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         assert!(since.is_sorted());
         assert_eq!(
@@ -925,9 +925,9 @@ impl World {
         }
         for ticket in l.notified.keys() {
             let thread = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
-            assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and on no way");
+            assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and not on the way");
         }
-        // What is due has an alarm not later than itself.
+        // For everything that falls due the alarm is set early enough.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
         for slot in l.slots() {
             if slot.as_seen() == ConnectionState::Idle {

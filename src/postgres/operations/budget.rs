@@ -13,10 +13,11 @@ use std::fmt;
 /// [`PostgresManager::processes`](crate::postgres::PostgresManager::processes).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Budget {
-    /// It logs a warning. The default: the limit may be about to be raised, or not all processes be busy together.
+    /// `build` logs a warning. The default, since the limit may be about to be raised, or the processes may not be busy
+    /// all together.
     #[default]
     Warn,
-    /// It fails, for good, with the sum in the error's text; also if the server does not say what it allows.
+    /// `build` fails, for good, with the sum in the error's text. It also fails if the server does not say what it allows.
     Refuse,
 }
 
@@ -32,29 +33,29 @@ pub struct Allowance {
     pub role: String,
     /// The database.
     pub database: String,
-    /// Whether the role is a superuser: to those neither reserves nor limits apply.
+    /// Whether the role is a superuser, to which neither reserves nor limits apply.
     pub superuser: bool,
     /// All connections the server can have at all: `max_connections`.
     pub max_connections: u32,
-    /// How many of them are kept for superusers: `superuser_reserved_connections`. 0 if the role is one.
+    /// How many of them are kept for superusers: `superuser_reserved_connections`. 0 if the role is a superuser.
     pub superuser_reserved: u32,
     /// How many more are kept for members of `pg_use_reserved_connections`: `reserved_connections`, since PostgreSQL
     /// 16. 0 before, and if the role is a member.
     pub reserved: u32,
-    /// `CONNECTION LIMIT` of the role; `None` if it has none, or is a superuser.
+    /// `CONNECTION LIMIT` of the role; `None` if it has no limit, or is a superuser.
     pub role_limit: Option<u32>,
-    /// `CONNECTION LIMIT` of the database; `None` if it has none, or the role is a superuser.
+    /// `CONNECTION LIMIT` of the database; `None` if it has no limit, or the role is a superuser.
     pub database_limit: Option<u32>,
 }
 
 impl Allowance {
-    /// The number that all limits together leave.
+    /// How many connections all limits together leave.
     pub fn connections(&self) -> u32 {
         let open = self.max_connections.saturating_sub(self.superuser_reserved).saturating_sub(self.reserved);
         [self.role_limit, self.database_limit].into_iter().flatten().fold(open, u32::min)
     }
 
-    /// Whether `processes`, each with a pool of `max_size`, stay within it.
+    /// Whether `processes`, each with a pool of `max_size`, stay within that number.
     pub fn suffices_for(&self, processes: u32, max_size: u32) -> bool {
         u64::from(processes) * u64::from(max_size) <= u64::from(self.connections())
     }
@@ -83,8 +84,8 @@ impl fmt::Display for Allowance {
 
 /// Asks the server how many connections it allows the role and database of this client. One round trip.
 ///
-/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. What it
-/// allows its own clients (`max_client_conn`, `default_pool_size`) it shows to its administrators only.
+/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. The pooler's own
+/// limits for its clients (`max_client_conn`, `default_pool_size`) only its administrators can see.
 ///
 /// ```no_run
 /// # fn f(pool: millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -103,7 +104,7 @@ pub fn budget(client: &mut Client) -> Result<Allowance, Error> {
     Ok(ask(client)?.0)
 }
 
-/// The allowance, and the backend's pid as the server itself has it.
+/// The allowance, and the backend's pid as the server itself gives it.
 fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
     // Neither `reserved_connections` nor its role exists before PostgreSQL 16. The server compares the limits with the
     // role that logged in, whatever `SET ROLE` has made of it.
@@ -117,7 +118,7 @@ fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
                pg_catalog.pg_backend_pid() \
         FROM pg_catalog.pg_roles r, pg_catalog.pg_database d WHERE r.rolname = session_user AND d.datname = current_database()";
     let row = client.query_typed_one(QUESTION, &[])?;
-    // -1 is no limit; other negative values are states of the database.
+    // -1 means no limit; other negative values are states of the database.
     let limit = |i| column::<i32>(&row, i).map(|n| u32::try_from(n).ok());
     let number = |i| limit(i).map(Option::unwrap_or_default);
     let (superuser, may_use_reserved): (bool, bool) = (column(&row, 2)?, column(&row, 8)?);
@@ -134,8 +135,8 @@ fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
     Ok((allowance, column(&row, 9)?))
 }
 
-/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is the backend's as the
-/// login gave it; a pooler gives a number of its own.
+/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is the backend's pid as the
+/// login gave it: a pooler gives a number of its own.
 pub(super) fn compare(
     client: &mut Client,
     pid: Option<i32>,

@@ -1,17 +1,17 @@
-//! [`ServerGuards`]: settings of a session that make the server clean up after a client that is gone.
+//! [`ServerGuards`]: settings of a session with which the server cleans up after a client that is gone.
 
 use crate::Settings;
 use crate::error::Cause;
 use crate::leaf::text::Short;
 use std::time::Duration;
 
-/// What the server is asked, when a connection is opened, to do should this client die or vanish: for the deaths that
-/// no guard in this process can prevent, such as SIGKILL, a power failure, a network that is gone.
+/// What the server is to do if this client dies or vanishes, set when a connection is opened. The guards are for the ends
+/// against which no guard in this process helps: SIGKILL, a power failure, a network that is gone.
 ///
-/// Every one is off by default (`None`): the server's own setting, or the role's, holds. `Some(Duration::ZERO)` is the
-/// server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit the
-/// server has (milliseconds, for keepalives seconds), and what is too long for it becomes its longest (for milliseconds
-/// 24.8 days).
+/// Every guard is off by default (`None`): the server's own setting, or the role's, holds. `Some(Duration::ZERO)` is the
+/// server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit of the
+/// server (milliseconds, for keepalives seconds). A duration too long for the server becomes its longest (for
+/// milliseconds 24.8 days).
 ///
 /// | guard | what it reaches | since PostgreSQL |
 /// |---|---|---|
@@ -42,22 +42,22 @@ use std::time::Duration;
 ///
 /// # Poolers
 ///
-/// The guards are set with `SET`, for PgBouncer refuses `options=`, and hold for the session; where the pool itself
+/// The guards are set with `SET`, since PgBouncer refuses `options=`, and hold for the session. Where the pool itself
 /// discards session state ([`Reset::DiscardAll`](crate::postgres::Reset::DiscardAll)) they are set again. A `RESET ALL`
-/// or `DISCARD ALL` of your own loses them. Behind PgBouncer:
+/// or `DISCARD ALL` of your own removes them. Behind PgBouncer:
 ///
 /// * `pool_mode=session`: kept, on the connection between pooler and server, as long as the session lasts.
-/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays behind on whichever server connection
-///   it ran on: lost to this client, and passed on to others. Give the role its settings instead: `ALTER ROLE app SET
+/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays on the server connection on which it ran,
+///   which other clients get next. Give the role its settings instead: `ALTER ROLE app SET
 ///   client_connection_check_interval = '10s'`.
-/// * In both, what the server sees vanish is the pooler, and the guards of TCP are the pooler's own matter.
+/// * In both, the server's client is the pooler: the guards of TCP watch the pooler and not this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServerGuards {
     /// Ends a session that has been idle outside of a transaction for this long.
     ///
-    /// It also ends what the pool keeps idle, and what a caller has checked out and does not use for as long. `build`
-    /// fails if it is not longer than the pool itself leaves a connection unused, and unasked: the least of `max_idle`
-    /// (of no meaning with a `min_idle`), `max_lifetime` and `keepalive`.
+    /// It also ends a connection that the pool keeps idle, and one that a caller has checked out and does not use for as
+    /// long. `build` fails if it is not longer than the pool itself leaves a connection unused and unchecked: the least of
+    /// `max_idle` (which does not count with a `min_idle`), `max_lifetime` and `keepalive`.
     pub idle_session_timeout: Option<Duration>,
     /// Ends a session that has been idle inside of a transaction for this long.
     pub idle_in_transaction_session_timeout: Option<Duration>,
@@ -66,9 +66,9 @@ pub struct ServerGuards {
     /// How long a TCP connection may be silent before the server's system asks whether the client lives. Not for unix
     /// sockets.
     pub tcp_keepalives_idle: Option<Duration>,
-    /// How long it waits for an answer before it asks again.
+    /// How long the system waits for an answer before it asks again.
     pub tcp_keepalives_interval: Option<Duration>,
-    /// How many times it asks in vain before the connection is dead.
+    /// How many times the system asks in vain before the connection counts as dead.
     pub tcp_keepalives_count: Option<u32>,
     /// How long sent data may stay unacknowledged.
     pub tcp_user_timeout: Option<Duration>,
@@ -78,7 +78,7 @@ pub struct ServerGuards {
 }
 
 impl ServerGuards {
-    /// The statements that set all guards that are given, for one round trip. `None`: none is given.
+    /// The statements that set all guards that are given, for one round trip. `None`: no guard is given.
     pub(super) fn sql(&self) -> Option<String> {
         let milliseconds = |d: Duration| format!("'{}ms'", d.as_nanos().div_ceil(1_000_000).min(i32::MAX as u128));
         let seconds = |d: Duration| format!("'{}s'", d.as_nanos().div_ceil(1_000_000_000).min(i32::MAX as u128));
@@ -100,7 +100,7 @@ impl ServerGuards {
     /// Fails if the server would end connections that the pool means to keep.
     pub(super) fn check(&self, settings: &Settings) -> Result<(), Cause> {
         let Some(timeout) = self.idle_session_timeout.filter(|d| !d.is_zero()) else { return Ok(()) };
-        // What `min_idle` keeps is not closed for idleness.
+        // The connections that `min_idle` keeps are not closed for idleness.
         let max_idle = settings.max_idle.filter(|_| settings.min_idle == 0);
         let longest =
             [("max_idle", max_idle), ("max_lifetime", settings.max_lifetime), ("keepalive", settings.keepalive)];

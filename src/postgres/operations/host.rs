@@ -1,11 +1,11 @@
 //! [`Host`]: what the kernel of this host says of TCP connections, their two ends, and which process holds each.
 //!
-//! It decides whether a backend may be called orphaned. So only the kernel's own word counts, as it is in Linux's
-//! `/proc`, and only where it is about this very network and these very processes. Whatever cannot be read, or could be
-//! read wrongly (another namespace's `/proc`), is an error that says why.
+//! It decides whether a backend may be called orphaned. So only what the kernel says in Linux's `/proc` counts, and only
+//! where that is about this very network and these very processes. Whatever cannot be read, or could be read wrongly
+//! (another namespace's `/proc`), is an error that says why.
 //!
-//! By hand, not with the crate `procfs`: it is five small files, and each way in which reading one can fail has an
-//! answer of its own, since a doubt must never pass for a proof.
+//! It reads `/proc` by hand, not with the crate `procfs`. There are five small files, and each way in which reading one
+//! can fail has an answer of its own, since a doubt must never pass for a proof.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -14,8 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// One look at this host, in this order: what this process holds, the network's connections, what the backends hold.
-/// The look comes after the server was asked, so that every backend in its answer has had its connection before.
+/// One look at this host, in this order: the sockets of this process, the connections of the network, the sockets of the
+/// backends. The look comes after the server was asked, so every backend in its answer already had its connection.
 #[derive(Debug, Default)]
 pub(super) struct Host {
     /// The numbers (inodes) of the sockets that this process holds.
@@ -48,30 +48,30 @@ enum State {
 #[derive(Debug)]
 struct Process {
     sockets: HashSet<u64>,
-    /// To a second or so.
+    /// When the process was started, to a second or so.
     started: SystemTime,
 }
 
-/// Who holds the client's end of a backend's connection. That the backend holds the server's end is certain by then.
+/// Who holds the client's end of a backend's connection, once it is certain that the backend holds the server's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Holder {
     /// This process.
     Us,
     /// A process of this host that is not this one, or a child that was forked from it.
     Others,
-    /// Nobody, for ever: it is closed.
+    /// No process, for ever: the end is closed.
     Nobody,
 }
 
-/// How far the server's and the kernel's times of a process's start may lie apart. The kernel's is kept in whole
-/// seconds.
+/// How far the server's and the kernel's times of a process's start may lie apart. The kernel keeps whole seconds, and
+/// the server notes its time a little later.
 const SAME_TIME: Duration = Duration::from_secs(3);
 
 const ELSEWHERE: &str = "the server is not on this host, or something stands in between";
 const ENDED: &str = "it has ended meanwhile";
 
 impl Host {
-    /// Looks, at these backends among others.
+    /// Looks at this host, and at these backends.
     pub(super) fn look(backends: impl Iterator<Item = i32>) -> Result<Host, &'static str> {
         // A /proc of another namespace has other numbers.
         let own_pid = std::process::id().to_string();
@@ -86,9 +86,8 @@ impl Host {
         Ok(Host { own, sockets, backends, routes_loopback: routes_loopback() })
     }
 
-    /// Whether the server whose backend this is runs on this host, so that the kernel's word on its backends can be
-    /// had: it answered over a connection whose client's end, `peer`, is this process's, and whose other end is the
-    /// backend's.
+    /// Whether the server of this backend runs on this host, so that the kernel knows its backends. It does if the backend
+    /// answered over a connection whose client's end, `peer`, is this process's, and whose other end is the backend's.
     pub(super) fn has_server(
         &self,
         backend: i32,
@@ -110,8 +109,8 @@ impl Host {
         }
     }
 
-    /// Who holds the client's end of this backend's connection, of which its server, which [is here](Host::has_server),
-    /// says that the client's address is `client`.
+    /// Who holds the client's end of this backend's connection. Its server [is here](Host::has_server), and says that the
+    /// client's address is `client`.
     pub(super) fn holder(&self, backend: i32, client: SocketAddr) -> Result<Holder, &'static str> {
         let process = self.backend(backend)?;
         let mut ends = self.sockets.iter().filter(|((_, far), end)| *far == client && process.holds(end.inode));
@@ -120,11 +119,11 @@ impl Host {
         match self.sockets.get(&(client, server)) {
             Some(end) if end.inode != 0 && self.own.contains(&end.inode) => Ok(Holder::Us),
             Some(end) if end.inode != 0 => Ok(Holder::Others),
-            // A socket without a number may also wait to be accepted; not one that was closed.
+            // A socket without a number may also wait to be accepted, but not if it was closed.
             Some(end) if end.state == State::Closed && peer_closed => Ok(Holder::Nobody),
             Some(_) => Err("its connection is being opened or closed"),
-            // The system forgets a closed end after a minute; the other one still knows that it was closed. Between
-            // loopback addresses it cannot be anywhere else.
+            // The system forgets a closed end after a minute, but the other end still knows that it was closed. Between
+            // loopback addresses the missing end cannot be on another machine.
             None if peer_closed && is_loopback(client) && is_loopback(server) && !self.routes_loopback => {
                 Ok(Holder::Nobody)
             }
@@ -150,8 +149,7 @@ impl Host {
 
 impl Process {
     fn look(pid: i32, booted: SystemTime) -> Result<Process, &'static str> {
-        // All that is read is of one process: its number is not given to another while a folder of it is open, and if
-        // it was given before, the time of the process's start tells.
+        // If the pid was given to another process since the server was asked, the time of that process's start shows it.
         let folder = format!("/proc/{}", u32::try_from(pid).map_err(|_| ENDED)?);
         let folder = Path::new(&folder);
         let status = fs::read_to_string(folder.join("status")).map_err(|_| ENDED)?;
@@ -192,7 +190,7 @@ fn is_nested(status: &str) -> bool {
 fn since_boot(stat: &str) -> Option<Duration> {
     /// The unit of the times in `/proc`, on every architecture but two that have gone.
     const TICKS_PER_SECOND: u64 = 100;
-    // The name before it, in brackets, may hold anything.
+    // The name before that field, in brackets, may contain anything.
     let ticks: u64 = stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()?;
     Some(Duration::from_millis(ticks.checked_mul(1000)? / TICKS_PER_SECOND))
 }
@@ -204,8 +202,8 @@ fn booted() -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`): with address translation on
-/// top, a client of another machine can then look like one of this. For ::1 there is no such thing.
+/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`). With address translation a client
+/// on another machine can then look like a client on this one. For ::1 there is no such setting.
 fn routes_loopback() -> bool {
     let is_off = |entry: io::Result<fs::DirEntry>| {
         let value = fs::read_to_string(entry.ok()?.path().join("route_localnet")).ok()?;
@@ -239,15 +237,15 @@ fn connections() -> io::Result<HashMap<(SocketAddr, SocketAddr), Socket>> {
     }
     let mut sockets = HashMap::new();
     for line in table.lines() {
-        // Of the sockets that wait for late packets there may be tens of thousands, and none is of interest.
+        // Sockets that wait for late packets are skipped: there may be tens of thousands, and none is of interest.
         if matches!(line.split_whitespace().nth(3), Some("st" | TIME_WAIT)) {
             continue;
         }
         let fields: Vec<_> = line.split_whitespace().collect();
         let (ends, socket) = socket(&fields).ok_or(io::ErrorKind::InvalidData)?;
         let known = sockets.entry(ends).or_insert(socket);
-        // Read while it changes, the table may have two lines for one pair of ends. The one that a process holds
-        // counts.
+        // If the table changes while it is read, it may have two lines for one pair of ends. The line of a socket that a
+        // process holds counts.
         if known.inode == 0 {
             *known = socket;
         }
@@ -269,7 +267,7 @@ fn socket(fields: &[&str]) -> Option<((SocketAddr, SocketAddr), Socket)> {
 
 fn address(text: &str) -> Option<SocketAddr> {
     let (address, port) = text.split_once(':')?;
-    // Words in the order of the network, each printed as a number of this machine's.
+    // The address is in words in network order, each printed as a number in this machine's byte order.
     let words = |n: usize| u32::from_str_radix(address.get(n * 8..n * 8 + 8)?, 16).ok().map(u32::to_ne_bytes);
     let ip: IpAddr = match address.len() {
         8 => Ipv4Addr::from(words(0)?).into(),
@@ -358,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_proven_is_not_nobody_s() {
+    fn without_proof_no_client_counts_as_gone() {
         let not = |host: Staged, why: &str| assert!(holder(host).unwrap_err().contains(why), "{why}");
         not(ends("01", Some(("01", 0))), "being opened or closed");
         not(ends("08", Some(("04", 0))), "being opened or closed");
@@ -460,7 +458,7 @@ mod tests {
         assert!(look().has_server(server.pid(), Some(started - Duration::from_secs(60)), near).is_err());
         assert_eq!(holder(), Ok(Holder::Us));
         assert!(look().is_ours(near, far) && look().is_from_us(near) && !look().is_from_us(far));
-        // Half closed: whoever did that still waits for the answer.
+        // Half closed: the client may still wait for the answer.
         client.shutdown(Shutdown::Write).unwrap();
         assert_eq!(holder(), Ok(Holder::Us));
         let other = Server::holding(client.try_clone().unwrap());

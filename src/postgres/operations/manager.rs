@@ -23,9 +23,10 @@ pub type Pool<T = NoTls> = crate::Pool<PostgresManager<T>>;
 
 /// How long a caller waits for a request to cancel, unless the configuration has a `connect_timeout`.
 const CALLERS_CANCEL_LIMIT: Duration = Duration::from_secs(10);
-/// How long a connection may be silent before TCP asks whether the other side lives; how often, and how many times.
+/// TCP keepalives: how long a connection may be silent before the system asks whether the other side lives; the pause
+/// between two questions; and how many unanswered questions end the connection. A dead network shows after 90 s.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 3);
-/// How long sent data may stay unacknowledged: what the keepalives above come to.
+/// How long sent data may stay unacknowledged: as long as the keepalives above take, 60 s + 3 x 10 s.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(90);
 /// The default of `keepalives_idle` in the `postgres` crate, which does not say whether it was set.
 const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
@@ -33,7 +34,8 @@ const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 /// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
 /// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
 ///
-/// A connection has answered a question before a caller gets it: a pooler that is paused or full lets everybody in.
+/// A new connection has answered a question before a caller gets it, since a pooler that is paused or full accepts every
+/// login.
 ///
 /// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
 /// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3
@@ -79,7 +81,8 @@ impl<T: Connector> PostgresManager<T> {
     /// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
     pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
         let mut config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
-        // Part of a password, then: it would be looked up by name, and be in the logs of the resolver.
+        // The `@` shows that a part of the password was taken for a host. It would be looked up by name, and stand in the
+        // logs of the resolver.
         if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
             let text = "invalid connection string: an `@` in a host's name (in a user name or password write %40)";
             return Err(Error::own(text, true));
@@ -95,17 +98,17 @@ impl<T: Connector> PostgresManager<T> {
         self
     }
 
-    /// What is done to a connection that comes back. Default [`Reset::Rollback`].
+    /// What is done to a connection that is returned. Default [`Reset::Rollback`].
     #[must_use]
     pub fn reset(mut self, reset: Reset) -> Self {
         self.reset = reset;
         self
     }
 
-    /// How many [prepared statements](crate::postgres#statements) each connection remembers. Default 256. The one
-    /// unused longest is closed for a new one. The server keeps each of them in memory, on every connection.
+    /// How many [prepared statements](crate::postgres#statements) each connection remembers. Default 256. The least
+    /// recently used statement is closed for a new one. The server keeps each of them in memory, on every connection.
     ///
-    /// 0 switches it off. That is the setting for a transaction pooler: see [the
+    /// 0 switches the cache off. That is the setting for a transaction pooler: see [the
     /// module](crate::postgres#transaction-poolers).
     #[must_use]
     pub fn statement_cache(mut self, statements: usize) -> Self {
@@ -138,11 +141,11 @@ impl<T: Connector> PostgresManager<T> {
         self
     }
 
-    /// What the server is to do if this client dies or vanishes, set with every connection. Default: nothing of the
-    /// kind. Not for a pooler in transaction mode. See [`ServerGuards`].
+    /// What the server is to do if this client dies or vanishes, set on every connection. Default: no guard. Not for a
+    /// pooler in transaction mode. See [`ServerGuards`].
     ///
-    /// `build` and `get` fail if the server does not know one of them, and say which. `build` also fails if one would
-    /// end connections that the pool means to keep.
+    /// `build` and `get` fail if the server does not know one of the guards, and say which. `build` also fails if a guard
+    /// would end connections that the pool means to keep.
     #[must_use]
     pub fn server_guards(mut self, guards: ServerGuards) -> Self {
         self.guards = guards;
@@ -154,7 +157,7 @@ impl<T: Connector> PostgresManager<T> {
         crate::Builder::new().manager(self)
     }
 
-    /// The same configuration as a manager for r2d2, with none of what this one does more.
+    /// The same configuration as a manager for r2d2, without anything that this manager does beyond that one.
     pub fn into_r2d2(self) -> PostgresConnectionManager<T> {
         PostgresConnectionManager::new(self.config, self.tls)
     }
@@ -172,12 +175,12 @@ impl<T: Connector> PostgresManager<T> {
         if self.observe { Observer::new(config, self.tls.clone()) } else { None }
     }
 
-    /// The user's configuration: never to be shown as a whole.
+    /// The user's configuration. It must never be shown as a whole.
     pub(super) fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Under which name this process's connections of the pool are known to the server.
+    /// The name under which the server knows this process's connections of the pool.
     pub(super) fn application_name(&self, pool: &str) -> String {
         match self.config.get_application_name() {
             Some(name) => name.to_string(),
@@ -194,12 +197,12 @@ impl<T: Connector> PostgresManager<T> {
         }
     }
 
-    /// The user's configuration, with what it leaves open.
+    /// The user's configuration, with the pool's values for what it leaves open.
     fn complete(&self, pool: &str, limit: Duration) -> Config {
         let mut config = self.config.clone();
         config.application_name(&self.application_name(pool));
         if config.get_connect_timeout().is_none() {
-            // Each address has this long: the last of several should have its turn within the limit.
+            // Each address gets an equal part of the limit, so that the last one has its turn.
             let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
             config.connect_timeout(limit / u32::try_from(hosts).unwrap_or(u32::MAX));
         }
@@ -242,18 +245,18 @@ impl<T: Connector> PostgresManager<T> {
         let watch = Watch::new();
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.abort());
-        // A pooler lets everybody in. Only an answer shows that there is a server behind it.
+        // A pooler accepts every login. Only an answer shows that there is a server behind it.
         let greet = |mut client: Client| client.is_valid(opening.limit()).map(|()| client);
         let client = observer.connect(&watch).and_then(greet).map_err(|error| {
             if watch.is_aborted() {
-                // Why the attempt was aborted says more than that it was.
+                // The error says why the attempt was aborted, not merely that it was.
                 let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
                 return Error::own(text, false);
             }
             Error::of(error, &watch)
         })?;
         if watch.status() != Status::Idle {
-            // The drop of the client is not to wait for an answer.
+            // Aborted, so that the drop of the client does not wait for an answer.
             watch.abort();
             let status = "what is asked first was answered with a transaction status with which no session begins";
             return Err(Error::own(status, false));
@@ -271,10 +274,9 @@ impl<T: Connector> PostgresManager<T> {
     }
 }
 
-/// Logs a notice as `postgres` does it, but escaped and shortened: anybody who can run SQL can raise one. It is a
-/// record of the client's and not of the pool's, so it stays on the thread that uses the client, where `postgres` logs
-/// it too: the pool waits for nothing there, and the configuration that has this callback may serve several pools, or
-/// none.
+/// Logs a notice as `postgres` does it, but escaped and shortened, since any SQL can raise a notice. The record is the
+/// client's and not the pool's. So it is written on the thread that uses the client, as `postgres` does it: no thread of
+/// the pool waits for that, and the configuration that has this callback may serve several pools, or none.
 fn log_notice(notice: DbError) {
     let text = brief(format_args!("{}: {}", notice.severity(), notice.message()), CAUSE);
     log::info!(target: "postgres::config", "{text}");
@@ -299,7 +301,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
         connection.ping(limit)
     }
 
-    /// `Client::is_valid` ends in time, observed or not.
+    /// `Client::is_valid` ends in time, whether the connection is observed or not.
     fn keeps_limits(&self) -> bool {
         true
     }
@@ -309,7 +311,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 
     fn returned(&self, connection: &mut Connection) -> Returned {
-        // A write that was refused says something of the node only where a node that takes writes was asked for.
+        // A refused write says something about the node only if a node that takes writes was asked for.
         let writes = self.config.get_target_session_attrs() == TargetSessionAttrs::ReadWrite;
         connection.state(self.reset, writes)
     }
@@ -320,7 +322,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
         if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
     }
 
-    /// `DISCARD ALL` does not tell a customizer's settings from a caller's.
+    /// `DISCARD ALL` discards a customizer's settings together with a caller's.
     fn undoes_on_acquire(&self) -> bool {
         self.reset == Reset::DiscardAll
     }
@@ -353,8 +355,8 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 }
 
-/// Shows neither the password nor the configuration as a whole. Of a password that is not escaped in a URL the parts
-/// behind an `@`, `/` or `,` are taken for hosts, or for a database; so whatever stands before an `@` is left out.
+/// Shows neither the password nor the configuration as a whole. If a password in a URL is not escaped, its parts behind an
+/// `@`, `/` or `,` are taken for hosts or for a database. So all text before an `@` is left out.
 impl<T> fmt::Debug for PostgresManager<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));
@@ -413,7 +415,7 @@ mod tests {
     fn debug_keeps_the_password() {
         let text = format!("{:?}", manager("host=h user=u password=hunter2"));
         assert!(!text.contains("hunter2") && text.contains("\"u\""), "{text}");
-        // Not escaped, it ends at its first `@` or `/`, and the rest is taken for what follows it.
+        // A password that is not escaped ends at its first `@` or `/`. Its rest is taken for a host or a database.
         for (params, shown) in [
             ("postgres://u:p@hunter2@h/db", "[\"…@h\"]"),
             ("postgres://u:p@hun,hunter2@a,b/db", "[\"…@a\", Tcp(\"b\")]"),

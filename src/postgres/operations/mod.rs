@@ -1,8 +1,7 @@
-//! What a pool and its operator do with connections: open, check and close them (the manager), size pools to the server
-//! (budget), have the server clean up (guards), and find and end what is left there (audit).
+//! What a pool and its operator do with connections: open, check and close them (manager), fit pools to the server's limit
+//! (budget), have the server clean up (guards), and find and end backends that are left there (audit).
 //!
-//! The manager stands here, between what it is configured with (budget, guards) and what asks it for connections
-//! (audit).
+//! The manager stands here since it uses budget and guards, and the audit uses it.
 
 mod audit;
 mod budget;

@@ -1,12 +1,12 @@
-//! Under which `application_name` the server knows a pool's connections, and which names are those of the same
+//! The `application_name` under which the server knows a pool's connections, and which such names are of the same
 //! application.
 
 /// PostgreSQL shortens a longer `application_name`.
 const MAX_APPLICATION_NAME: usize = 63;
 
-/// The pool's name and the process id; the name is shortened where both would be too long for PostgreSQL. What is not
-/// printable ASCII is replaced here: the server would do it by `?` or, since PostgreSQL 16, by something longer, which
-/// might push out the process id.
+/// The pool's name and the process id. The name is shortened if both would be too long for PostgreSQL. Characters that are
+/// not printable ASCII are replaced here: the server would replace them by `?` or, since PostgreSQL 16, by something
+/// longer, which might push out the process id.
 pub(super) fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
     let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };
@@ -25,7 +25,7 @@ pub(super) fn process(name: &str) -> Option<(&str, u32)> {
 pub(super) enum Names {
     /// This one, with any process id.
     Any(String),
-    /// One of these, which servers make of the same name.
+    /// One of these, which different servers make of the same name.
     These(Vec<String>),
 }
 
@@ -40,7 +40,8 @@ impl Names {
         }
     }
 
-    /// How much is left of a name that is too long depends on the process id, so that is taken from `name`.
+    /// Whether `name` is one of these. How much is left of a name that is too long depends on the process id, which is
+    /// taken from `name`.
     pub(super) fn matches(&self, name: &str) -> bool {
         match self {
             Names::Any(full) => process(name).is_some_and(|(_, pid)| application_name(full, pid) == name),

@@ -45,8 +45,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`Client::query`], except that a statement that the server has lost, or whose result has changed, is prepared
-    /// again and run once more if it is certain that nothing of it ran, and outside a transaction.
+    /// As [`Client::query`], with one exception. A statement that the server no longer has, or whose result has changed,
+    /// is prepared and run again, if that is outside a transaction, and it is certain that nothing of it ran.
     pub fn query_cached(&mut self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Error> {
         self.run_cached::<Query>(sql, params)
     }
@@ -84,8 +84,8 @@ impl Connection {
         self.statements.stats()
     }
 
-    /// Forgets all statements; the server closes them with the next request. Where types were dropped and made again,
-    /// call [`Client::clear_type_cache`] first.
+    /// Forgets all statements. The server closes them with the next request. If types were dropped and made again, call
+    /// [`Client::clear_type_cache`] first.
     pub fn clear_statement_cache(&mut self) {
         self.client.reach();
         self.statements.clear_all();

@@ -1,4 +1,4 @@
-//! Cancelling what a connection does: by the caller, with a [`Canceller`] that ends with the checkout, and by the pool.
+//! How a query is cancelled: by the caller, with a [`Canceller`] that ends with the checkout, and by the pool.
 
 use crate::leaf::text::Short;
 use crate::postgres::error::Error;
@@ -10,39 +10,39 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Asks the server to cancel what one connection is doing; fails at the limit.
+/// Asks the server to cancel what one connection is doing. Fails at the limit.
 pub(in crate::postgres) type SendCancel = Arc<dyn Fn(Duration) -> Result<(), Error> + Send + Sync>;
 
 /// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 pub(in crate::postgres) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
-/// What a server takes to act on a cancel request, at best.
+/// How long a server takes to act on a cancel request, at best.
 const REACTION: Duration = Duration::from_millis(1);
 
-/// The time from a checkout to its return, in which what the connection does may be cancelled. A canceller marks the
-/// scope before it sends anything, and the return of the connection ends it: one of the two is first, and neither waits
-/// for the other.
+/// The time from a checkout to its return, in which the caller may cancel what the connection does. A canceller marks the
+/// scope before it sends anything, and the return of the connection ends the scope. One of the two comes first, and
+/// neither waits for the other.
 #[derive(Debug, Default)]
 pub(super) struct CancelScope(AtomicU8);
 
-/// It begins as 0.
+/// A scope begins as 0: neither cancelled nor over.
 impl CancelScope {
     const CANCELLED: u8 = 1;
     const OVER: u8 = 2;
 
-    /// `false`: the scope is over.
+    /// Marks the scope as cancelled. `false`: the scope is over.
     fn cancel(&self) -> bool {
         let mark = |now| (now != CancelScope::OVER).then_some(CancelScope::CANCELLED);
         self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, mark).is_ok()
     }
 
-    /// Ends it. `true`: a caller has cancelled, and the request may still be on its way.
+    /// Ends the scope. `true`: a caller has cancelled, and the request may still be on its way.
     pub(super) fn end(&self) -> bool {
         self.0.swap(CancelScope::OVER, Ordering::SeqCst) == CancelScope::CANCELLED
     }
 }
 
 /// Asks the server to cancel what one connection is doing, from any thread. Made by
-/// [`Connection::canceller`](super::Connection::canceller); of use until that connection is returned.
+/// [`Connection::canceller`](super::Connection::canceller). It works until that connection is returned.
 ///
 /// ```no_run
 /// # fn f(pool: &millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -75,8 +75,8 @@ impl Canceller {
     /// request arrives. The connection is closed when it is returned.
     ///
     /// Waits until the server has taken the request, for at most `connect_timeout`, or 10 s. (Where connections are not
-    /// observed the request is sent as the `postgres` crate does it, which hangs up at once instead. PgBouncer 1.18
-    /// then does not pass it on, and may end itself.)
+    /// observed the request is sent by the `postgres` crate, which hangs up at once instead. PgBouncer 1.18 then does
+    /// not pass the request on, and may end itself.)
     ///
     /// # Errors
     ///
@@ -108,7 +108,7 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
     while watch.is_waiting() && begun.elapsed() < limit {
         thread::sleep(REACTION);
     }
-    // What has arrived has to reach the caller that waits for it.
+    // The answer that has arrived needs a moment to reach the caller that waits for it.
     thread::sleep(REACTION);
 }
 

@@ -22,12 +22,12 @@ use std::time::{Duration, Instant};
 /// [`PooledConnection`](crate::postgres::PooledConnection) named `client` that is `&mut **client`, of a
 /// [`Transaction`](super::Transaction) `&mut *tx`.
 ///
-/// To drop one (that was [detached](crate::PooledConnection::detach), say) takes a moment, where the drop of a
-/// `postgres::Client` waits for whatever is unanswered: a query that still runs is cancelled, and if that does not help
-/// within a second the connection is aborted, where it is [observed](crate::postgres#the-observer).
+/// The drop of a connection (one that was [detached](crate::PooledConnection::detach), say) takes a moment, where the
+/// drop of a `postgres::Client` waits for every missing answer. A query that still runs is cancelled. If that does not
+/// help within a second the connection is aborted, where it is [observed](crate::postgres#the-observer).
 pub struct Connection {
-    /// Dropped before the statements, which then have no connection left to be closed on. (A statement that is dropped
-    /// earlier is closed with the next request, which does no harm.)
+    /// The client is dropped before the statements: then their drops send nothing. (If a statement is dropped earlier,
+    /// the next request closes it, which does no harm.)
     pub(super) client: Marked,
     pub(super) statements: Statements,
     /// `None` if the connection is not observed: over a unix socket, or by choice.
@@ -36,9 +36,9 @@ pub struct Connection {
     cancel: SendCancel,
     /// How long a caller waits for a request to cancel.
     cancel_limit: Duration,
-    /// Of the present checkout, if a [`Canceller`] was made in it.
+    /// The scope of the present checkout, if a [`Canceller`] was made in it.
     cancel_scope: OnceLock<Arc<CancelScope>>,
-    /// How long the rest of an answer may take to be read: about as long as a new connection takes.
+    /// How long the rest of an answer is read before its query is cancelled: about as long as a new connection takes.
     drain: Duration,
     lookup: Lookup,
     /// What the last reset found, to be logged.
@@ -55,29 +55,30 @@ pub(in crate::postgres) struct Opened {
     pub(in crate::postgres) took: Duration,
 }
 
-/// How long the rest of an answer is read before its query is cancelled, if to connect is quicker than this. (A
-/// cancelled connection is closed, so a cancel costs two connects: its own, and that of the connection's replacement.)
+/// The least time for which the rest of an answer is read before its query is cancelled. (A cancel costs two connects: its
+/// own, and that of a replacement, since a cancelled connection is closed. So to read for as long as a connect takes is no
+/// loss.)
 const DRAIN: Duration = Duration::from_millis(50);
 
-/// The same on a connection that is not observed. There it is not known whether an answer is left at all: a busy
-/// network or server is silent too, and is not to be given more work.
+/// The same on a connection that is not observed. There it is not known whether an answer is missing at all: a busy
+/// network or server is silent too, and should not get more work.
 const DRAIN_UNOBSERVED: Duration = Duration::from_millis(500);
 
 /// Whether the server has the statement with which `postgres` looks up types, as far as is known on a connection that
 /// is not observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lookup {
-    /// There may be none yet, or none any more.
+    /// The statement may not have been prepared yet, or may be gone.
     Unknown,
-    /// It was there, once.
+    /// The statement was there, once.
     Seen,
-    /// This server does not show it.
+    /// This server does not show the statement.
     Hidden,
 }
 
-/// What `DISCARD ALL` does, as PostgreSQL documents it, but for `DEALLOCATE ALL`: the `postgres` crate keeps statements
-/// of its own, by which it looks up types, and does not notice when they are gone. A type that it has not met before
-/// would fail from then on.
+/// What `DISCARD ALL` does, as PostgreSQL documents it, without `DEALLOCATE ALL`. The `postgres` crate keeps statements
+/// of its own, with which it looks up types, and does not notice when they are gone. Every type that it has not met
+/// before would fail from then on.
 const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; \
     SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
 
@@ -109,33 +110,33 @@ impl Connection {
 
     /// Something that can cancel what this connection does, to be given to another thread: a watchdog, say.
     ///
-    /// It works until the connection is returned. From then on it does nothing but fail, for it must not cancel the
-    /// next caller's query. If it was used, the connection is closed when it is returned, since the request may arrive
-    /// late; if not, it costs nothing.
+    /// It works until the connection is returned. From then on it only fails, since it must not cancel the next caller's
+    /// query. If it was used, the connection is closed when it is returned, since the request may arrive late. If it was
+    /// not used, it costs nothing.
     ///
-    /// (Of `cancel_token()`, which is the `postgres` crate's own, the pool does not know: it may cancel the next
+    /// (The pool does not know of `cancel_token()`, which is the `postgres` crate's own: that may cancel the next
     /// caller's query.)
     pub fn canceller(&self) -> Canceller {
         let scope = self.cancel_scope.get_or_init(Arc::default);
         Canceller::new(Arc::clone(scope), Arc::clone(&self.cancel), self.cancel_limit)
     }
 
-    /// The process id of its backend. Behind a pooler it is a number of the pooler's, or none.
+    /// The process id of its backend. Behind a pooler it is a number of the pooler's, or `None`.
     pub fn backend_pid(&self) -> Option<i32> {
         self.pid
     }
 
     // ---------------------------------------------------------------------------------------------- for the manager
 
-    /// What is to be done with a connection that comes back. `writes`: a node that takes writes was asked for. Does not
-    /// block: it reads nothing that the caller left unread, and waits for nobody.
+    /// What is to be done with a connection that is returned. `writes`: a node that takes writes was asked for. Does not
+    /// block: it does not read an answer that the caller left unread, and does not ask the server.
     pub(in crate::postgres) fn state(&mut self, reset: Reset, writes: bool) -> Returned {
         verdict(self.facts(reset, writes), reset)
     }
 
-    /// Gathers what is found of a connection that comes back, and ends what belongs to its checkout.
+    /// Gathers the facts about a connection that is returned, and ends the cancel scope of its checkout.
     fn facts(&mut self, reset: Reset, writes: bool) -> Facts {
-        // Before anything else: from here on the caller cannot cancel what the connection does.
+        // This comes first: from here on the caller cannot cancel what the connection does.
         let cancelled = self.end_cancel_scope();
         if self.client.peek().is_closed() {
             return Facts::Dead;
@@ -146,7 +147,8 @@ impl Connection {
         if self.statements.has_lost_lookups() {
             return Facts::LookupsLost;
         }
-        // Notifications were for the caller, and come with calls that leave nothing else behind, too.
+        // Notifications were for the caller. They are dropped here, since even a call that leaves nothing else behind may
+        // have read some.
         self.client.drop_notifications();
         let Some(watch) = &self.watch else { return Facts::Unobserved };
         // The usual case, which needs no flush. With `DiscardAll` a reset follows in any case.
@@ -156,7 +158,8 @@ impl Connection {
         if watch.is_waiting() {
             return Facts::Answering { in_copy: watch.in_copy() };
         }
-        // What is queued and not yet written (the end of a COPY that the server refused, say) is not seen by the watch.
+        // The watch does not see messages that are queued and not yet written (the end of a COPY that the server refused,
+        // say).
         if wire::flush(self.client.reach()).is_err() {
             return Facts::Dead;
         }
@@ -166,7 +169,7 @@ impl Connection {
             watch.forget_failures();
         }
         let ended = watch.fatal().is_some();
-        // The question takes the refusal away, so it is asked only where the answer counts, and before the other one.
+        // `take_refused_write` forgets the refusal, so it is asked only where the answer counts.
         let read_only_node = !ended && writes && {
             let refused_write = watch.take_refused_write();
             refused_write && !watch.takes_writes()
@@ -178,7 +181,7 @@ impl Connection {
     /// Asks the server whether it is there, and makes sure that the answer is the one to this question.
     pub(in crate::postgres) fn ping(&mut self, limit: Duration) -> Result<(), Error> {
         if let Err(error) = self.ask(limit) {
-            // An unanswered question would hold up the drop of the connection.
+            // The drop of the connection would wait for the missing answer.
             self.abort();
             return Err(match &self.watch {
                 Some(watch) => Error::of(error, watch),
@@ -194,8 +197,8 @@ impl Connection {
         }
     }
 
-    /// Asks, and once more if half a message came behind the answer, a notification on its way: the second answer comes
-    /// behind its other half.
+    /// Asks the server. If half a message came behind the answer (a notification on its way), asks once more: the other
+    /// half comes before the second answer.
     fn ask(&mut self, limit: Duration) -> Result<(), ::postgres::Error> {
         let begun = Instant::now();
         self.client.completed(|client| client.is_valid(limit))?;
@@ -209,7 +212,7 @@ impl Connection {
         }
     }
 
-    /// Looks whether the connection is alive, without asking the server. `None`: that cannot be seen.
+    /// Looks whether the connection is alive, without asking the server. `None`: it cannot be seen.
     pub(in crate::postgres) fn peek(&mut self) -> Option<Result<(), Error>> {
         let watch = self.watch.as_ref()?;
         match self.client.completed(|client| wire::look(client, watch)) {
@@ -242,13 +245,14 @@ impl Connection {
         if in_transaction {
             self.remark = Some("came back inside a transaction, which was rolled back");
             self.client.completed(|client| client.batch_execute("ROLLBACK"))?;
-            // In the failed transaction every question was refused, so it is not known yet whose answers come.
+            // In the failed transaction every question was refused, so it is not known yet whether answers match their
+            // questions.
             if self.watch.is_none() && self.ask_unobserved()? {
                 return Err(Error::own("its transaction could not be rolled back", false));
             }
         }
         if reset == Reset::DiscardAll {
-            // First, so that the messages which close the statements go along with the next.
+            // The statements are dropped first, so that the messages that close them go along with the request below.
             self.statements.clear();
             self.client.completed(|client| client.batch_execute(DISCARD))?;
         }
@@ -268,7 +272,7 @@ impl Connection {
         }
     }
 
-    /// What the last [`clean`](Connection::clean) found, if it is to be logged.
+    /// The remark of the last [`clean`](Connection::clean), if it made one.
     pub(in crate::postgres) fn take_remark(&mut self) -> Option<String> {
         self.remark.take().map(String::from)
     }
@@ -278,8 +282,8 @@ impl Connection {
         self.finish(limit);
     }
 
-    /// Prepares the connection for its drop. A query that still runs is cancelled first, for the backend would go on
-    /// with it. If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
+    /// Prepares the connection for its drop. A query that still runs is cancelled, since the backend would go on with it.
+    /// If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
     fn finish(&mut self, limit: Duration) {
         self.end_cancel_scope();
         if self.may_be_at_work() {
@@ -296,7 +300,7 @@ impl Connection {
         self.cancel_scope.take().is_some_and(|scope| scope.end())
     }
 
-    /// Whether the backend may be at work for a caller that has gone. (In a COPY to the server it is the backend that
+    /// Whether the backend may still be at work for the last caller. (In a COPY to the server it is the backend that
     /// waits.)
     fn may_be_at_work(&self) -> bool {
         match &self.watch {
@@ -306,8 +310,8 @@ impl Connection {
         }
     }
 
-    /// Brings the query that runs to an end: reads the rest of its answer for a moment, and where that does not help
-    /// has the server cancel it. Takes three quarters of `limit` at most, and not much more than a second.
+    /// Ends the query that runs: reads the rest of its answer for a moment, and if that does not help has the server
+    /// cancel it. Takes three quarters of `limit` at most, and not much more than a second.
     ///
     /// `false`: the query was cancelled, or could not be, and the connection can only be closed.
     fn stop(&mut self, limit: Duration) -> bool {
@@ -323,7 +327,8 @@ impl Connection {
         if answer.is_ok() {
             return self.watch.as_ref().is_none_or(|watch| !watch.is_waiting());
         }
-        // Not if the connection is dead, or an error came, which can only be the answer to another question.
+        // Nothing is cancelled if the connection is dead, or if an error came, which can only be the answer to another
+        // question.
         if !self.client.peek().is_closed() && answer.is_err_and(|e| e.code().is_none()) {
             let (begun, limit) = (Instant::now(), CANCEL_LIMIT.min(limit / 2));
             if (self.cancel)(limit).is_ok() {
@@ -331,7 +336,7 @@ impl Connection {
                 let _ = self.client.reach().is_valid(limit.saturating_sub(begun.elapsed()));
             }
         }
-        // One attempt is enough.
+        // Unmarked, so that the drop does not try once more.
         self.client.unmark();
         if self.watch.as_ref().is_some_and(|watch| !watch.is_idle()) {
             self.abort();
@@ -342,7 +347,7 @@ impl Connection {
     /// On a connection that is not observed: whether a transaction is open or has failed. Fails if the answer is not
     /// the one to this question.
     fn ask_unobserved(&mut self) -> Result<bool, Error> {
-        // If the caller may have removed `postgres`'s own statements, that is asked as well.
+        // If the caller may have removed the statements of the `postgres` crate, the question includes them.
         let lookup = self.client.is_marked() && self.lookup != Lookup::Hidden && !self.statements.is_off();
         let answer = self.client.completed(|client| ask_standing(client, lookup))?;
         self.client.unmark();
@@ -358,9 +363,8 @@ impl Connection {
         }
     }
 
-    /// On a connection that is not observed a caller's `DISCARD ALL` does not show, nor that `postgres` fails from then
-    /// on to look up types. But the statement with which it looks them up is there, or not; and if it was never seen,
-    /// `postgres` is made to use it.
+    /// Fails if the statement is gone with which `postgres` looks up types. On a connection that is not observed this is
+    /// the only sign of a caller's `DISCARD ALL`. If the statement was never seen, `postgres` is made to use it.
     fn check_lookup(&mut self, there: bool) -> Result<(), Error> {
         match (there, self.lookup) {
             (true, _) => self.lookup = Lookup::Seen,
@@ -370,7 +374,7 @@ impl Connection {
                 match self.client.completed(|client| client.prepare(FOREIGN_TYPE)) {
                     Err(e) if e.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME) => return Err(lookup_is_gone()),
                     Err(e) if e.code().is_none() => return Err(e.into()),
-                    // No such type, or a `postgres` whose statement has another text: it will not be seen.
+                    // There is no such type here, or this version of `postgres` has another text in its statement.
                     _ => self.lookup = Lookup::Hidden,
                 }
                 if let Standing::Idle { lookups: true } = self.client.completed(|client| ask_standing(client, true))? {
@@ -388,14 +392,15 @@ impl Connection {
     }
 }
 
-/// A type that is not built in, which every database has. (Of a column the server would say what it is made of.)
+/// A question with a type that is not built in, and that every database has. (It must be the type of a parameter: for a
+/// column the server would name the type below it.)
 const FOREIGN_TYPE: &str = "SELECT $1::information_schema.cardinal_number";
 
 fn lookup_is_gone() -> Error {
     Error::own("somebody removed the statements with which the postgres crate looks up types (DISCARD ALL?)", false)
 }
 
-/// For a connection that is dropped elsewhere than in the pool: detached, or passed to a customizer's `on_release`.
+/// For a connection that the pool does not close: one that was detached, or passed to a customizer's `on_release`.
 impl Drop for Connection {
     fn drop(&mut self) {
         self.finish(2 * CANCEL_LIMIT);

@@ -1,7 +1,7 @@
-//! [`Lru`]: a small map that forgets what was least recently used.
+//! [`Lru`]: a small map that forgets its least recently used entry.
 //!
-//! By hand: the crate `lru` is asked with an owned key of both parts, SQL and types, which would be an allocation for
-//! each query; and here room must be made before a statement is prepared, not when it is inserted.
+//! It is made by hand, for two reasons. The crate `lru` needs an owned key of both parts, SQL and types, which would be an
+//! allocation for each query. And here room must be made before a statement is prepared, not when it is inserted.
 
 use ::postgres::types::Type;
 use std::borrow::Cow;
@@ -41,7 +41,7 @@ impl<V: Clone> Lru<V> {
     }
 
     fn entry<'a>(&'a self, sql: &'a str, types: &'a [Type]) -> Option<&'a Entry<V>> {
-        // Seen as a map whose keys live shorter, so that it can be asked with a key that is not owned.
+        // As a map whose keys live shorter, it can be asked with a key that is not owned.
         let map: &HashMap<Key<'a>, Entry<V>> = &self.map;
         map.get(&Key { sql: sql.into(), types: types.into() })
     }
@@ -58,13 +58,13 @@ impl<V: Clone> Lru<V> {
         if self.len() < self.capacity {
             return;
         }
-        // A look at all of them is nothing beside the round trip that follows.
+        // To look at all entries costs nothing beside the round trip that follows.
         if let Some(oldest) = self.map.values().map(|entry| entry.used.get()).min() {
             self.map.retain(|_, entry| entry.used.get() != oldest);
         }
     }
 
-    /// There must be room: see [`make_room`](Lru::make_room).
+    /// Inserts an entry, for which there must be room: see [`make_room`](Lru::make_room).
     pub(super) fn insert(&mut self, sql: &str, types: &[Type], value: V) {
         if self.capacity == 0 {
             return;

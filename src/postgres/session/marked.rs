@@ -1,12 +1,12 @@
-//! [`Marked`]: a client that remembers whether a call has reached it, of which something may be left.
+//! [`Marked`]: a client that remembers whether a call may have left something behind on it.
 
 use crate::postgres::wire;
 use ::postgres::Client;
 
-/// A `Client`, marked by every call that reaches it. Nobody can ask a client for what is queued and not yet written
+/// A `Client`, marked by every call that reaches it. A client does not tell which messages are queued and not yet written
 /// (the end of a COPY that the server refused, say), or written and not yet answered. So every way to the client marks
-/// it, and a caller need not remember to. A call that leaves nothing behind has to say so, and to succeed
-/// ([`completed`](Marked::completed)).
+/// it, and no function can forget to. A call that leaves nothing behind goes through [`completed`](Marked::completed),
+/// and must succeed.
 pub(super) struct Marked {
     client: Client,
     marked: bool,
@@ -18,13 +18,13 @@ impl Marked {
         Marked { client, marked: false }
     }
 
-    /// The client, for whatever the caller does with it. Marks it.
+    /// The client, for any use. Marks it.
     pub(super) fn reach(&mut self) -> &mut Client {
         self.marked = true;
         &mut self.client
     }
 
-    /// Makes a call that leaves nothing behind when it succeeds. If the call fails or panics the client is marked.
+    /// Makes a call that leaves nothing behind if it succeeds. If the call fails or panics, the client is marked.
     pub(super) fn completed<R, E>(&mut self, call: impl FnOnce(&mut Client) -> Result<R, E>) -> Result<R, E> {
         let before = std::mem::replace(&mut self.marked, true);
         let result = call(&mut self.client);
@@ -38,12 +38,12 @@ impl Marked {
         self.marked
     }
 
-    /// For when the client was looked after: nothing is queued, and what is under way is known.
+    /// Removes the mark. To be called when nothing is queued, and it is known which answers are missing.
     pub(super) fn unmark(&mut self) {
         self.marked = false;
     }
 
-    /// Drops the notifications that the client has read, which leaves nothing behind.
+    /// Drops the notifications that the client has read. This leaves nothing behind, and does not mark it.
     pub(super) fn drop_notifications(&mut self) {
         wire::drop_notifications(&mut self.client);
     }

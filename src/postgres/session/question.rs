@@ -1,8 +1,8 @@
-//! Questions of the pool's own to a server, with answers that cannot be taken for those to other questions.
+//! Questions of the pool's own to a server. Their answers cannot be taken for the answers to other questions.
 //!
-//! After a COPY that the server refused, `postgres` may return to each call the answer to the one before it
-//! (rust-postgres #789). So where it matters a question has a word in it that no other had, and its answer repeats that
-//! word.
+//! After a COPY that the server refused, `postgres` may return to each call the answer to the call before
+//! (rust-postgres #789). So where it matters a question has a word in it that no other question had, and its answer
+//! repeats that word.
 
 use crate::postgres::error::Error;
 use ::postgres::error::SqlState;
@@ -12,18 +12,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where a connection stands, by its own answer.
 pub(super) enum Standing {
-    /// No transaction is open. Whether the statement is there with which `postgres` looks up types, if that was asked.
+    /// No transaction is open. `lookups`: the statement is there with which `postgres` looks up types, if that was asked.
     Idle { lookups: bool },
     /// A transaction is open.
     InTransaction,
-    /// A transaction has failed. The sign is the error that everything meets in one: an answer to whatever question.
+    /// A transaction has failed. The answer is the error that every question gets there. So it may be the answer to
+    /// another question.
     Failed,
     /// The answer was to another question.
     Desynchronised,
 }
 
-/// Asks a connection where it stands, in one round trip, and without leaving anything in the server's log: within a
-/// transaction `now()` stands still. With `lookup` it also asks for the statement with which `postgres` looks up types.
+/// Asks a connection where it stands, in one round trip, and without an error in the server's log. (Within a transaction
+/// `now()` stands still.) With `lookup` it also asks for the statement with which `postgres` looks up types.
 pub(super) fn ask_standing(client: &mut Client, lookup: bool) -> Result<Standing, ::postgres::Error> {
     let nonce = nonce();
     let lookups = match lookup {
@@ -33,7 +34,7 @@ pub(super) fn ask_standing(client: &mut Client, lookup: bool) -> Result<Standing
         }
         false => "NULL",
     };
-    // A caller's `search_path` may lead to functions of the same names first, which say something else.
+    // All names are qualified, since a caller's `search_path` may lead to other functions of the same names.
     let still = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
     let question = format!("SELECT '{nonce}', {still}, {lookups}");
     let answer = match client.simple_query(&question) {
@@ -50,7 +51,7 @@ pub(super) fn ask_standing(client: &mut Client, lookup: bool) -> Result<Standing
     })
 }
 
-/// Whether a transaction is open or has failed; "yes" as well if it is not known.
+/// Whether a transaction is open or has failed; `true` as well if it is not known.
 pub(super) fn ask_for_transaction(client: &mut Client) -> Result<bool, ::postgres::Error> {
     Ok(!matches!(ask_standing(client, false)?, Standing::Idle { .. }))
 }

@@ -1,8 +1,8 @@
 //! [`Reset`]: how much of a session is undone between two callers.
 
-/// What is done to a connection that comes back, before it is handed out again.
+/// What is done to a connection that is returned, before it is handed out again.
 ///
-/// What is left of a session goes to the next caller that gets the connection. Only [`DiscardAll`](Reset::DiscardAll)
+/// The next caller that gets the connection finds what is left of the session. Only [`DiscardAll`](Reset::DiscardAll)
 /// leaves nothing:
 ///
 /// | left by a caller | `Rollback` | `DiscardAll` | `None` |
@@ -16,21 +16,21 @@
 /// | notifications that were read | dropped | dropped | dropped |
 /// | a long answer half read, a query that still runs | cancelled, closed | cancelled, closed | cancelled, closed |
 ///
-/// A connection is closed instead of handed on, though it might be healthy, if
+/// A connection is closed and not handed out again, though it might be healthy, if
 ///
 /// * a `COPY ... FROM STDIN` on it was refused, failed or was broken off, where it is
 ///   [observed](crate::postgres#the-observer). (Where not, a question to it finds out.)
 /// * [`Canceller::cancel`](super::Canceller::cancel) was called for it: the request may arrive late.
 /// * more was left of an answer than can be read within 50 ms (500 ms where it is not observed), or the time it took to
-///   connect if that is longer. The query is cancelled, and its slot is free when that is done.
-/// * the server had lost a prepared statement of it (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE ALL` of the
-///   caller's: the statements with which the `postgres` crate looks up types may be gone as well, and it would never
-///   look up one again.
+///   connect if that is longer. The query is cancelled, and the connection's slot is free when that is done.
+/// * the server no longer had one of its prepared statements (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE ALL`
+///   of the caller's. Then the statements with which the `postgres` crate looks up types may be gone as well, and it
+///   could never look one up again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reset {
-    /// An open or failed transaction is rolled back. The default. A connection that comes back clean costs nothing, if
-    /// it is [observed](crate::postgres#the-observer). One that is not is asked on a thread of the pool's, in one round
+    /// An open or failed transaction is rolled back. The default. A connection that is returned clean costs nothing, if
+    /// it is [observed](crate::postgres#the-observer). If it is not, it is asked on a thread of the pool, in one round
     /// trip, or in two if more than the `_cached` functions was used.
     ///
     /// A caller that sets what others must not inherit (a role, a `search_path`, a time limit) uses `SET LOCAL` in a
@@ -41,12 +41,12 @@ pub enum Reset {
     /// advisory locks, `LISTEN`s and cached statements do not survive. (Statements made with SQL's `PREPARE` do: the
     /// `postgres` crate breaks when its own are deallocated.) One more round trip each time, on a thread of the pool's.
     ///
-    /// What a customizer's `on_acquire` has set does not survive it either, so `on_acquire` runs again after each,
-    /// before the connection is handed out; if it fails the connection is closed. So do the [server
-    /// guards](crate::postgres::PostgresManager::server_guards).
+    /// What a customizer's `on_acquire` has set does not survive it either, so `on_acquire` runs again after each reset,
+    /// before the connection is handed out. If it fails, the connection is closed. The [server
+    /// guards](crate::postgres::PostgresManager::server_guards) are set again as well.
     DiscardAll,
-    /// Nothing, except that what still runs is cancelled where that can be seen: for applications that clean up
-    /// themselves. Where connections are not [observed](crate::postgres#the-observer) it is not even asked whether
-    /// answers match their questions.
+    /// Nothing is done, except that a query that still runs is cancelled where that can be seen. For applications that
+    /// clean up themselves. Where connections are not [observed](crate::postgres#the-observer), the pool does not even
+    /// ask whether answers match their questions.
     None,
 }

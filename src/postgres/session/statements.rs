@@ -1,13 +1,14 @@
-//! The statement cache: what is prepared is remembered, so that the same SQL next time takes one round trip.
+//! The statement cache: a connection remembers the statements it has prepared, so that the same SQL takes one round trip
+//! the next time.
 //!
 //! A prepared statement may end without notice: by DDL, by `DISCARD ALL`, by a pooler that changes the server. Its next
 //! use then fails, and two questions decide what is done about that. *Had it begun to run?* Only a statement that was
-//! refused before may be tried again ([`Statements::take_refusal`]). *Was it in a transaction?* Then the transaction
-//! has failed, and no part of it may be repeated. In every case the statement is forgotten, so that the next call
-//! begins anew.
+//! refused before it ran may be tried again ([`Statements::take_refusal`]). *Was it in a transaction?* Then the
+//! transaction has failed, and no part of it may be repeated. In every case the statement is forgotten, so that the next
+//! call prepares it again.
 //!
 //! A dropped [`Statement`] sends a `Close` with the next request. So room is made before a statement is prepared, not
-//! after: nothing is left queued when the call returns, which the drop of the connection would have to wait for.
+//! after. Then no `Close` is left queued when the call returns, for which the drop of the connection would have to wait.
 
 use super::lru::Lru;
 use super::question::ask_for_transaction;
@@ -28,13 +29,13 @@ pub(super) struct Statements {
     /// The capacity that was asked for.
     capacity: usize,
     prepared: Lru<Statement>,
-    /// With the cache off, what is remembered of a statement is the types of its parameters. They are all that is
-    /// needed to run it in one message, and they hold on every server behind a pooler.
+    /// With the cache off, only the types of a statement's parameters are remembered. They are all that is needed to run
+    /// it in one message, and they are the same on every server behind a pooler.
     types: Lru<Arc<[Type]>>,
     pub(super) watch: Option<Arc<Watch>>,
     hits: u64,
     misses: u64,
-    /// The server has lost the statements with which `postgres` looks up types, and `postgres` will not prepare them
+    /// The server no longer has the statements with which `postgres` looks up types, and `postgres` will not prepare them
     /// again.
     lookups_lost: bool,
 }
@@ -86,7 +87,7 @@ impl Statements {
         sql: &str,
         types: &[Type],
     ) -> Result<Statement, Error> {
-        // The caller ran a statement of the cache without the cache, and it was refused. Which one is not known here.
+        // The caller ran a statement of the cache without the cache, and it was refused. It is not known here which one.
         if self.watch.as_ref().is_some_and(|watch| watch.take_refused_statement()) {
             self.clear();
         }
@@ -103,7 +104,7 @@ impl Statements {
 
     fn ask<C: GenericClient>(&mut self, client: &mut C, sql: &str, types: &[Type]) -> Result<Statement, Error> {
         client.prepare_typed(sql, types).inspect_err(|e| {
-            // The missing statement is not of this cache, but one of `postgres`'s own.
+            // The missing statement is not of this cache: it is one of the `postgres` crate's own.
             self.lookups_lost |= e.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME);
             self.take_refusal(e, sql);
         })
@@ -117,7 +118,7 @@ impl Statements {
     }
 
     /// Prepares a statement for a moment, to learn the types of its parameters. Where a pooler may change the server
-    /// between transactions, this belongs inside one.
+    /// between transactions, this must be called inside a transaction.
     fn learn<C: GenericClient>(&mut self, client: &mut C, sql: &str) -> Result<Arc<[Type]>, Error> {
         self.misses += 1;
         let types: Arc<[Type]> = self.ask(client, sql, &[])?.params().into();
@@ -126,8 +127,8 @@ impl Statements {
         Ok(types)
     }
 
-    /// Runs an operation on a connection of which it is not known whether a transaction is open, and runs it again if
-    /// it was refused for its statement alone.
+    /// Runs an operation. It is not known whether a transaction is open. Runs it again if it was refused for its statement
+    /// alone, and no transaction is open.
     pub(super) fn run_outside<O: Operation>(
         &mut self,
         client: &mut Client,
@@ -153,8 +154,8 @@ impl Statements {
         if !self.take_refusal(&error, sql) {
             return Err(error);
         }
-        // A transaction that was open has failed by now. The status tells: all requests before the refusal are
-        // answered.
+        // If a transaction was open it has failed by now. The status says whether one was, since all requests before the
+        // refusal are answered.
         let in_transaction = match &self.watch {
             Some(watch) => watch.status() != Status::Idle,
             None => ask_for_transaction(client).unwrap_or(true),
@@ -210,7 +211,7 @@ impl Statements {
     ) -> Result<O::Output, Error> {
         let run = |client: &mut C, types: &[Type]| {
             if types.len() != params.len() {
-                // It can only fail, and `postgres` says why in its own words.
+                // This can only fail, and `postgres` says why in its own words.
                 return O::run(client, sql, params);
             }
             let typed: Vec<_> = params.iter().copied().zip(types.iter().cloned()).collect();
@@ -233,10 +234,10 @@ impl Statements {
         result.inspect_err(|e| self.forget_what(e, sql))
     }
 
-    /// Forgets what may be the reason for this error. To forget one too many costs a round trip.
+    /// Forgets the statements that may be the reason for this error. To forget one too many costs a round trip.
     fn forget_what(&mut self, e: &Error, sql: &str) {
         match e.code() {
-            // The error does not name the statement, and as a rule all were lost together.
+            // The error does not name the statement, and as a rule all were removed together.
             Some(code) if *code == SqlState::INVALID_SQL_STATEMENT_NAME => self.clear(),
             Some(code) if is_about_statements(code) => self.forget(sql),
             _ => {}
@@ -252,7 +253,7 @@ impl Statements {
     /// such statement, or one whose result has changed.
     fn take_refusal(&self, e: &Error, sql: &str) -> bool {
         match &self.watch {
-            // The order of the server's messages tells.
+            // The order of the server's messages shows it.
             Some(watch) => watch.take_refused_statement(),
             None => is_refusal(e, sql),
         }
@@ -271,9 +272,9 @@ fn is_about_statements(code: &SqlState) -> bool {
     *code == SqlState::FEATURE_NOT_SUPPORTED || *code == SqlState::INTERNAL_ERROR || code.code().starts_with("42")
 }
 
-/// Whether a statement was refused before it ran, as far as the error tells. The same two errors may come from within a
-/// statement that already runs: from a function, which leaves its trace in the context, or from SQL's own `EXECUTE`,
-/// which has computed its arguments by then and leaves no trace.
+/// Whether a statement was refused before it ran, as far as the error shows. The same two errors may come from within a
+/// statement that already runs: from a function, which leaves its trace in the error's context, or from SQL's own
+/// `EXECUTE`, which leaves no trace and has computed its arguments by then.
 fn is_refusal(e: &Error, sql: &str) -> bool {
     let Some(db) = e.as_db_error() else { return false };
     let of_protocol = match db.routine() {
@@ -284,7 +285,7 @@ fn is_refusal(e: &Error, sql: &str) -> bool {
     of_protocol && db.where_().is_none() && !sql.to_ascii_uppercase().contains("EXECUTE")
 }
 
-/// What the shortcuts do, with a statement or in one message.
+/// One of the shortcuts, such as `query_cached`: how it runs with a statement, and how in one message.
 pub(super) trait Operation {
     type Output;
 
@@ -332,11 +333,11 @@ operation!(QueryOne, Row, query_one, query_typed_one);
 operation!(QueryOpt, Option<Row>, query_opt, query_typed_opt);
 operation!(Execute, u64, execute, execute_typed);
 
-/// Whether a transaction is open or has failed; "yes" if it is not known.
+/// Whether a transaction is open or has failed; `true` as well if it is not known.
 fn in_transaction(client: &mut Client, watch: Option<&Watch>) -> Result<bool, Error> {
     let Some(watch) = watch else { return ask_for_transaction(client) };
     if watch.is_busy() {
-        // The server's `ReadyForQuery` is still under way.
+        // The server's `ReadyForQuery` is still on its way, and this reads it.
         client.check_connection()?;
     }
     Ok(watch.status() != Status::Idle)
@@ -353,6 +354,6 @@ pub struct StatementCacheStats {
     pub misses: u64,
     /// How many statements are remembered now.
     pub statements: usize,
-    /// How many at most; 0: the cache is off.
+    /// How many statements are remembered at most; 0: the cache is off.
     pub capacity: usize,
 }

@@ -1,4 +1,4 @@
-//! [`Transaction`]: the statement cache within a transaction, and a commit whose success means that something was kept.
+//! [`Transaction`]: the statement cache within a transaction, and a commit that succeeds only if the server committed.
 
 use super::connection::Connection;
 use super::question::{answer_to, nonce};
@@ -33,7 +33,7 @@ impl Connection {
         self.begin_with(Client::transaction)
     }
 
-    /// [`begin`](Connection::begin), with what a transaction builder can say.
+    /// [`begin`](Connection::begin), with the options of a transaction builder.
     ///
     /// ```no_run
     /// # fn f(mut client: millpond::postgres::PooledConnection) -> Result<(), postgres::Error> {
@@ -57,10 +57,10 @@ impl Connection {
 }
 
 /// A transaction with the connection's statement cache at hand, begun by [`Connection::begin`]. It derefs to
-/// [`postgres::Transaction`](::postgres::Transaction), and like that one rolls back when dropped.
+/// [`postgres::Transaction`](::postgres::Transaction), and like that it rolls back when it is dropped.
 ///
-/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten, but not tried
-/// again: its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
+/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten. It is not tried
+/// again, since its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
 pub struct Transaction<'a> {
     transaction: ::postgres::Transaction<'a>,
     statements: &'a mut Statements,
@@ -73,13 +73,13 @@ impl Transaction<'_> {
     ///
     /// # Errors
     ///
-    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit). Also if nothing is kept because a
-    /// statement of it has failed, even if that was overlooked: with SQLSTATE 25P02. (`postgres` itself says `Ok` then,
-    /// since to PostgreSQL the `COMMIT` of a failed transaction is a successful `ROLLBACK`.) The transaction has ended
-    /// in any case.
+    /// As [`postgres::Transaction::commit`](::postgres::Transaction::commit). It also fails, with SQLSTATE 25P02, if
+    /// nothing is committed because a statement of the transaction has failed, even if the caller ignored that error.
+    /// (`postgres` itself returns `Ok` then, since to PostgreSQL the `COMMIT` of a failed transaction is a successful
+    /// `ROLLBACK`.) The transaction has ended in any case.
     pub fn commit(self) -> Result<(), Error> {
         match &self.statements.watch {
-            // The release of a savepoint reports its own failure. What becomes of it in the end shows at the commit.
+            // The release of a savepoint reports its own failure. Whether it is kept shows at the outermost commit.
             _ if self.nested => self.transaction.commit(),
             Some(watch) if watch.has_failed_request() => ask_and_commit(self.transaction),
             // The transaction is known not to have failed.
@@ -198,8 +198,8 @@ impl<'a> DerefMut for Transaction<'a> {
 }
 
 /// A `COMMIT` where a request has failed before. After a COPY that the server refused, `postgres` returns to each call
-/// the answer to the one before it, or ends the connection (rust-postgres #789), and what became of a commit would not
-/// be known. So the commit is sent only when it is certain that its answer will be its own.
+/// the answer to the call before, or ends the connection (rust-postgres #789), and the outcome of a commit would not be
+/// known. So the commit is sent only when it is certain that the next answer will be the commit's.
 fn ask_and_commit(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
     let nonce = nonce();
     let answer = transaction.simple_query(&format!("SELECT '{nonce}'"))?;
@@ -211,12 +211,14 @@ fn ask_and_commit(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Er
 
 const UNKNOWN: &str = "it is not known whether it was committed: its answers no longer match its questions";
 
-/// How many answers to other questions may come before the expected one: one for each COPY that was refused.
+/// How many answers to other questions may come before the expected one. There is one for each COPY that was refused,
+/// which are a few as a rule: the number only gives the loop an end.
 const MOST_STALE_ANSWERS: usize = 1000;
 
-/// A `COMMIT` where it is not known whether a request has failed before. In front of it stands a question that fails in
-/// a transaction that has failed, and by whose answer the commit's is known. After any other answer it asks on, until
-/// it is certain what became of the commit (or until `postgres` ends the connection over it). As a rule one round trip.
+/// A `COMMIT` where it is not known whether a request has failed before. It is sent together with a question in front of
+/// it, which fails if the transaction has failed, and whose answer shows which answer is the commit's. After any other
+/// answer it asks again, until the outcome of the commit is certain, or `postgres` ends the connection. As a rule this
+/// takes one round trip.
 fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
     let (nonce, end) = (nonce(), nonce());
     let mut asked = format!("SELECT '{nonce}'; COMMIT");
@@ -231,7 +233,7 @@ fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Er
                 return Ok(());
             }
             Ok(answer) if answer_to(&answer, &end).is_some() => {
-                // The answer to the commit came before this one, and was an error. The transaction has ended.
+                // The answer to the commit came before this answer, and was an error. The transaction has ended.
                 let error = failure.unwrap_or_else(|| local_error(&mut transaction, UNKNOWN));
                 std::mem::forget(transaction);
                 return Err(error);
@@ -250,7 +252,7 @@ fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Er
     Err(failure.unwrap_or_else(|| local_error(&mut transaction, UNKNOWN)))
 }
 
-/// An error of `postgres`'s with this text, made by a parameter that cannot be sent.
+/// An error of the `postgres` crate with this text. It is made by a parameter that cannot be sent.
 fn local_error(transaction: &mut ::postgres::Transaction<'_>, text: &'static str) -> Error {
     #[derive(Debug)]
     struct Unsendable(&'static str);

@@ -1,44 +1,43 @@
-//! What becomes of a connection that a caller returns: a table from what is found to what the pool does.
+//! What the pool does with a connection that a caller returns: a table from the facts to the verdict.
 //!
 //! The table is a pure function. [`Connection`](super::Connection) gathers the facts, once for each return.
 
 use super::reset::Reset;
 use crate::Returned;
 
-/// What is found of a connection that comes back.
+/// What is found about a connection that is returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Facts {
     /// The client has seen the end of its connection, or found it dead when it sent what was queued.
     Dead,
     /// The caller has sent a request to cancel, which may arrive late.
     CancelSent,
-    /// The server has lost the statements with which `postgres` looks up types.
+    /// The server no longer has the statements with which `postgres` looks up types.
     LookupsLost,
     /// The connection is not observed, so the server has to be asked.
     Unobserved,
     /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean).
     Clean,
-    /// The caller has gone while an answer was under way, in a COPY to the server or not. To read the answer may take
-    /// long.
+    /// An answer is under way, in a COPY to the server or not. To read it may take long.
     Answering { in_copy: bool },
     /// No answer is under way, and nothing is queued.
     AtRest(AtRest),
 }
 
-/// What is found of a connection on which no answer is under way.
+/// What is found about a connection on which no answer is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AtRest {
     /// The server has ended the connection, with an error.
     pub(super) ended: bool,
-    /// The node has refused a write, and does not say that it takes writes, where a node that does was asked for.
+    /// A node that takes writes was asked for. This one has refused a write, and does not say that it takes any.
     pub(super) read_only_node: bool,
-    /// The connection must not be used again: it is lost, in a COPY, or has missed a prepared statement.
+    /// The connection must not be used again: it is lost, in a COPY, or a prepared statement of it was missing.
     pub(super) unusable: bool,
     /// The connection is idle, outside of a transaction.
     pub(super) idle: bool,
 }
 
-/// What the pool is to do with a connection of which this is found. Of two rows that match the upper one counts.
+/// What the pool does with a connection with these facts. If two rows match, the upper one counts.
 #[rustfmt::skip]
 pub(super) fn verdict(facts: Facts, reset: Reset) -> Returned {
     match (facts, reset) {

@@ -1,6 +1,7 @@
-//! Cuts one direction of the byte stream into messages, whatever pieces the bytes come in.
+//! [`Frames`]: cuts one direction of the byte stream into messages, whatever pieces the bytes come in. It keeps no more of
+//! a message's body than its scanner asks for.
 
-/// Stands for the tag that the first message of a frontend does not have.
+/// Stands for the tag of the first message of a frontend, which has none.
 pub(super) const STARTUP: u8 = 0;
 
 /// A length that no message of the protocol has, or one above the limit.
@@ -15,7 +16,7 @@ pub(super) struct Frames {
     header_filled: usize,
     /// How many bytes of the body are still to come, once the header is there.
     body_left: usize,
-    /// The beginning of the body, as much of it as is wanted.
+    /// The beginning of the body, as far as it is wanted.
     prefix: Vec<u8>,
 }
 
@@ -24,7 +25,7 @@ impl Frames {
         Frames { header: [0; 5], header_filled: 0, body_left: 0, prefix: Vec::new() }
     }
 
-    /// The frontend's direction, whose first message has no tag: as if a [`STARTUP`] had come before it.
+    /// The frontend's direction. Its first message has no tag, and is read as if the tag [`STARTUP`] had come before it.
     pub(super) fn untagged_first() -> Frames {
         Frames { header: [STARTUP; 5], header_filled: 1, ..Frames::new() }
     }
@@ -45,7 +46,7 @@ impl Frames {
                 return Ok(None);
             }
             let [_, length @ ..] = self.header;
-            // Signed, as `postgres` reads it.
+            // The length is signed, as `postgres` reads it.
             let body = i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok());
             self.body_left = body.filter(|&body| body <= longest).ok_or(BadLength)?;
             self.prefix.clear();
@@ -79,7 +80,7 @@ impl Frames {
         u32::from_be_bytes(length) as usize + 1
     }
 
-    /// Whether the last byte that came was neither the last of a message nor before the first one.
+    /// Whether the beginning of a message has come, and its end has not.
     pub(super) fn is_inside(&self) -> bool {
         self.header_filled > 0
     }

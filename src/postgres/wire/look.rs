@@ -1,19 +1,19 @@
-//! What can be learned from a `postgres::Client` without asking its server anything: what has arrived by now, the end
-//! of the connection above all.
+//! What a `postgres::Client` knows without asking its server: the messages that have arrived, and above all whether the
+//! connection has ended.
 
 use super::watch::Watch;
 use ::postgres::Client;
 use ::postgres::fallible_iterator::FallibleIterator;
 use std::time::Duration;
 
-/// How long a look may take in the worst case: when half a message has arrived, whose other half does not come.
+/// How long a look may take in the worst case: when half a message has arrived, and the other half does not come.
 const LONGEST_LOOK: Duration = Duration::from_millis(1);
-/// How many notifications a look reads at most: more may come as long as it looks.
+/// How many notifications a look reads at most, so that it ends even if more come all the time.
 const MANY: usize = 1000;
 
-/// Sends what `client` has queued but not yet written, without waiting for anything. A dropped statement or COPY leaves
-/// such a message, and before it is written its [`Watch`] cannot know of it. It reads, once, what has arrived: not to
-/// be called where that may be much. Notifications are dropped: they were for whoever used the client until now.
+/// Sends the messages that `client` has queued but not yet written, without waiting for anything. A dropped statement or
+/// COPY leaves such a message, and the [`Watch`] cannot know of it before it is written. `flush` also reads, once, what
+/// has arrived: do not call it where that may be much. It drops the notifications, which were for the last caller.
 ///
 /// # Errors
 ///
@@ -28,18 +28,18 @@ pub(in crate::postgres) fn flush(client: &mut Client) -> Result<(), ::postgres::
 /// Drops the notifications that `client` has read. Looks for no others.
 pub(in crate::postgres) fn drop_notifications(client: &mut Client) {
     while !client.notifications().is_empty() {
-        // With a notification there it does not look at the stream.
+        // As long as a notification is there, this does not look at the stream.
         let _ = client.notifications().iter().next();
     }
 }
 
-/// Looks whether `client` is alive, as far as can be seen from here. Sends what it has queued, and drops the
+/// Looks whether `client` is alive, as far as can be seen from here. Sends the messages it has queued, and drops the
 /// notifications that have arrived. `Ok(false)`: it cannot be seen, or the stream has ended.
 ///
-/// A `postgres::Client` reads what its runtime has learned from the system, and the runtime asks the system only when
-/// it has nothing else to do, which is when a caller waits. So this waits for a notification, which the stream makes up
-/// once there is nothing (more) to be read. Before that, the stream's first "nothing" wakes the runtime at once, which
-/// makes it ask the system. All of that takes a few microseconds.
+/// A `postgres::Client` reads what its runtime has learned from the system. The runtime asks the system only when it has
+/// nothing else to do, which is when a caller waits. So this waits for a notification. When the stream first has nothing
+/// to read, it wakes the runtime at once, which then asks the system. When it has nothing to read after that, it makes
+/// up a notification. All of that takes a few microseconds.
 ///
 /// # Errors
 ///

@@ -1,12 +1,11 @@
-//! What stands between the TCP connect and the startup packet: the choice between clear text and TLS, by the user's
-//! terms.
+//! The choice between clear text and TLS, by the user's terms. It is made between the TCP connect and the startup packet.
 //!
-//! `postgres` believes that the stream is encrypted, so nothing behind this file would notice a mistake in it.
+//! `postgres` believes that the stream is encrypted, so no other code would notice a mistake in this file.
 //!
-//! * Plaintext comes out only of `disable`, or of `prefer` when the connector has no TLS or the server declined it, in
-//!   so many words (`N`); never after an error, never after the server said yes.
-//! * One byte is read before the TLS handshake, not more: what a man in the middle slips in behind it must fail the
-//!   handshake, not be believed.
+//! * The stream is in clear text only with `disable`, or with `prefer` if the connector has no TLS or the server answered
+//!   `N`. It is never in clear text after an error, or after the server said yes.
+//! * Only one byte is read before the TLS handshake. Whatever a man in the middle sends behind it makes the handshake
+//!   fail, and is not believed.
 
 use crate::leaf::text::{self, Shown};
 use ::postgres::config::{SslMode, SslNegotiation};
@@ -27,12 +26,12 @@ type BoxError = Box<dyn StdError + Send + Sync>;
 pub(super) struct Terms {
     pub(super) mode: SslMode,
     pub(super) negotiation: SslNegotiation,
-    /// The configuration names addresses only. A host was made up, since without one `postgres` does not call the
-    /// connector; no certificate may be compared with it.
+    /// The configuration names addresses only. A host was made up, since without a host `postgres` does not call the
+    /// connector. No certificate may be compared with it.
     pub(super) nameless: bool,
-    /// How long each of several hosts may take from TCP's connect to the end of the login: `connect_timeout`, as in
-    /// libpq. (To `postgres` that covers TCP's connect only, and a node that hangs would keep the next from being tried
-    /// for ever.)
+    /// How long each of several hosts may take from the TCP connect to the end of the login: `connect_timeout`, as in
+    /// libpq. (In `postgres` it covers the TCP connect only, and a node that hangs would keep it from the next one for
+    /// ever.)
     pub(super) host_limit: Option<Duration>,
 }
 
@@ -45,7 +44,7 @@ pub(super) enum Transport<S> {
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 
 /// Does what `postgres` does between the TCP connect and the startup packet, by the user's terms. A mode that is not
-/// known here is taken as the strictest.
+/// known here counts as the strictest.
 pub(super) async fn negotiate<C>(
     mut socket: Socket,
     tls: Result<C, NegotiationError>,
@@ -85,24 +84,25 @@ where
     }
 }
 
-/// Whether a handshake failed because the answer was no TLS at all, by the words of rustls and of OpenSSL. A server
-/// that has no process for a client answers in clear, whatever it was asked.
+/// Whether a handshake failed because the answer was no TLS at all, by the error texts of rustls and OpenSSL. A server
+/// that has no process for a client answers in clear text, whatever it was asked.
 pub(in crate::postgres) fn is_answer_in_clear(error: &(dyn StdError + 'static)) -> bool {
     let text = error.to_string();
     ["InvalidContentType", "wrong version number", "packet length too long"].iter().any(|words| text.contains(words))
         || error.source().is_some_and(is_answer_in_clear)
 }
 
-/// How much of an error is read that comes instead of TLS, in bytes.
+/// How much is read of an error that comes instead of TLS, in bytes: as much as is shown of a cause.
 const LONGEST_ERROR: usize = 1024;
-/// For how long that error is waited for at most.
+/// How long to wait for the rest of that error: as a rule it comes with the first byte.
 const ERROR_LIMIT: Duration = Duration::from_secs(1);
 
-/// The text of an error that came in answer to the request for TLS, of which the tag has been read. Anybody on the way
-/// may have sent it: it is for people, and nothing is concluded from it.
+/// The text of an error that came in answer to the request for TLS, whose tag has been read. Anybody on the way may have
+/// sent it, so it is shown to people, and nothing is concluded from it.
 ///
-/// A server that has no process for a client sends the error of the second version of the protocol, a text that ends
-/// with a NUL; others might send that of the third, fields behind a length. No text begins as such a length does.
+/// A server that has no process for a client sends an error of the second version of the protocol: a text that ends with a
+/// NUL. Others might send an error of the third version: fields behind a length. A length begins with a zero byte, and no
+/// text does.
 async fn error_text(socket: &mut Socket) -> String {
     let (mut received, mut piece) = (Vec::new(), [0; LONGEST_ERROR]);
     let is_whole = |error: &[u8]| match error {
@@ -117,7 +117,7 @@ async fn error_text(socket: &mut Socket) -> String {
             }
         }
     };
-    // The part that has come by the limit will do.
+    // After the limit the part that has come is enough.
     let _ = timeout(ERROR_LIMIT, read).await;
     let text = match &*received {
         [0, _, _, _, fields @ ..] => fields.split(|&byte| byte == 0).find_map(|field| field.strip_prefix(b"M")),
@@ -126,24 +126,24 @@ async fn error_text(socket: &mut Socket) -> String {
     text::brief(String::from_utf8_lossy(text.unwrap_or_default()).trim_end(), text::CAUSE / 2)
 }
 
-/// Why there was no stream to log in over. The texts are those of `postgres` where it has the case.
+/// Why there was no stream to log in over. Where `postgres` has the same case, the text is the same.
 #[derive(Debug)]
 pub(in crate::postgres) enum NegotiationError {
-    /// By [`Watch::abort`](super::Watch::abort).
+    /// [`Watch::abort`](super::Watch::abort) was called.
     Aborted,
     /// The socket failed before the server had answered the request for TLS.
     Io(io::Error),
-    /// The user's terms require TLS, and the server does not do it.
+    /// The user's terms require TLS, and the server has none.
     Declined,
     /// The server answered the request for TLS with an error, of this text.
     Failed(String),
     /// The server answered the request for TLS with this byte, which is no answer.
     NoAnswer(u8),
-    /// TLS was begun without asking for it, and the answer was no TLS.
+    /// TLS was begun without a request for it (`direct`), and the answer was no TLS.
     InClear(BoxError),
     /// The user's terms are `prefer` with `direct`.
     Weak,
-    /// TLS was wanted, and the configuration has addresses only.
+    /// TLS was needed, and the configuration has addresses only.
     NoHostName,
     /// The connector refused to begin, for an invalid host name, say.
     Connector(BoxError),
@@ -157,8 +157,8 @@ impl NegotiationError {
         error.source()?.downcast_ref()
     }
 
-    /// Whether the same attempt may succeed in a moment: the connection failed, not the agreement. A failed handshake
-    /// is taken for a disagreement unless an I/O error in it says that the stream ended.
+    /// Whether the same attempt may succeed in a moment: the connection failed, and not the agreement. A failed handshake
+    /// counts as a disagreement unless an I/O error in it says that the stream ended.
     pub(in crate::postgres) fn is_transient(&self) -> bool {
         match self {
             NegotiationError::Aborted
@@ -211,7 +211,7 @@ impl fmt::Display for NegotiationError {
     }
 }
 
-// Transparent: it shows what it holds, so its source is what lies behind that.
+// Its text is that of the error inside it, so its source is the source of that error.
 impl StdError for NegotiationError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {

@@ -1,30 +1,30 @@
-//! Opens connections that are watched from outside the `postgres` crate, and can be aborted.
+//! [`Observer`]: opens connections that are watched from outside the `postgres` crate, and can be aborted.
 //!
-//! What `postgres::Client` does not tell, its bytes do: the transaction status, the backend's pid, whether a request is
-//! unanswered, whether requests and answers still match. And whoever holds the stream can end it: a [`Watch`] can
+//! The bytes show what `postgres::Client` does not: the transaction status, the backend's pid, whether a request is
+//! unanswered, whether requests and answers still match. And the owner of the stream can end it: a [`Watch`] can
 //! [`abort`](Watch::abort) a handshake, a login, a query or a drop that would otherwise wait for a silent server.
 //!
 //! # How
 //!
-//! The only door to the stream is the TLS connector. [`Observer`] wraps the user's, and on a private copy of the user's
-//! configuration always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest` of its
-//! own and hands the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
-//! ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a scanner beside it. A test fails
-//! should `postgres` ever stop working this way.
+//! The only way to the stream is the TLS connector. [`Observer`] wraps the user's connector. On a private copy of the
+//! user's configuration it always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest`
+//! of its own and gives the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
+//! ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a scanner beside it.
+//! The test `postgres_hands_the_bare_socket_to_the_connector` fails if `postgres` ever stops working this way.
 //!
-//! # What it must never do
+//! # What must always hold
 //!
-//! * What [`negotiation`](super::negotiation) promises of plaintext and TLS.
-//! * Channel binding is the TLS stream's own; plaintext has none.
+//! * Clear text and TLS: what [`negotiation`](super::negotiation) promises.
+//! * Channel binding is that of the TLS stream; a stream in clear text has none.
 //! * `postgres` reserves as much memory as a message claims to be long, and keeps all that comes. So until the login is
-//!   over what is too long or too much is refused in [`Tap`], before it is passed on.
-//! * The rewritten configuration stays in here.
+//!   over [`Tap`] refuses a message that is too long, and too many messages, before it passes them on.
+//! * The rewritten configuration does not leave this file.
 //!
 //! # Limits
 //!
-//! A unix socket does not pass through the connector. TCP's own connect and the name lookup happen before it: the
-//! former is bounded by `connect_timeout` for each address, and only then is an abort seen; the latter by the system's
-//! resolver. `cancel_token().cancel_query(NoTls)` fails on an observed client; [`Observer::cancel`] does it.
+//! A unix socket does not pass through the connector. The name lookup and the TCP connect happen before it, so an abort is
+//! seen only after them. The system's resolver bounds the lookup; `connect_timeout` bounds the connect, for each address.
+//! `cancel_token().cancel_query(NoTls)` fails on an observed client; use [`Observer::cancel`].
 
 use super::negotiation::{NegotiationError, Terms, negotiate};
 use super::tap::{Tap, is_over, too_slow};
@@ -61,7 +61,7 @@ where
 /// Opens connections that are watched.
 #[derive(Clone)]
 pub(in crate::postgres) struct Observer<T> {
-    /// Rewritten, and therefore private: no one may take its `sslmode` for the user's.
+    /// Rewritten, and therefore private: no other code may take its `sslmode` for the user's.
     config: Config,
     tls: T,
     terms: Terms,
@@ -102,9 +102,8 @@ impl<T: Connector> Observer<T> {
         self.config.connect(self.watched_by(watch))
     }
 
-    /// Asks the server to cancel what the token's connection is doing, over a connection of its own: `watch` must be a
-    /// new one, and can abort this call. Returns when the server has hung up, by which it says that it has taken the
-    /// request.
+    /// Asks the server to cancel what the token's connection is doing, over a connection of its own. `watch` must be a new
+    /// one, and can abort this call. Returns when the server has hung up, which means that it has taken the request.
     ///
     /// # Errors
     ///
@@ -133,7 +132,7 @@ impl<T: Connector> MakeTlsConnect<Socket> for Observed<T> {
     type Error = NegotiationError;
 
     fn make_tls_connect(&mut self, host: &str) -> Result<Self::TlsConnect, NegotiationError> {
-        // An error here counts only if TLS is really wanted.
+        // The error is kept and counts only if the negotiation comes to TLS.
         let tls = if self.terms.nameless {
             Err(NegotiationError::NoHostName)
         } else {

@@ -1,12 +1,12 @@
-//! [`Probe`]: how a stream answers a look at a connection that sends the server nothing. See [`look`](super::look()).
+//! [`Probe`]: a stream's part in a look at its connection, which sends the server nothing. See [`look`](super::look()).
 //!
-//! While a look is under way, the stream makes up one notification as soon as there is nothing more to be read.
+//! While a look is under way, the stream makes up one notification as soon as there is nothing more to read.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Context;
 use tokio::io::ReadBuf;
 
-/// A notification that no server sends, for its channel has no name.
+/// A notification that no server sends, since its channel has no name.
 const MADE_UP: [u8; 11] = *b"A\0\0\0\x0a\0\0\0\0\0\0";
 
 /// How far a look has come.
@@ -17,9 +17,9 @@ pub(super) struct Probe(AtomicU8);
 const NONE: u8 = 0;
 /// Nothing was read yet.
 const BEGUN: u8 = 1;
-/// There was nothing to be read, and the runtime is asked to ask the system.
+/// There was nothing to read, and the runtime was woken so that it asks the system.
 const ASKED: u8 = 2;
-/// There is nothing to be read. This, and above it as many bytes of the made-up message as are still to be fed.
+/// There is nothing to read. The state is this number plus the number of bytes of the made-up message that are left.
 const FED: u8 = 3;
 
 impl Probe {
@@ -38,8 +38,8 @@ impl Probe {
         true
     }
 
-    /// The stream has nothing to be read at the moment, and stands between two messages or not. `true`: there is
-    /// something to be [fed](Probe::feed) now.
+    /// To be called when the stream has nothing to read; `between_messages`: whether it stands between two messages.
+    /// `true`: the made-up message is to be [fed](Probe::feed) now.
     pub(super) fn on_nothing(&self, cx: &Context<'_>, between_messages: bool) -> bool {
         match self.0.load(Ordering::Relaxed) {
             BEGUN => {

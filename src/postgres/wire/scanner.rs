@@ -1,12 +1,12 @@
-//! Follows the messages of one connection, and knows what the server still has to answer.
+//! [`Scanner`]: follows the messages of one connection, and knows what the server still has to answer.
 //!
-//! A [`Scanner`] is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
-//! messages and at the bodies of four short kinds from the server; nothing that the user sends is kept. It cannot fail:
+//! A scanner is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
+//! messages and at the bodies of four short kinds from the server; it keeps nothing that the user sends. It cannot fail:
 //! bytes that are not the protocol only make it [poisoned](Scanner::is_poisoned). Until the login is over anybody may
 //! be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
 //!
-//! It rests on two facts of the protocol. Answers come in the order of the requests, so a queue of requests tells which
-//! one a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is
+//! It relies on two facts of the protocol. Answers come in the order of the requests, so a queue of requests shows which
+//! request a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is
 //! under way.
 
 use super::frames::{BadLength, Frames, STARTUP};
@@ -31,7 +31,7 @@ const ERROR_PREFIX: usize = 1024;
 /// [`Scanner::is_busy`] the status may be one request old.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::postgres) enum Status {
-    /// The server has not sent one yet, or one with a status that the protocol does not have.
+    /// The server has sent no `ReadyForQuery` yet, or one with a status that the protocol does not have.
     Unknown,
     Idle,
     InTransaction,
@@ -51,7 +51,7 @@ enum Request {
     Bind,
     /// A batch of nothing but `Close`, which is what `postgres` sends when a statement is dropped. Nobody waits for it.
     Close,
-    /// It has failed, and awaits nothing else.
+    /// A request that has failed, and awaits nothing else.
     Failed,
     /// A batch of nothing but `Close` that has failed.
     FailedClose,
@@ -67,7 +67,7 @@ impl Request {
     }
 }
 
-/// What the server has answered of a request whose last byte has not been sent: a write may be cut inside it.
+/// What the server has answered to a request whose last byte has not been sent: a write may end inside a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Early {
     Nothing,
@@ -83,19 +83,19 @@ enum Batch {
     Empty,
     /// Only `Close`.
     Closes,
-    /// A `Bind`, perhaps after some `Close`, and whatever followed it.
+    /// A `Bind`, perhaps after some `Close`, and any messages after it.
     BindFirst,
     Other,
 }
 
-/// Knows one connection by the bytes that pass; see the [module](self).
+/// What is known of one connection by its bytes; see the [module](self).
 #[derive(Debug)]
 pub(super) struct Scanner {
     backend: Frames,
     frontend: Frames,
-    /// The oldest first.
+    /// The requests that are not answered to their end, the oldest first.
     pending: VecDeque<Request>,
-    /// What was answered while nothing was pending. The next request takes it over.
+    /// What was answered while nothing was pending. It belongs to the next request.
     early: Early,
     batch: Batch,
     status: Status,
@@ -103,7 +103,7 @@ pub(super) struct Scanner {
     /// From `CopyInResponse` to the next `ReadyForQuery`.
     copy_in: bool,
     poisoned: bool,
-    /// A message had a length that cannot be, so where the next one begins is not known, and nothing is read any more.
+    /// A message had a length that cannot be. So it is not known where the next one begins, and nothing is read any more.
     unreadable: bool,
     /// The server's side ended, by its own close or by an error of the socket.
     ended: bool,
@@ -118,17 +118,17 @@ pub(super) struct Scanner {
     failed_request: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
-    /// How many bytes the server may still send until the login is over; `None` once it is.
+    /// How many bytes the server may still send until the login is over; `None` once it is over.
     login_left: Option<usize>,
     login_fault: Option<LoginFault>,
 }
 
-/// A message before the login is over that must be neither believed nor waited for.
+/// What is wrong with a message that came before the login was over, and must not be passed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum LoginFault {
-    /// A message with this tag and of so many bytes.
+    /// The message has this tag and so many bytes, which are too many.
     TooLong(u8, usize),
-    /// Message after message.
+    /// All messages together have too many bytes.
     TooMuch,
     /// An error by the second version of the protocol: a text without a length. A server that cannot even start a
     /// process for a client speaks like that.
@@ -162,8 +162,8 @@ impl fmt::Display for LoginFault {
 
 impl std::error::Error for LoginFault {}
 
-/// How many bytes of a message's body are kept until its end has come. The longest parameter of interest is
-/// `default_transaction_read_only`.
+/// How many bytes of a message's body are kept until its end has come. Of a parameter (`S`) 64 are enough: the longest of
+/// interest is `default_transaction_read_only`.
 fn body_prefix(tag: u8) -> usize {
     match tag {
         b'Z' => 1,
@@ -201,8 +201,7 @@ impl Scanner {
         }
     }
 
-    /// These bytes went to the server. Only the bytes that the stream accepted belong here, or a retry is counted
-    /// twice.
+    /// These bytes went to the server. Only the bytes that the stream accepted may be given, or a retry counts twice.
     pub(super) fn sent(&mut self, mut bytes: &[u8]) {
         while !self.unreadable {
             match self.frontend.next(&mut bytes, |_| 0, usize::MAX) {
@@ -230,17 +229,18 @@ impl Scanner {
         }
     }
 
-    /// What is wrong with the message whose header has just come, before the login is over; `rest` came behind it.
+    /// What is wrong with the length of the message whose header has just come, before the login is over. `rest` came
+    /// behind it.
     fn fault_of_length(&self, left: usize, rest: &[u8]) -> Option<LoginFault> {
         let (tag, length) = self.backend.header();
         if tag == b'E' && left == LONGEST_LOGIN && !length.iter().any(u8::is_ascii_control) {
-            // As libpq tells them apart: no error is as long as a text is when its first letters are read as a length.
+            // As in libpq: if the first letters of a text are read as a length, it is longer than any error.
             let text = length.iter().chain(rest).take(ERROR_PREFIX).take_while(|&&byte| byte != 0);
             let text = text.copied().collect::<Vec<_>>();
             return Some(LoginFault::PlainText(String::from_utf8_lossy(&text).into_owned()));
         }
         match u32::from_be_bytes(length) as usize {
-            // Of such a length `postgres` makes an error of its own.
+            // `postgres` itself refuses such a length.
             ..4 => None,
             length if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(LoginFault::TooMuch),
             length => Some(LoginFault::TooLong(tag, length)),
@@ -252,7 +252,7 @@ impl Scanner {
         self.ended = true;
     }
 
-    /// The end of a message of the frontend's.
+    /// The frontend has sent a message to its end.
     fn on_frontend(&mut self, tag: u8) {
         match tag {
             STARTUP | b'Q' | b'F' => {
@@ -279,7 +279,7 @@ impl Scanner {
         }
     }
 
-    /// A request is sent to its end.
+    /// The frontend has sent a request to its end.
     fn push(&mut self, request: Request) {
         let early = std::mem::replace(&mut self.early, Early::Nothing);
         self.pending.push_back(match (early, request) {
@@ -290,7 +290,7 @@ impl Scanner {
         });
     }
 
-    /// The end of a message of the backend's.
+    /// The backend's message has come to its end.
     fn on_backend(&mut self, tag: u8) {
         let body = self.backend.prefix();
         if let Some(left) = &mut self.login_left {
@@ -372,13 +372,13 @@ impl Scanner {
         self.poisoned = true;
     }
 
-    /// As of the last `ReadyForQuery`.
+    /// The status as of the last `ReadyForQuery`.
     pub(super) fn status(&self) -> Status {
         self.status
     }
 
-    /// What the server, or a pooler in its place, calls this backend: a name for logs. PgBouncer's are its own and may
-    /// be negative.
+    /// The pid by which the server, or a pooler in its place, calls this backend. PgBouncer's numbers are its own and may be
+    /// negative.
     pub(super) fn pid(&self) -> Option<i32> {
         self.pid
     }
@@ -406,13 +406,13 @@ impl Scanner {
         self.has_unanswered() || self.is_mid_message()
     }
 
-    /// The beginning of a message of the server's has come, and its end has not.
+    /// The beginning of a message from the server has come, and its end has not.
     pub(super) fn is_mid_message(&self) -> bool {
         self.backend.is_inside()
     }
 
-    /// A request is half sent or not yet answered to its end, or there is a COPY. The closing of a dropped statement
-    /// does not count, for it cannot fail.
+    /// A request is half sent or not yet answered to its end, or there is a COPY. The `Close` of a dropped statement does
+    /// not count, since it cannot fail.
     pub(super) fn has_unanswered(&self) -> bool {
         let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
@@ -431,12 +431,12 @@ impl Scanner {
         self.failed_request
     }
 
-    /// Whatever has failed until now left nothing behind.
+    /// The requests that have failed until now left nothing behind.
     pub(super) fn forget_failures(&mut self) {
         self.failed_request = false;
     }
 
-    /// Nothing more can come of it: it is poisoned, or the server has hung up, or sent an error by which it does.
+    /// The connection is of no use any more: it is poisoned, or the server has hung up, or sent an error with which it does.
     pub(super) fn is_lost(&self) -> bool {
         self.poisoned || self.ended || self.fatal.is_some()
     }
@@ -446,7 +446,7 @@ impl Scanner {
         self.status == Status::Idle && !self.is_busy() && !self.is_lost()
     }
 
-    /// [Idle](Scanner::is_idle), without a refused write or a missed statement: as a connection is after most uses.
+    /// [Idle](Scanner::is_idle), without a refused write or a missing statement: as a connection is after most uses.
     pub(super) fn is_clean(&self) -> bool {
         self.is_idle() && !self.refused_write && !self.missed_statement
     }
@@ -477,8 +477,8 @@ impl Scanner {
         std::mem::take(&mut self.refused_statement)
     }
 
-    /// A prepared statement was asked for that the server does not have, at any time. Whatever removed it may have
-    /// removed those of the `postgres` crate as well, which does not notice.
+    /// At any time a prepared statement was asked for that the server did not have. Whatever removed it may have removed
+    /// the statements of the `postgres` crate as well, which does not notice.
     pub(super) fn has_missed_a_statement(&self) -> bool {
         self.missed_statement
     }

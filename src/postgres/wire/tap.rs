@@ -1,4 +1,4 @@
-//! [`Tap`]: the stream that `postgres` gets, with a [`Scanner`](super::scanner::Scanner) beside it.
+//! [`Tap`]: the stream that `postgres` gets. A [`Scanner`](super::scanner::Scanner) sees every byte that passes.
 
 use super::negotiation::Transport;
 use super::scanner::Status;
@@ -10,7 +10,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
-/// Runs out if a host does not end the login in time; `None` once it has, or if there is no such limit.
+/// Runs out if a host does not end the login in time; `None` once the login has ended, or if there is no such limit.
 pub(super) type LoginTimer = Option<Pin<Box<Sleep>>>;
 
 pub(super) fn is_over(timer: &mut LoginTimer, cx: &mut Context<'_>) -> bool {
@@ -30,8 +30,8 @@ pub(super) struct Tap<S> {
     pub(super) transport: Transport<S>,
     pub(super) watched: Watched,
     pub(super) login_timer: LoginTimer,
-    /// Hang up only after the other side has: for a request to cancel. libpq does so, `postgres` does not, and
-    /// PgBouncer 1.18 forgets the request when its sender is gone, or ends itself (pgbouncer #801).
+    /// Hang up only after the other side has hung up: for a request to cancel. libpq does so, `postgres` does not. PgBouncer
+    /// 1.18 forgets such a request when its sender is gone, or ends itself (pgbouncer #801).
     pub(super) lingers: bool,
 }
 
@@ -103,7 +103,7 @@ impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
                 let mut buf = ReadBuf::new(&mut ignored);
                 match ready!(self.stream(cx)?.poll_read(cx, &mut buf)) {
                     Ok(()) if !buf.filled().is_empty() => {}
-                    // The other side has hung up, in good order or by a reset: there is nobody left to say good-bye to.
+                    // The other side has hung up, in good order or by a reset, so there is nothing to shut down.
                     _ => return Poll::Ready(Ok(())),
                 }
             }

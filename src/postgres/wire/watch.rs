@@ -1,6 +1,6 @@
 //! [`Watch`]: what is known of one connection, and the switch that aborts it. The stream and the pool share it.
 //!
-//! Its questions block on nothing but a short lock, so any thread may ask them at any time.
+//! Its methods block on nothing but a short lock, so any thread may call them at any time.
 
 use super::probe::Probe;
 use super::scanner::{Scanner, Status};
@@ -16,8 +16,8 @@ use std::task::{Context, Waker};
 pub(in crate::postgres) struct Watch {
     scanner: Mutex<Scanner>,
     aborted: AtomicBool,
-    /// Wakes the thread that waits for the stream. It keeps that thread's runtime alive, so it goes when the stream
-    /// goes.
+    /// Wakes the thread that waits for the stream. A waker keeps that thread's runtime alive, so it is dropped with the
+    /// stream.
     waker: Mutex<Option<Waker>>,
     pub(super) probe: Probe,
 }
@@ -32,9 +32,9 @@ impl Watch {
         })
     }
 
-    /// Ends the connection, for good: whatever waits for it now or later fails at once with `ConnectionAborted`.
+    /// Ends the connection for good: every call that waits for it, now or later, fails at once with `ConnectionAborted`.
     pub(in crate::postgres) fn abort(&self) {
-        // In this order: see [`Watched::check`].
+        // The switch is set before the waker is taken: see [`Watched::check`].
         self.aborted.store(true, Ordering::SeqCst);
         let waker = self.waker.lock().take();
         if let Some(waker) = waker {
@@ -61,31 +61,31 @@ impl Watch {
         self.scanner.lock().in_copy()
     }
 
-    /// See [`Scanner::is_busy`]. Not a fault: after an error the answer's end is often still under way. A ping that is
-    /// answered in time settles it.
+    /// See [`Scanner::is_busy`]. To be busy is no fault: after an error the answer's end is often still under way, and comes
+    /// before the answer to a ping.
     pub(in crate::postgres) fn is_busy(&self) -> bool {
         self.scanner.lock().is_busy()
     }
 
-    /// See [`Scanner::is_mid_message`]. Not a fault either: the rest is on its way, and comes before the next answer.
+    /// See [`Scanner::is_mid_message`]. This is no fault either: the rest is on its way, and comes before the next answer.
     pub(in crate::postgres) fn is_mid_message(&self) -> bool {
         self.scanner.lock().is_mid_message()
     }
 
-    /// A caller may be waiting for an answer of which nothing decisive has come. (Of a failed request the end may
-    /// remain unread while nobody uses the connection.)
+    /// A caller may be waiting for an answer, and the backend at work for it. (A request that has failed does not count: its
+    /// end may remain unread while the connection is not used.)
     pub(in crate::postgres) fn is_waiting(&self) -> bool {
         let scanner = self.scanner.lock();
         scanner.has_unanswered() && !scanner.has_oldest_failed() && !scanner.is_lost() && !self.is_aborted()
     }
 
-    /// The connection can only be thrown away.
+    /// The connection can only be closed.
     pub(in crate::postgres) fn is_lost(&self) -> bool {
         self.is_aborted() || self.scanner.lock().is_lost()
     }
 
-    /// Fit for any caller: nothing under way, no transaction, not lost. A request that is queued and not yet written is
-    /// not seen: [`flush`](super::flush) first.
+    /// The connection is fit for any caller: nothing is under way, no transaction is open, and it is not lost. A request that
+    /// is queued and not yet written is not seen: [`flush`](super::flush) first.
     pub(in crate::postgres) fn is_idle(&self) -> bool {
         self.scanner.lock().is_idle() && !self.is_aborted()
     }
@@ -100,7 +100,7 @@ impl Watch {
         self.scanner.lock().has_failed_request()
     }
 
-    /// It was made sure that questions and answers match.
+    /// To be called when it is certain that questions and answers match.
     pub(in crate::postgres) fn forget_failures(&self) {
         self.scanner.lock().forget_failures();
     }
@@ -111,7 +111,7 @@ impl Watch {
         std::str::from_utf8(&code).ok().map(SqlState::from_code)
     }
 
-    /// With which SQLSTATE, and with which text, the server ended the connection.
+    /// The SQLSTATE and the text with which the server ended the connection.
     pub(in crate::postgres) fn fatal_error(&self) -> Option<(SqlState, String)> {
         let code = self.fatal()?;
         Some((code, self.scanner.lock().fatal_text().unwrap_or_default().to_owned()))
@@ -132,8 +132,8 @@ impl Watch {
         self.scanner.lock().take_refused_statement()
     }
 
-    /// The node says that it takes writes, as of the last answer: a refused one was refused for its transaction.
-    /// Servers before 14 and poolers say nothing.
+    /// The node says that it takes writes, as of the last answer. So if a write was refused, it was for its transaction.
+    /// Servers before PostgreSQL 14 and poolers say nothing.
     pub(in crate::postgres) fn takes_writes(&self) -> bool {
         let scanner = self.scanner.lock();
         let node = (scanner.in_hot_standby(), scanner.read_only_by_default());
@@ -169,18 +169,19 @@ impl Watch {
     }
 }
 
-/// A stream's half of its watch: holding one means that this stream is the one being watched.
+/// A stream's half of its watch. The stream that has this is the one that is watched.
 pub(super) struct Watched(Arc<Watch>);
 
 impl Watched {
-    /// Begins a new stream. One `connect` may try several addresses, and what was known of the last one is void.
+    /// Begins a new stream. One `connect` may try several addresses, so all that was known of the last stream is forgotten.
     pub(super) fn begin(watch: Arc<Watch>) -> Watched {
         *watch.scanner.lock() = Scanner::new();
         Watched(watch)
     }
 
-    /// Fails if the connection was aborted. Stands before every poll: the waker is left first, and then the switch is
-    /// read; [`Watch::abort`] does it the other way round. So an abort is seen either here or by being woken.
+    /// Fails if the connection was aborted. It is called before every poll. It stores the waker first, and then reads the
+    /// switch; [`Watch::abort`] sets the switch first, and then takes the waker. So a stream either sees the abort here, or
+    /// is woken by it.
     pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
         match &mut *self.0.waker.lock() {
             Some(waker) => waker.clone_from(cx.waker()),

@@ -1,4 +1,4 @@
-//! What a panic of the reaper costs.
+//! A panic of the reaper does not stop its clock, and in this repository it ends the process.
 
 use super::*;
 use crate::doc_manager::DocManager;
@@ -10,14 +10,14 @@ use std::time::Instant;
 
 static STRIKE: AtomicBool = AtomicBool::new(false);
 
-/// Panics once when it is told to.
+/// Called before each look of a reaper. Panics once if [`STRIKE`] is set.
 pub(super) fn strike() {
     if STRIKE.swap(false, Ordering::SeqCst) {
         panic!("a defect on purpose");
     }
 }
 
-/// A process of its own, for what ends one, and for the pool of which the reaper panics to be the only one.
+/// Runs [`its_reaper_panics`] in a process of its own: the panic may end it, and its pool must be the only one there.
 fn pool_whose_reaper_panics(aborts: bool) -> Output {
     let mut command = Command::new(std::env::current_exe().unwrap());
     let module = module_path!().split_once("::").unwrap().1;
@@ -46,7 +46,7 @@ impl log::Log for Log {
 static LOG: Log = Log(Mutex::new(Vec::new()));
 
 #[test]
-#[ignore = "a part of the others, in a process of its own"]
+#[ignore = "the other tests of this file run it, in a process of its own"]
 fn its_reaper_panics() {
     log::set_logger(&LOG).unwrap();
     log::set_max_level(log::LevelFilter::Error);

@@ -1,4 +1,4 @@
-//! What an audit found: [`Audit`], its [`Backend`]s, and whose each is.
+//! The result of an audit: [`Audit`], its [`Backend`]s, and the [`Owner`] of each.
 
 use crate::ConnectionInfo;
 use crate::postgres::operations::manager::Pool;
@@ -30,24 +30,24 @@ pub struct Audit {
     pub pool: String,
     /// The role whose backends were looked for.
     pub role: String,
-    /// The database in which.
+    /// The database in which they were looked for.
     pub database: String,
     /// The `application_name` of this process's connections, by which others were looked for. If it ends in this
-    /// process's id in brackets, as that of this manager does, others may have theirs there; otherwise it must be the
-    /// same.
+    /// process's id in brackets, as that of this manager does, another process may have its own id there. Otherwise it
+    /// must be the same.
     pub application_name: String,
-    /// What the server has, the oldest first.
+    /// The server's backends, the oldest first.
     pub backends: Vec<Backend>,
-    /// Connections of the pool of which the server knows nothing: they were ended and the pool has not noticed yet, or
-    /// lead to another server.
+    /// Connections of the pool that the server does not know: they were ended and the pool has not noticed yet, or lead to
+    /// another server.
     pub missing: Connections,
-    /// What could not be known, and why.
+    /// What could not be found out, and why.
     pub notes: Vec<String>,
     pub(super) log: Log,
 }
 
 impl Audit {
-    /// The backends that are proven to be nobody's. See [`audit`](crate::postgres::audit()) for what that takes.
+    /// The backends that are proven to have no client any more. See [`audit`](crate::postgres::audit()) for what that takes.
     pub fn orphans(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|b| b.owner == Owner::Orphaned)
     }
@@ -79,16 +79,16 @@ impl fmt::Debug for Log {
 pub struct Backend {
     /// The process id of the backend, on the server's host.
     pub pid: i32,
-    /// As its client set it.
+    /// Its `application_name`, as its client set it.
     pub application_name: String,
-    /// The process id of its client, as its `application_name` has it. A hint: the process may be on another machine,
-    /// or in a container with numbers of its own, and a pooler passes on its client's.
+    /// The process id of its client, by its `application_name`. It is a hint only: the process may be on another machine,
+    /// or in a container with numbers of its own, and a pooler passes on the name of its client.
     pub process: Option<u32>,
     /// Its client's address, as the server sees it. `None`: a unix socket, or hidden.
     pub client: Option<SocketAddr>,
     /// When the server started it. `None`: hidden from the role that asked.
     pub backend_start: Option<SystemTime>,
-    /// Since then, by the server's clock. `None`: hidden.
+    /// The time since then, by the server's clock. `None`: hidden.
     pub age: Option<Duration>,
     /// `active`, `idle`, `idle in transaction`, ... `None`: hidden.
     pub state: Option<String>,
@@ -96,18 +96,18 @@ pub struct Backend {
     pub since: Option<Duration>,
     /// How long it has been in a transaction, if it is.
     pub in_transaction_for: Option<Duration>,
-    /// What it waits for: type and name of the wait event, if any. An idle one waits for its client.
+    /// What it waits for: type and name of the wait event, if any. An idle backend waits for its client.
     pub waiting_on: Option<String>,
     /// Whose it is.
     pub owner: Owner,
     /// The pool's own row for it, if it has one.
     pub connection: Option<ConnectionInfo>,
-    /// Why no more can be said of whose it is.
+    /// Why its owner is not known, if it is not.
     pub note: Option<String>,
 }
 
 impl Backend {
-    /// How long it has been idle, be it in a transaction or not, if it is.
+    /// How long it has been idle, in a transaction or not, if it is idle.
     pub fn idle_for(&self) -> Option<Duration> {
         if self.is_idle() { self.since } else { None }
     }
@@ -116,7 +116,7 @@ impl Backend {
         self.state.as_ref().is_some_and(|state| state.starts_with("idle"))
     }
 
-    /// Whether this is the same backend as one that was seen before.
+    /// Whether this is the same backend as `earlier`.
     pub(super) fn is(&self, earlier: &Backend) -> bool {
         (self.pid, self.backend_start, &self.application_name)
             == (earlier.pid, earlier.backend_start, &earlier.application_name)
@@ -134,26 +134,28 @@ impl Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Owner {
-    /// This pool's: its own row is in [`Backend::connection`]. The server gave the pool this very pid for it, and this
-    /// process holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network
-    /// behind translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may
-    /// have passed it on since. Where connections are not [observed](crate::postgres#the-observer), a pooler cannot be
-    /// seen, and a [note](Audit::notes) says so.)
+    /// This pool's: its row is in [`Backend::connection`]. The server gave the pool this very pid for it, and this process
+    /// holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network behind
+    /// translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may have passed
+    /// the backend on since. Where connections are not [observed](crate::postgres#the-observer), a pooler cannot be seen,
+    /// and a [note](Audit::notes) says so.)
     Pool,
-    /// The connection that the audit itself was made on.
+    /// The connection on which the audit itself was made.
     Audit,
     /// This process's, but not in the pool: detached, being opened or closed, abandoned, or of another pool of the same
-    /// name; or of a proxy or tunnel within this process, whoever is behind it.
+    /// name; or of a proxy or tunnel within this process, for any client.
     ThisProcess,
-    /// Another process's, on this host: a pool of the same name, a pooler, or the end of a tunnel. Somebody holds it.
+    /// Another process's, on this host: a pool of the same name, a pooler, or the end of a tunnel. That process holds the
+    /// client's end.
     Other,
-    /// Nobody's: it is busy, and the client's end of its connection is closed. Nobody can ever read its answer.
+    /// No process's: the backend is busy, and the client's end of its connection is closed. No process can ever read its
+    /// answer.
     Orphaned,
-    /// Not to be known from here: [`Backend::note`] says why.
+    /// The owner cannot be found out from here: [`Backend::note`] says why.
     Unknown,
 }
 
-/// What the tests of an audit find.
+/// Backends for the tests of an audit.
 #[cfg(test)]
 pub(super) mod staged {
     use super::*;

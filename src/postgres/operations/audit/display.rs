@@ -1,4 +1,4 @@
-//! How an [`Audit`] is shown: a table, and what could not be known.
+//! How an [`Audit`] is shown: a table, and notes on what could not be found out.
 
 use super::backend::{Audit, Backend, Owner};
 use crate::leaf::text::{Short, Shown, write_table};
@@ -34,7 +34,7 @@ impl fmt::Display for Audit {
                 time(b.since),
                 time(b.age),
                 time(b.in_transaction_for),
-                // That an idle one waits for its client is what idle means.
+                // An idle backend always waits for its client.
                 or(b.waiting_on.clone().filter(|_| !b.is_idle())),
                 b.whose(),
             ]

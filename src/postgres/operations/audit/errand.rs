@@ -1,4 +1,4 @@
-//! A connection for one errand: an audit, or the end of a backend.
+//! A connection for one errand: to make an audit, or to end backends.
 
 use crate::postgres::error::Error;
 use crate::postgres::operations::manager::{Pool, PostgresManager};
@@ -37,7 +37,7 @@ pub(super) fn on_a_connection<T: Connector, R>(
     }
 }
 
-/// Aborts a connection at its limit, unless it is dropped before.
+/// Aborts a connection at its limit, unless the timer is dropped before.
 struct Timer(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Timer {

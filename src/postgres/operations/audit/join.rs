@@ -18,9 +18,9 @@ use std::collections::{BTreeMap, HashSet};
 /// an `application_name` of the pool's name with any process id. (If you set `application_name` yourself: that very
 /// name, whoever has it. If yours ends in the process id as ` [4711]`: with any process id.)
 ///
-/// It opens a connection of its own, with the pool's manager and within its `open_timeout`, which covers the questions
-/// as well: a pool that is exhausted is exactly when one wants to know. Only if the server has no room for one more
-/// does it check one out of the pool, waiting as [`get`](crate::Pool::get) does.
+/// It opens a connection of its own, since the pool may be exhausted at the very time when an audit is needed. It uses the
+/// pool's manager and its `open_timeout`, which covers the questions as well. Only if the server has no room for one more
+/// does it check a connection out of the pool, and waits as [`get`](crate::Pool::get) does.
 ///
 /// Give your pools names: `millpond-1`, the default, is the same in every application.
 ///
@@ -38,7 +38,7 @@ use std::collections::{BTreeMap, HashSet};
 /// # What an orphan is, and what cannot be known
 ///
 /// A backend is called [orphaned](Owner::Orphaned) if it is busy and this host's kernel (Linux, by its `/proc`) says of
-/// both ends of its connection that nobody can use it any more. All of this has to hold; otherwise
+/// both ends of its connection that no process can use it any more. All of this has to hold; otherwise
 /// [`note`](Backend::note) says what does not:
 ///
 /// * the server runs on this host, in the same namespaces of network and processes, and the audit reached it over TCP
@@ -48,20 +48,20 @@ use std::collections::{BTreeMap, HashSet};
 /// * the client's end is on this host, and closed: no process holds it. (The kernel forgets a closed end after a
 ///   minute; later on, only for loopback addresses, its absence counts, as long as `route_localnet` is off.)
 ///
-/// So nothing is ever called orphaned that came through a unix socket, whose ends cannot be joined; nor from a
-/// container or a machine that is not the server's. A backend that a pooler or a tunnel on this host holds is [another
-/// process's](Owner::Other), whoever is behind it.
+/// So a backend is never called orphaned if its client came through a unix socket, whose ends cannot be joined, or from a
+/// container or machine that is not the server's. If a pooler or a tunnel on this host holds the client's end, the backend
+/// is [another process's](Owner::Other).
 ///
-/// Without an audit nothing is lost for good: the server itself notices a client that is gone, at the latest when its
-/// query ends. [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval)
-/// has it look while the query runs, from wherever the client came: set that, and there is little left to end.
+/// Even without an audit every such backend ends: the server itself notices a client that is gone, at the latest when its
+/// query ends. With [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval)
+/// it looks while the query runs, wherever the client was. Set that, and there is little left to end.
 ///
 /// Behind a pooler the pids that the pool has are the pooler's: nothing can be joined. With several hosts in the
 /// configuration only one of them is asked.
 ///
 /// # Errors
 ///
-/// If no connection can be had, or the server cannot be asked or answers something else.
+/// If no connection is to be had, or the server cannot be asked or answers something else.
 #[track_caller]
 pub fn audit<T: Connector>(pool: &Pool<T>) -> Result<Audit, Error> {
     on_a_connection(pool, |connection, pid| look(pool, connection, pid, None))
@@ -70,7 +70,7 @@ pub fn audit<T: Connector>(pool: &Pool<T>) -> Result<Audit, Error> {
 /// [`audit`](audit()) with a connection of yours, which can be one of the pool's, or an administrator's, who sees more.
 /// It must lead to the same server, and past any pooler.
 ///
-/// It looks for the role and database of the manager's configuration; for those of `client`, if that names none.
+/// It looks for the role and database of the manager's configuration, or for those of `client` if that names none.
 ///
 /// # Errors
 ///
@@ -81,8 +81,8 @@ pub fn audit_with<T: Connector>(pool: &Pool<T>, client: &mut Client) -> Result<A
     look(pool, client, None, role.map(|role| (role, config.get_dbname().unwrap_or(role))))
 }
 
-/// Asks the server over `client`, and joins. `pid` is the backend's as the login gave it to `client`, `whose` the role
-/// and database to look for, if they are not those of `client`.
+/// Asks the server over `client`, and joins its answer with the pool's connections. `pid` is the backend's pid as the
+/// login gave it to `client`. `whose`: the role and database to look for, if they are not those of `client`.
 fn look<T: Connector>(
     pool: &Pool<T>,
     client: &mut Client,
@@ -92,7 +92,8 @@ fn look<T: Connector>(
     let manager = pool.manager();
     let own_name = manager.application_name(pool.name());
     let names = Names::new(&own_name, pool.name());
-    // A connection that the pool opens or closes meanwhile is in one of the two lists.
+    // The pool is asked before and after the server, so that a connection that is opened or closed meanwhile is in one of
+    // the two lists.
     let before = pool.connections();
     let numbers =
         |all: &Connections| all.iter().filter_map(|c| i32::try_from(c.server_id?).ok()).collect::<HashSet<_>>();
@@ -109,7 +110,7 @@ fn look<T: Connector>(
     for row in &mut rows {
         let named = names.matches(&row.application_name);
         row.process = row.process.filter(|_| named);
-        // An unseen pooler may use the same backend for others.
+        // A pooler that was not noticed may use the same backend for other processes.
         let connection = connection_of(row.pid).filter(|_| row.process.is_none_or(|pid| pid == std::process::id()));
         (row.owner, row.note) = match connection {
             Some(connection) => viewpoint.owner_of_pooled(row, connection, pool.settings().open_timeout),
@@ -138,7 +139,7 @@ fn look<T: Connector>(
     } else if !unnumbered.is_empty() {
         notes.push(format!("of {} of the pool's connections the server's pid is not known", unnumbered.len()));
     }
-    // Only on an observed connection does the login show whether a pooler is at its other end.
+    // The login shows whether a pooler is at the other end only on an observed connection.
     let by_age = |b: &&Backend| b.owner == Owner::Pool && viewpoint.holder(b) != Ok(Holder::Us);
     let unproven = backends.iter().filter(by_age).count();
     if unproven > 0 && pid.is_none() && whose.is_none() {

@@ -1,4 +1,4 @@
-//! What the server is asked: which backends it has, and which are busy still.
+//! The questions of an audit to the server: which backends it has, and which are still busy.
 
 use super::backend::{Backend, Owner};
 use crate::postgres::error::Error;
@@ -10,8 +10,8 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-/// The condition that a backend is busy. An idle one that has lost its client notices at once; one whose state is not
-/// tracked may be idle.
+/// The condition that a backend is busy. Only a busy backend can be an orphan: an idle one notices at once that its client
+/// is gone. A backend whose state is not tracked does not count as busy.
 pub(super) const BUSY: &str = "AND state IN ('active', 'fastpath function call')";
 
 pub(super) const LEAVING: &str = "its client has closed, and it is about to end";
@@ -33,17 +33,17 @@ pub(super) const QUESTION: &str = "\
      AND (a.backend_type = 'client backend' OR a.backend_type IS NULL) \
     ORDER BY a.backend_start, a.pid";
 
-/// Has the server look anew: within a transaction it would repeat what it saw first.
+/// Has the server look anew: within a transaction it would repeat its first answer.
 pub(super) fn fresh(client: &mut Client) -> Result<(), Error> {
     Ok(client.batch_execute("SELECT pg_catalog.pg_stat_clear_snapshot()")?)
 }
 
 impl Backend {
-    /// A row of the answer to [`QUESTION`]; `None` where there is no backend in it.
+    /// A row of the answer to [`QUESTION`]; `None` if there is no backend in it.
     pub(super) fn read(row: &Row) -> Result<Option<Backend>, Error> {
         let Some(pid) = column::<Option<i32>>(row, 8)? else { return Ok(None) };
         let application_name: String = column::<Option<String>>(row, 9)?.unwrap_or_default();
-        // The server's clock may step back.
+        // The times are negative if the server's clock has stepped back: then zero.
         let time = |i| -> Result<Option<Duration>, Error> {
             Ok(column::<Option<f64>>(row, i)?.map(|s| Duration::try_from_secs_f64(s).unwrap_or_default()))
         };
@@ -71,9 +71,9 @@ pub(super) fn socket_address(ip: Option<IpAddr>, port: Option<i32>) -> Option<So
     Some(SocketAddr::new(ip?.to_canonical(), u16::try_from(port?).ok()?))
 }
 
-/// Asks once more whether the orphans are busy. What looks like one may have been about to end: busy when the server
-/// was asked, closed when the host was. Closed is closed for ever; so if a backend is busy still, both are true at
-/// once.
+/// Asks once more whether the orphans are busy. A backend may have been about to end: it was busy when the server was
+/// asked, and its client had closed when the host was looked at. A closed end stays closed. So if the backend is busy
+/// even now, both are true at the same time.
 pub(super) fn still_busy(client: &mut Client, backends: &mut [Backend]) -> Result<(), Error> {
     let orphans: Vec<i32> = backends.iter().filter(|b| b.owner == Owner::Orphaned).map(|b| b.pid).collect();
     if orphans.is_empty() {
@@ -89,7 +89,7 @@ pub(super) fn still_busy(client: &mut Client, backends: &mut [Backend]) -> Resul
     Ok(())
 }
 
-/// Takes back that a backend is orphaned if it was not among the `busy` when the server was asked again.
+/// A backend that is not among the `busy` when the server is asked again is no longer called orphaned.
 fn unless_leaving(backends: &mut [Backend], busy: &HashSet<(i32, Option<SystemTime>)>) {
     for backend in backends.iter_mut().filter(|b| b.owner == Owner::Orphaned) {
         if !busy.contains(&(backend.pid, backend.backend_start)) {
@@ -103,9 +103,9 @@ mod tests {
     use super::super::backend::staged::{CLIENT, START, backend};
     use super::*;
 
-    /// Its last query ended, and its client hung up, while the audit was made.
+    /// The backend's last query ended, and its client hung up, while the audit was made.
     #[test]
-    fn what_is_about_to_end_is_no_orphan() {
+    fn a_backend_about_to_end_is_no_orphan() {
         let orphan = Backend { owner: Owner::Orphaned, ..backend(Some(CLIENT), "active") };
         let owner = |busy: &[(i32, Option<SystemTime>)]| {
             let mut backends = [orphan.clone()];

@@ -1,4 +1,4 @@
-//! Ending backends that an audit has found, each proven once more before.
+//! How backends that an audit has found are ended: each is proven once more just before.
 
 use super::backend::{Audit, Backend, Owner};
 use super::errand::on_a_connection;
@@ -18,16 +18,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 impl Audit {
     /// Ends the [orphaned](Owner::Orphaned) backends that this audit has found, and no others, with
-    /// `pg_terminate_backend`, on a connection got as [`audit`](crate::postgres::audit()) gets its own. What they were
-    /// doing is rolled back.
+    /// `pg_terminate_backend`. It uses a connection as [`audit`](crate::postgres::audit()) does. The server rolls back what
+    /// the backends were doing.
     ///
-    /// Each is proven once more before, from that connection; and the server, in the statement that ends it, looks
-    /// whether the pid is still that backend (`backend_start`, `application_name`) and busy. It waits for at most 2
-    /// seconds until they are gone.
+    /// Each backend is proven once more just before, from that connection. And in the statement that ends it the server
+    /// looks whether the pid is still that backend (`backend_start`, `application_name`) and busy. The call waits for at
+    /// most 2 seconds until the backends are gone.
     ///
     /// # Errors
     ///
-    /// If no connection can be had, or it is lost. That the server refuses one of them stands in the account.
+    /// If no connection is to be had, or it breaks. If the server refuses to end a backend, that backend's
+    /// [outcome](Termination::outcome) says so.
     #[track_caller]
     pub fn terminate_orphans<T: Connector>(&self, pool: &Pool<T>) -> Result<Terminations, Error> {
         on_a_connection(pool, |connection, _| self.terminate_orphans_with(connection))
@@ -37,7 +38,8 @@ impl Audit {
     ///
     /// # Errors
     ///
-    /// If the connection is lost. That the server refuses one of them stands in the account.
+    /// If the connection breaks. If the server refuses to end a backend, that backend's [outcome](Termination::outcome)
+    /// says so.
     pub fn terminate_orphans_with(&self, client: &mut Client) -> Result<Terminations, Error> {
         let pids: Vec<i32> = self.orphans().map(|b| b.pid).collect();
         if pids.is_empty() {
@@ -57,10 +59,10 @@ impl Audit {
         self.end(client, &pids, again, BUSY)
     }
 
-    /// Ends those backends of this audit that you name by their pids, whatever is known of them: for what is
+    /// Ends the backends of this audit that you name by their pids, whatever their owner. Use it for backends that are
     /// [unknown](Owner::Unknown) to the audit and not to you. Otherwise as
-    /// [`terminate_orphans`](Audit::terminate_orphans): the server looks whether each is still the backend that the
-    /// audit saw, but neither whether it is busy nor whose it is.
+    /// [`terminate_orphans`](Audit::terminate_orphans): the server looks whether each is still the backend that the audit
+    /// saw, but neither whether it is busy nor whose it is.
     ///
     /// ```no_run
     /// # fn f(pool: millpond::postgres::Pool) -> Result<(), millpond::postgres::Error> {
@@ -73,8 +75,8 @@ impl Audit {
     ///
     /// # Errors
     ///
-    /// If no connection can be had, or it is lost. That the server refuses one of them, or that the audit has no such
-    /// backend, stands in the account.
+    /// If no connection is to be had, or it breaks. If the server refuses to end a backend, or the audit has no such
+    /// backend, its [outcome](Termination::outcome) says so.
     #[track_caller]
     pub fn terminate<T: Connector>(&self, pool: &Pool<T>, pids: &[i32]) -> Result<Terminations, Error> {
         on_a_connection(pool, |connection, _| self.terminate_with(connection, pids))
@@ -84,15 +86,15 @@ impl Audit {
     ///
     /// # Errors
     ///
-    /// If the connection is lost. That the server refuses one of them, or that the audit has no such backend, stands in
-    /// the account.
+    /// If the connection breaks. If the server refuses to end a backend, or the audit has no such backend, its
+    /// [outcome](Termination::outcome) says so.
     pub fn terminate_with(&self, client: &mut Client, pids: &[i32]) -> Result<Terminations, Error> {
         let own: i32 = column(&client.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[])?, 0)?;
         let spared = |backend: &Backend| (backend.pid == own).then(|| Outcome::Spared(ASKING.into()));
         self.end(client, pids, spared, "")
     }
 
-    /// Ends these backends, except where `against` gives an outcome instead; and only if the server finds `condition`
+    /// Ends these backends, except where `against` gives an outcome instead, and only where the server finds `condition`
     /// true.
     fn end(
         &self,
@@ -107,7 +109,7 @@ impl Audit {
             let backend = self.backends.iter().find(|b| b.pid == pid);
             let outcome = match backend.map(|backend| (backend, backend.backend_start)) {
                 None => Outcome::Spared("the audit has no such backend".into()),
-                // A later backend with its number could not be recognised as another.
+                // A later backend with the same pid could not be told from this one.
                 Some((_, None)) => Outcome::Spared("the server hid it from the role that made the audit".into()),
                 Some((backend, Some(start))) => match against(backend) {
                     Some(outcome) => outcome,
@@ -138,10 +140,10 @@ impl Audit {
     }
 }
 
-/// How long it waits for the backends to be gone.
+/// How long a termination waits for the backends to be gone. The documentation above promises it.
 const GONE_WITHIN: Duration = Duration::from_secs(2);
 
-/// Why a backend is not ended.
+/// Why the backend of the very connection that asks is not ended.
 const ASKING: &str = "it is the connection that asks";
 
 /// What was done about the backends of an audit. [`Display`](fmt::Display) prints a line for each.
@@ -150,7 +152,7 @@ const ASKING: &str = "it is the connection that asks";
 pub struct Terminations {
     /// The name of the pool.
     pub pool: String,
-    /// One for each orphan, or for each that was named.
+    /// One for each orphan, or for each backend that was named.
     pub done: Vec<Termination>,
 }
 
@@ -162,21 +164,21 @@ pub struct Termination {
     pub pid: i32,
     /// The process id of its client, as its `application_name` has it.
     pub process: Option<u32>,
-    /// What has come of it.
+    /// What became of it.
     pub outcome: Outcome,
 }
 
-/// What has come of one backend.
+/// What became of one backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Outcome {
-    /// It was signalled to end, and has.
+    /// The backend was signalled to end, and has ended.
     Ended,
-    /// It was signalled to end, and was still there after 2 seconds.
+    /// The backend was signalled to end, and was still there after 2 seconds.
     Signalled,
-    /// It was no longer there; or, an orphan, no longer busy: nothing was done.
+    /// The backend was no longer there, or, if it was an orphan, no longer busy: nothing was done.
     Gone,
-    /// It was left alone, for this reason: it was not proven to be an orphan, or the audit has no such backend.
+    /// The backend was left alone, for this reason: it was not proven to be an orphan, or the audit has no such backend.
     Spared(String),
     /// The server refused, in these words.
     Refused(String),
@@ -218,7 +220,7 @@ impl fmt::Display for Terminations {
 }
 
 impl Terminations {
-    /// The account in one line, for the log.
+    /// All outcomes in one line, for the log.
     fn line(&self) -> String {
         let all = std::iter::once(self.sum()).chain(self.done.iter().map(Termination::line));
         all.collect::<Vec<_>>().join("; ")

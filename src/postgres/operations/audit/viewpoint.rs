@@ -1,6 +1,6 @@
-//! [`Viewpoint`]: from where the server was asked, and whose a backend is as far as that can be known from there.
+//! [`Viewpoint`]: from where the server was asked, and the owner of a backend as far as it can be proven from there.
 //!
-//! Whatever is not proven is [`Owner::Unknown`], with a reason.
+//! Without a proof the owner is [`Owner::Unknown`], with a reason.
 
 use super::backend::{Backend, Owner};
 use super::question::{LEAVING, QUESTION, fresh, socket_address};
@@ -24,15 +24,14 @@ pub(super) struct Viewpoint {
     /// The pid of the backend that answered, and when the server started it.
     pub(super) backend: i32,
     start: Option<SystemTime>,
-    /// Whether there is a pooler in between.
+    /// Whether there is a pooler between this process and the server.
     pub(super) pooled: bool,
     host: Result<Host, &'static str>,
 }
 
 impl Viewpoint {
-    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), of which only those that
-    /// are `wanted`, and the one that answers, count; and then this host for their connections. Whose they are is left
-    /// open.
+    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), and then looks at this host for
+    /// their connections. Returns the backends that are `wanted`, and the one that answers, without their owners.
     pub(super) fn look(
         client: &mut Client,
         pid: Option<i32>,
@@ -64,7 +63,7 @@ impl Viewpoint {
         Ok((viewpoint, rows))
     }
 
-    /// Whose a backend is of which the pool has no row, and why no more can be said.
+    /// The owner of a backend of which the pool has no row; if it is unknown, why.
     pub(super) fn owner(&self, backend: &Backend) -> (Owner, Option<String>) {
         if backend.pid == self.backend {
             return (Owner::Audit, None);
@@ -78,10 +77,10 @@ impl Viewpoint {
         }
     }
 
-    /// Whose a backend is whose pid the pool has for one of its connections, from this server or from another one.
+    /// The owner of a backend whose pid the pool has for one of its connections, from this server or from another.
     ///
-    /// The kernel's word goes first. Without it the backend must have begun when the pool opened the connection: two
-    /// servers may give the same number, and containers the same name.
+    /// What the kernel says counts first. If it says nothing, the backend must have begun when the pool opened the
+    /// connection: two servers may give the same pid, and two containers the same name.
     pub(super) fn owner_of_pooled(
         &self,
         backend: &Backend,
@@ -91,13 +90,13 @@ impl Viewpoint {
         match self.holder(backend) {
             Ok(Holder::Us) => return (Owner::Pool, None),
             Ok(Holder::Others) => return self.owner(backend),
-            // The pool has closed it meanwhile.
+            // The pool has closed the connection meanwhile.
             Ok(Holder::Nobody) => {}
             Err(_) if self.is_from_elsewhere(backend) => return self.owner(backend),
             Err(_) => {}
         }
         let Some(age) = backend.age else { return self.owner(backend) };
-        // Two clocks differ a little, and more the longer they run.
+        // Two clocks differ a little, and the more the longer they run: by a second and a thousandth of the age.
         let slack = (age / 1000).saturating_add(Duration::from_secs(1));
         if age <= own.age.saturating_add(slack) && own.age <= age.saturating_add(limit).saturating_add(slack) {
             return (Owner::Pool, None);
@@ -126,16 +125,15 @@ impl Viewpoint {
         }
     }
 
-    /// Whether the server is another host, and sees this process as this process sees itself: then nothing translates
-    /// addresses in between, and what it says of a client's address can be compared with this process's own.
-    ///
-    /// Not over loopback: there the far side of a tunnel has the same addresses.
+    /// Whether the server is another host, and sees this process under the address that this process has. Then nothing
+    /// translates addresses in between, and the client addresses that the server shows can be compared with this
+    /// process's own. Never over loopback, where the far side of a tunnel has the same addresses.
     fn is_direct(&self) -> bool {
         let (Ok(host), Some(peer), Some(server)) = (&self.host, self.peer, self.server) else { return false };
         !self.pooled && !peer.ip().is_loopback() && peer.ip() != server.ip() && host.is_ours(peer, server)
     }
 
-    /// Whether the server, which is another host, sees a client that is not this process.
+    /// Whether the server is another host, and the backend's client is not this process.
     fn is_from_elsewhere(&self, backend: &Backend) -> bool {
         let (Ok(host), Some(client)) = (&self.host, backend.client) else { return false };
         self.is_direct() && !host.is_from_us(client)
@@ -165,7 +163,7 @@ mod tests {
         }
     }
 
-    /// The server is here, and has a backend whose client's end is as given.
+    /// The server is on this host, and has a backend with these ends of its connection.
     fn host(servers_end: &str, clients_end: Option<(&str, u64)>) -> Staged {
         let staged = Staged::default().own(&[1, 2]).backend(99, START, &[990]).backend(7, START, &[70]);
         let staged = staged.socket(PEER, SERVER, "01", 1).socket(SERVER, PEER, "01", 990);
@@ -232,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_pool_has_is_its_own_only_by_the_same_server_s_word() {
+    fn a_backend_is_the_pool_s_by_the_kernel_s_word_or_by_its_age() {
         let own = |age: Duration| ConnectionInfo {
             id: 3,
             server_id: Some(7),
@@ -247,11 +245,11 @@ mod tests {
         let secs = Duration::from_secs;
         let busy = backend(Some(CLIENT), "active");
         let owner = |viewpoint: &Viewpoint, age| viewpoint.owner_of_pooled(&busy, &own(age), limit).0;
-        // The kernel's word goes before the age.
+        // The kernel's word counts before the age.
         let here = |inode| viewpoint(Some(PEER), host("01", Some(("01", inode))));
         assert_eq!(owner(&here(2), OLD * 2), Owner::Pool);
         assert_eq!(owner(&here(3), OLD), Owner::Other);
-        // Through a tunnel, say, there is no such word.
+        // Through a tunnel, say, the kernel says nothing.
         let far = viewpoint(Some(PEER), Staged::default());
         for (age, expected) in [
             (OLD, Owner::Pool),

@@ -4,7 +4,7 @@ fn lru(capacity: usize) -> Lru<u32> {
     Lru::new(capacity)
 }
 
-/// Inserts as a miss does it.
+/// Inserts an entry as `Statements::prepare` does after a miss.
 fn miss(lru: &mut Lru<u32>, sql: &str, value: u32) {
     lru.make_room();
     lru.insert(sql, &[], value);
@@ -27,7 +27,7 @@ fn the_least_recently_used_goes_first() {
 }
 
 #[test]
-fn a_miss_is_no_use() {
+fn a_miss_does_not_count_as_use() {
     let mut lru = lru(2);
     miss(&mut lru, "a", 1);
     miss(&mut lru, "b", 2);
@@ -38,7 +38,7 @@ fn a_miss_is_no_use() {
 }
 
 #[test]
-fn it_holds_what_it_should_and_no_more() {
+fn a_map_has_as_many_entries_as_its_capacity() {
     for capacity in [1, 2, 7] {
         let mut lru = lru(capacity);
         for i in 0..20 {

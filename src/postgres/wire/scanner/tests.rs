@@ -44,12 +44,12 @@ fn logged_in() -> Scanner {
     scanner
 }
 
-/// An exchange that a client and a server may have: what is sent, what comes back, and so on in turn.
+/// An exchange that a client and a server may have: bytes that are sent, bytes that are received, and so on in turn.
 #[derive(Clone, Debug)]
 enum Exchange {
     /// A simple query with rows.
     Query(Vec<Vec<u8>>),
-    /// One batch of the extended protocol, as long as it is.
+    /// One batch of the extended protocol, of any length.
     Batch(Vec<Vec<u8>>),
     /// A query that fails.
     Error,
@@ -242,13 +242,13 @@ fn logging_in(received: &[u8]) -> Scanner {
     scanner
 }
 
-/// The header of a message that would be so long, its own length included.
+/// The header of a message of this length, the length itself included.
 fn header(tag: u8, length: i32) -> Vec<u8> {
     [&[tag][..], &length.to_be_bytes()].concat()
 }
 
 #[test]
-fn before_the_login_ends_a_message_has_a_length_that_is_not_exceeded() {
+fn before_the_login_ends_a_message_has_a_greatest_length() {
     let most = LONGEST_LOGIN_MESSAGE as i32 + 4;
     for tag in *b"REKSN" {
         assert_eq!(logging_in(&header(tag, most)).login_fault(), None);
@@ -263,9 +263,9 @@ fn before_the_login_ends_a_message_has_a_length_that_is_not_exceeded() {
             }
         }
     }
-    // What cannot be a length at all is left to `postgres` to refuse.
+    // A length that cannot be is left to `postgres` to refuse.
     assert_eq!(logging_in(&header(b'R', 3)).login_fault(), None);
-    // After the login a row may be as long as it likes.
+    // After the login a row may have any length.
     let mut scanner = logged_in();
     scanner.sent(&message(b'Q', b"select\0"));
     scanner.received(&header(b'D', i32::MAX));
@@ -273,7 +273,7 @@ fn before_the_login_ends_a_message_has_a_length_that_is_not_exceeded() {
 }
 
 #[test]
-fn before_the_login_ends_there_is_an_end_to_what_is_read() {
+fn before_the_login_ends_all_messages_together_have_a_greatest_length() {
     let notice = message(b'N', &[b'x'; 1000]);
     let mut scanner = logging_in(b"");
     let accepted = (0..).take_while(|_| {
@@ -282,7 +282,7 @@ fn before_the_login_ends_there_is_an_end_to_what_is_read() {
     });
     assert_eq!(accepted.count(), LONGEST_LOGIN / notice.len());
     assert_eq!(scanner.login_fault(), Some(&LoginFault::TooMuch));
-    // Not so after it.
+    // After the login there is no such limit.
     let mut scanner = logged_in();
     (0..2 * LONGEST_LOGIN / notice.len()).for_each(|_| scanner.received(&notice));
     assert!(scanner.login_fault().is_none() && !scanner.is_lost());
@@ -299,7 +299,7 @@ fn an_error_without_a_length_is_read_as_the_text_it_is() {
     }
     let long = [&b"E"[..], &[b'x'; 5000]].concat();
     assert_eq!(logging_in(&long).login_fault(), Some(&LoginFault::PlainText("x".repeat(ERROR_PREFIX))));
-    // Behind anything else it is only a length.
+    // Behind another message the letters are read as a length.
     let received = [message(b'R', &[0; 4]), b"Ecould not fork".to_vec()].concat();
     assert!(matches!(logging_in(&received).login_fault(), Some(LoginFault::TooLong(b'E', _))));
 }
@@ -378,7 +378,7 @@ fn poison_3_an_error_in_a_copy() {
 }
 
 #[test]
-fn poison_4_what_is_not_the_protocol() {
+fn poison_4_bytes_that_are_not_the_protocol() {
     for length in [i32::MIN, -1, 0, 3] {
         let bytes = [&b"Z"[..], &length.to_be_bytes()].concat();
         let mut scanner = logged_in();
@@ -395,7 +395,7 @@ fn an_ordinary_error_is_neither_poison_nor_fatal() {
     let mut scanner = logged_in();
     scanner.sent(&message(b'Q', b"\0"));
     scanner.received(&error("ERROR", "42P01"));
-    // The client has its error now. The `ReadyForQuery` is still to come, and the status before it does not count.
+    // The client has its error now. The `ReadyForQuery` is still to come, and until then the status does not count.
     assert!(scanner.is_busy() && !scanner.is_lost());
     scanner.received(&ready(b'E'));
     assert_eq!(scanner.status(), Status::Failed);
@@ -414,7 +414,7 @@ fn a_fatal_error_leaves_its_code() {
         assert_eq!((scanner.fatal(), scanner.fatal_text()), (Some(*b"57P01"), Some(words)));
         assert!(scanner.is_lost() && !scanner.is_poisoned());
     }
-    // A text that is longer than what is kept ends in a mark.
+    // A text that is longer than the part that is kept ends in a mark.
     let mut scanner = logged_in();
     scanner.received(&message(b'E', &[b"SFATAL\0C57P01\0M", &[b'x'; 5000][..], b"\0\0"].concat()));
     let words = scanner.fatal_text().unwrap();
@@ -435,9 +435,9 @@ fn a_refused_write_is_reported_once() {
     assert!(!scanner.is_lost());
 }
 
-/// A write may be cut inside a batch, and the server answers what it has by then.
+/// A write may end inside a batch, and the server answers the part that it has by then.
 #[test]
-fn what_is_answered_before_the_end_of_a_batch_counts_for_it() {
+fn an_answer_before_the_end_of_a_batch_counts_for_that_batch() {
     let (bind, sync) = ([message(b'B', b"..."), message(b'E', b"...")].concat(), sync());
     let mut scanner = logged_in();
     scanner.sent(&bind);
@@ -495,7 +495,7 @@ fn knows_what_kind_of_node_it_is() {
 }
 
 #[test]
-fn the_end_is_the_end() {
+fn a_stream_that_ended_is_lost_and_not_poisoned() {
     let mut scanner = logged_in();
     scanner.ended();
     assert!(scanner.is_lost() && !scanner.is_poisoned());

@@ -1,4 +1,4 @@
-//! Servers of one connection that do what a script says, and return what they received.
+//! Servers for one connection, which do what a script says and return what they received.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ pub(super) struct Fake<R> {
 }
 
 impl<R: Send + 'static> Fake<R> {
-    /// Serves one connection. A client that should have spoken or gone long ago is hung up on.
+    /// Serves one connection. Hangs up on a client that is silent for 10 s.
     pub(super) fn new(script: impl FnOnce(TcpStream) -> R + Send + 'static) -> Fake<R> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         Fake {
@@ -28,7 +28,7 @@ impl<R: Send + 'static> Fake<R> {
         self.port
     }
 
-    /// A configuration for it: Alice and her secret, by name and address, so that no resolver is asked.
+    /// A connection string for this server. It has name and address, so that no resolver is asked.
     pub(super) fn config(&self, more: &str) -> String {
         format!("host=db.test hostaddr=127.0.0.1 port={} user=alice password=secret {more}", self.port)
     }
@@ -64,8 +64,8 @@ pub(super) fn read_message(stream: &mut TcpStream) -> Option<String> {
     })
 }
 
-/// Reads everything, as a server without TLS or with a wrong idea of it: answers the request for TLS with `reply` (or
-/// hangs up if that is empty), the startup packet by asking for the password in clear, and hangs up on what comes then.
+/// Reads all that a client sends it. Answers the request for TLS with `reply` (or hangs up if that is empty), answers the
+/// startup packet by asking for the password in clear text, and hangs up after the next message.
 pub(super) fn interrogate(mut stream: TcpStream, reply: &[u8]) -> Vec<String> {
     let mut received = Vec::new();
     while let Some(message) = read_message(&mut stream) {
@@ -93,7 +93,7 @@ pub(super) fn let_in(stream: &mut (impl Read + Write + ?Sized), pid: i32, status
     stream.write_all(&words.map(|(tag, body)| message(tag, body)).concat()).unwrap();
 }
 
-/// A message of the backend's.
+/// A message of the backend.
 pub(super) fn message(tag: u8, body: &[u8]) -> Vec<u8> {
     [&[tag][..], &(body.len() as u32 + 4).to_be_bytes(), body].concat()
 }

@@ -1,4 +1,4 @@
-//! What a server that lies gets to know: nothing more than from the plain crate.
+//! A server that lies learns nothing more from an observed connection than from the plain `postgres` crate.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -69,10 +69,10 @@ fn a_lying_server_gets_what_the_plain_crate_would_give_it() {
     }
 }
 
-/// Everything but yes and no, and of an error the words: by the second version of the protocol, as PostgreSQL speaks
-/// when it has no process for a client, and by the third.
+/// Every answer but yes and no. The text of an error is shown: of the second version of the protocol, which PostgreSQL
+/// speaks when it has no process for a client, and of the third.
 #[test]
-fn what_is_neither_yes_nor_no_to_tls_is_a_failure_and_gives_nothing_away() {
+fn an_answer_neither_yes_nor_no_to_tls_is_a_failure_and_gives_nothing_away() {
     let cannot_fork = b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0";
     let full = message(b'E', b"SFATAL\0C53300\0Mtoo many\x1b[2J clients\0\0");
     let long = [b"E", &b"x\n".repeat(5000)[..]].concat();
@@ -96,7 +96,7 @@ fn what_is_neither_yes_nor_no_to_tls_is_a_failure_and_gives_nothing_away() {
             let fake = Fake::new(move |mut stream| {
                 let mut received = vec![read_message(&mut stream)];
                 stream.write_all(&reply).unwrap();
-                // Without a word more from here: it is the client that does not wait for ever.
+                // The server sends nothing more, and the client must not wait for ever.
                 received.extend(std::iter::from_fn(|| Some(read_message(&mut stream))).take_while(Option::is_some));
                 received
             });
@@ -130,7 +130,7 @@ fn under_require_a_server_without_tls_sees_eight_bytes() {
     assert!(matches!(declined, NegotiationError::Declined) && !declined.is_transient());
 }
 
-/// Says yes to TLS and, in the same breath, `more`; then does TLS, and lets in whoever comes through.
+/// Says yes to TLS and sends `more` together with that; then does TLS, and lets the client in.
 fn yes_and(more: &'static [u8]) -> Fake<bool> {
     Fake::new(move |mut stream| {
         assert_eq!(read_message(&mut stream).as_deref(), Some("ssl?"));
@@ -171,7 +171,7 @@ fn a_broken_handshake_is_told_from_a_refused_one() {
     let handshake = NegotiationError::of(&error).unwrap();
     assert!(matches!(handshake, NegotiationError::Handshake(_)) && !handshake.is_transient(), "{handshake}");
 
-    // A server that has no process for a client, asked for TLS without a question before it.
+    // A server that has no process for a client, where TLS begins without a request for it.
     let in_clear = Fake::new(|mut stream| {
         let received = read_message(&mut stream);
         stream.write_all(b"Ecould not fork new process for connection\n\0").unwrap();
@@ -187,7 +187,7 @@ fn a_broken_handshake_is_told_from_a_refused_one() {
     assert!(NegotiationError::of(&error).unwrap().is_transient());
 }
 
-/// Notes the names it is asked for, and has no other use.
+/// A connector that notes the names it is asked for, and connects to none.
 #[derive(Clone, Default)]
 struct Notary(Arc<Mutex<Vec<String>>>);
 
@@ -246,7 +246,7 @@ fn a_connector_that_will_not_begin_does_not_matter_without_tls() {
 }
 
 #[test]
-fn what_was_known_of_one_host_is_forgotten_at_the_next() {
+fn all_that_was_known_of_one_host_is_forgotten_at_the_next() {
     let dying = Fake::new(|mut stream| {
         read_message(&mut stream);
         let last_words = b"SFATAL\0VFATAL\0C57P03\0Mnot now\0\0";
@@ -272,8 +272,8 @@ fn what_was_known_of_one_host_is_forgotten_at_the_next() {
     good.result();
 }
 
-/// The canary. All of this file rests on `postgres` giving the bare socket to the connector, without a word of its own,
-/// when told `require` and `direct`, and on its believing what comes back.
+/// The whole observer relies on this: with `require` and `direct`, `postgres` gives the bare socket to the connector, without
+/// sending anything itself, and takes the stream that the connector returns for encrypted.
 #[test]
 fn postgres_hands_the_bare_socket_to_the_connector() {
     let fake = Fake::new(|mut stream| {
@@ -294,7 +294,7 @@ fn a_unix_socket_cannot_be_observed() {
 }
 
 #[test]
-fn what_the_plain_crate_refuses_is_refused_in_the_same_words() {
+fn a_configuration_that_the_plain_crate_refuses_is_refused_in_the_same_words() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     for text in [
         "user=alice".to_owned(),

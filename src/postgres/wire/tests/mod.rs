@@ -1,5 +1,5 @@
-//! The observer against servers that lie and fall silent ([`guards`], [`switch`]), and against PostgreSQL beside the
-//! plain crate ([`real`]).
+//! The observer against servers that lie ([`guards`]) or fall silent ([`switch`]), and against PostgreSQL, compared with
+//! the plain crate ([`real`]).
 
 mod fake;
 mod guards;
@@ -21,7 +21,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// An error and all that lies behind it, in words.
+/// The text of an error and of all its sources.
 fn chain(error: &(dyn StdError + 'static)) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", chain(source)),
@@ -37,7 +37,7 @@ fn observer<T: Connector>(text: &str, tls: T) -> Observer<T> {
     Observer::new(&config(text), tls).expect("no unix socket in it")
 }
 
-/// A connection that must come about.
+/// Opens a connection, which must succeed.
 fn connected<T: Connector>(text: &str, tls: T) -> (Client, Arc<Watch>) {
     let watch = Watch::new();
     match observer(text, tls).connect(&watch) {
@@ -46,7 +46,7 @@ fn connected<T: Connector>(text: &str, tls: T) -> (Client, Arc<Watch>) {
     }
 }
 
-/// A connection that must not come about.
+/// Tries to open a connection, which must fail.
 fn refused<T: Connector>(text: &str, tls: T) -> ::postgres::Error {
     match observer(text, tls).connect(&Watch::new()) {
         Ok(_) => panic!("{text}: connected"),

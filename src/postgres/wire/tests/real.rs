@@ -1,4 +1,4 @@
-//! Against PostgreSQL.
+//! The observer against real PostgreSQL servers, compared with the plain crate.
 
 use std::io::Write;
 use std::thread;
@@ -11,7 +11,7 @@ use super::support::{Server, ms, wait_until};
 use super::tls::{Identity, wary, with_tls};
 use super::*;
 
-/// Bounds what must end; never how long something takes.
+/// How long a test waits for what must end. No test measures a time by it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A server without TLS.
@@ -19,12 +19,12 @@ fn without_tls() -> &'static Server {
     Server::shared()
 }
 
-/// Where to, without a host name.
+/// A connection string for this server, without a host name.
 fn to(server: &Server) -> String {
     format!("hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port())
 }
 
-/// Plain, and encrypted.
+/// One connection in clear text, and one encrypted.
 fn both_ways() -> [(Client, Arc<Watch>); 2] {
     let plain = connected(&to(without_tls()), NoTls);
     let encrypted = connected(&format!("host=db.test {} sslmode=require", to(with_tls())), Identity::get().trusting());
@@ -219,7 +219,7 @@ fn sees_what_is_left_unfinished() {
 }
 
 #[test]
-fn what_is_queued_is_seen_after_a_flush() {
+fn a_queued_message_is_seen_after_a_flush() {
     for (mut client, watch) in both_ways() {
         drop(client.prepare("SELECT 1").unwrap());
         assert_eq!(watch.outstanding(), 0);
@@ -239,7 +239,7 @@ enum After {
     Healthy,
     /// `postgres` may, depending on the moment, answer each later call with the answer to the one before.
     Desynchronised,
-    /// It waits for rows that nobody can send.
+    /// The server waits for rows that the client cannot send.
     Stuck,
 }
 
@@ -328,7 +328,7 @@ const FOLLOW_UPS: &[(&str, Use)] = &[
     ("query", |client| drop(client.query("SELECT 'stale'", &[]))),
 ];
 
-/// What a pool does with a connection that comes back: whether it may be handed out again.
+/// Whether a connection may be handed out again, by the steps that a pool takes when it is returned.
 fn is_fit(client: &mut Client, watch: &Watch, limit: Duration) -> bool {
     if flush(client).is_err() {
         return false;
@@ -339,7 +339,7 @@ fn is_fit(client: &mut Client, watch: &Watch, limit: Duration) -> bool {
     watch.is_idle()
 }
 
-/// Whether the client gives somebody else's answers.
+/// Whether the client gives the answers to other questions.
 fn is_shifted(client: &mut Client) -> bool {
     (0..5).any(|n: i32| match client.query_typed_one(&format!("SELECT {n}"), &[]) {
         Ok(row) => row.get::<_, i32>(0) != n,
@@ -363,7 +363,7 @@ fn a_desynchronised_connection_is_never_fit_and_a_healthy_one_always() {
             if after == Stuck && other == "check_connection" {
                 continue; // for ever
             }
-            // It depends on the moment, so more than once.
+            // The outcome depends on the moment, so each pair is tried five times.
             for _ in 0..5 {
                 let (mut client, watch) = connected(&to(server), NoTls);
                 use_it(&mut client);
@@ -391,14 +391,14 @@ fn cancels() {
         let token = client.cancel_token();
         thread::scope(|scope| {
             let sleeper = scope.spawn(|| client.batch_execute("SELECT pg_sleep(60)").unwrap_err());
-            // A cancel that comes before the query is lost, so until it helps.
+            // A cancel that comes before the query has no effect, so it is sent until the query ends.
             assert!(wait_until(Instant::now() + PATIENCE, || {
                 observer.cancel(&token, &Watch::new()).unwrap();
                 sleeper.is_finished()
             }));
             assert_eq!(sleeper.join().unwrap().code(), Some(&SqlState::QUERY_CANCELED));
         });
-        // The client's own watch knows nothing of the cancelling.
+        // The client's own watch does not see the cancel requests.
         assert!(watch.pid().is_some() && !watch.is_lost());
     }
     try_it(&plain);

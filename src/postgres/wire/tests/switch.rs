@@ -11,10 +11,10 @@ use super::support::ms;
 use super::tls::Identity;
 use super::*;
 
-/// Far less than for ever, and more than any noise.
+/// How soon an aborted call must end: long after any scheduling noise, and before any other limit.
 const PROMPTLY: Duration = Duration::from_secs(2);
 
-/// A server that plays its part of `script`, reports it, and is silent until the client goes.
+/// A server that runs `script`, reports its end, and is silent until the client hangs up.
 fn silent_after(script: impl FnOnce(&mut TcpStream) + Send + 'static) -> (Fake<()>, mpsc::Receiver<()>) {
     let (silent, reached) = mpsc::channel();
     let fake = Fake::new(move |mut stream| {
@@ -25,7 +25,7 @@ fn silent_after(script: impl FnOnce(&mut TcpStream) + Send + 'static) -> (Fake<(
     (fake, reached)
 }
 
-/// Aborts once the server has gone silent, and returns the moment.
+/// Aborts once the server has gone silent, and returns the instant of the abort.
 fn abort_when(reached: mpsc::Receiver<()>, watch: &Arc<Watch>) -> thread::JoinHandle<Instant> {
     let watch = watch.clone();
     thread::spawn(move || {
@@ -42,12 +42,12 @@ fn was_aborted(error: &::postgres::Error) -> bool {
     io.map(io::Error::kind) == Some(io::ErrorKind::ConnectionAborted)
 }
 
-/// No thread's runtime is kept alive by a watch whose stream is gone.
+/// A watch whose stream is gone keeps no thread's runtime alive.
 fn assert_lets_go(watch: &Watch) {
     assert!(!watch.has_waker());
 }
 
-/// A server's part until it falls silent.
+/// What a server does until it falls silent.
 type Script = fn(&mut TcpStream);
 
 #[test]
@@ -160,7 +160,7 @@ fn aborts_a_drop_that_waits_for_an_answer() {
         drop(client);
         gone.send(()).unwrap();
     });
-    // Given: without the abort it waits.
+    // Without the abort the drop waits.
     end.recv_timeout(ms(100)).unwrap_err();
     let aborted = abort_when(reached, &watch).join().unwrap();
     end.recv().unwrap();
