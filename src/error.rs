@@ -1,4 +1,5 @@
-//! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], in the words of the other side.
+//! Why there is no connection: [`Error`], in the words an operator needs, and [`Cause`], in the words of the other
+//! side.
 
 use crate::leaf::shield::Panic;
 use crate::leaf::text::Short;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 /// Why a pool could not be built, or gave no connection.
 ///
-/// One word wide, so that a `Result` of it costs nothing to pass around; [`kind`](Error::kind) has the details.
+/// An error is one word wide, so that a `Result` with it costs nothing to move; [`kind`](Error::kind) has the details.
 pub struct Error(Box<ErrorKind>);
 
 /// What went wrong, with the details.

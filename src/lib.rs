@@ -26,11 +26,11 @@
 //!
 //! # What it pools
 //!
-//! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is one, so the managers, customizers and error
-//! handlers of r2d2's ecosystem work as they are; [coming_from_r2d2] says what changes. It is built on r2d2's traits,
-//! not around its pool: `r2d2::Pool` can neither look at its idle connections nor take out any but the newest, cannot
-//! close or wake its waiters, loses its eviction to one panicking callback, and blocks its callers in `is_valid` and in
-//! `drop`.
+//! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is a `Manage`, so the managers, customizers and
+//! error handlers of r2d2's ecosystem work as they are; [coming_from_r2d2] says what changes. This crate is built on
+//! r2d2's traits, not around its pool. `r2d2::Pool` can neither look at its idle connections nor take out any but the
+//! newest, cannot close or wake its waiters, evicts no more after one panicking callback, and blocks its callers in
+//! `is_valid` and in `drop`.
 //!
 //! # How it works
 //!
@@ -40,42 +40,43 @@
 //!  get ─► Ledger::take, join           sleeps until the ledger's      everything that can block:
 //!         ready │ check │ wait         next alarm                     open, validate, reset, keep alive, close
 //!  drop ► Ledger::returned             Ledger::reap ─► orders ──────► (crossbeam-channel)
-//!         handed off │ kept │ closed
+//!         handed off │ idle │ closed
 //!                 └─────────── parking_lot::Mutex<Ledger> ──────────────┘
 //! ```
 //!
-//! * The **ledger** decides and does nothing else: a plain value whose methods are told the time and say what is to be
-//!   done. It has no clock, lock, thread, I/O or randomness in it, so all rules of the pool stand in one place and are
-//!   tested on virtual time.
+//! * The **ledger** decides and does nothing else. It is a plain value whose methods are told the time and say what is
+//!   to be done. It has no clock, lock, thread, I/O or randomness in it, so all rules of the pool stand in one place
+//!   and are tested on virtual time.
 //! * The **reaper** keeps time. It runs no manager's code, no hook, no log record and no drop of a connection, so
 //!   none of these can delay an eviction.
 //! * The **executor** does what may block. Its threads appear when there is work and leave 5 seconds after the last
 //!   job. A job past its limit (`open_timeout`, `validation_timeout`, `close_timeout`) is abandoned: its slot is freed,
-//!   its thread replaced, and a connection that it yet brings is closed. A job that takes longer than usual is not
-//!   counted on until then: beside an open that hangs one more is dialled (after three times the usual time to open, at
-//!   least 250 ms; after 1 s while none has come), beside a check of 100 ms another is made, and of the closes four run
-//!   side by side, and one more for each that has taken 3 ms, so that closes that hang hold up no other.
-//! * **Callers** wait on the pool and on nothing else. They never connect, and never run a connection's drop; a
-//!   validation runs on them only if the manager promises to [keep its limit](Manage::keeps_limits).
-//! * A **waiter** is served under the ledger's lock: at its deadline it is either still queued, and leaves, or has its
-//!   connection. Waiters are served in order of arrival. To hand off every returned connection would make each return a
-//!   context switch, so a thread that runs may barge, but only while the first waiter has waited less than
-//!   [`fair_after`](Builder::fair_after).
+//!   its thread replaced, and a connection that it still brings is closed. Before that, a job that takes longer than
+//!   usual is not counted on. Beside an open that hangs one more is dialled: after three times the usual time to open,
+//!   at least 250 ms, or after 1 s while none has come. Beside a check that has taken 100 ms another one is made. Of
+//!   the closes four run side by side, and one more for each that has taken 3 ms, so that closes that hang delay no
+//!   other.
+//! * **Callers** wait on the pool and on nothing else. They never connect, and never run a connection's drop. A
+//!   validation runs on the caller's thread only if the manager promises to [keep its limit](Manage::keeps_limits).
+//! * A **waiter** is a caller that waits. It is served under the ledger's lock: at its deadline it is either still
+//!   queued, and leaves, or has its connection. Waiters are served in order of arrival. To hand off every returned
+//!   connection would make each return a context switch. So a thread that runs may take it first (barge), but only
+//!   while the first waiter has waited less than [`fair_after`](Builder::fair_after).
 //!
 //! Handles ([`Pool`], [`PoolGuard`]) keep the pool open; connections in use and the pool's threads do not.
 //!
 //! # Times
 //!
-//! Times are measured with the monotonic clock, which stands still while the machine is suspended. A checkout while
-//! nobody waits reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds); its
-//! resolution counts against a connection's lifetime, so that nothing is handed out late. Everything the reaper does is
-//! timed precisely.
+//! Times are measured with the monotonic clock, which stands still while the machine is suspended. While there is no
+//! waiter, a checkout reads the coarse clock (on Linux `CLOCK_MONOTONIC_COARSE`, in steps of a few milliseconds). Its
+//! resolution counts against a connection's lifetime, so that no connection is handed out late. Everything the reaper
+//! does is timed precisely.
 //!
 //! # Logging
 //!
-//! Through [`log`], with the target `millpond`, from a thread of the pool's own that the logger may block: the opening
-//! and closing of a pool at info, of each connection (with the reason) at debug; failures, leaks and abandoned jobs at
-//! warn.
+//! The pool logs through [`log`], with the target `millpond`, from a thread of its own that the logger may block. The
+//! opening and closing of a pool are logged at info, those of each connection (with the reason) at debug; failures,
+//! leaks and abandoned jobs at warn.
 //!
 //! # Features
 //!
@@ -83,11 +84,11 @@
 //!
 //! # Limits
 //!
-//! * After a `fork` the child has none of the pool's threads: [`get`](Pool::get) fails there with an error that says
-//!   so, [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything; no
-//!   connection is closed, since it is the parent's. Only if the thread that forked had used a pool in the same tick of
-//!   the coarse clock (4 ms on most Linux systems) a child may take itself for its parent until the next. Build a pool
-//!   after the fork.
+//! * After a `fork` the child has none of the pool's threads. There [`get`](Pool::get) fails with an error that says
+//!   so, [`try_get`](Pool::try_get) finds nothing, and all else does nothing, without waiting for anything. No
+//!   connection is closed, since all belong to the parent process. In one case a child may take itself for its parent
+//!   for a moment: if the thread that forked had used a pool in the same tick of the coarse clock (4 ms on most Linux
+//!   systems), until the next tick. Build a pool after the fork.
 //! * A [forgotten](std::mem::forget) connection keeps its slot. [`Builder::leak_threshold`] names the line and the
 //!   thread that checked it out.
 #![forbid(unsafe_code)]
@@ -121,7 +122,7 @@ pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnect
 #[doc = include_str!("../docs/coming-from-r2d2.md")]
 pub mod coming_from_r2d2 {}
 
-/// Its examples are compiled, and that is all it is for.
+/// Has the examples of the README compiled.
 #[cfg(doctest)]
 #[cfg(feature = "postgres")]
 #[doc = include_str!("../README.md")]

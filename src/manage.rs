@@ -13,8 +13,8 @@ use std::time::Duration;
 ///
 /// Every [`r2d2::ManageConnection`] is a `Manage` (this crate implements it for all of them), so a manager made for
 /// r2d2 works as it is. Implement `Manage` directly where more is known than r2d2's three methods can say: a validation
-/// with a limit, the state in which a connection was returned, which errors will not go away by trying again. A type cannot
-/// be both an r2d2 manager and a direct implementation: the compiler refuses the second as a conflict (E0119).
+/// with a limit, the state in which a connection was returned, which errors will not go away by trying again. A type
+/// cannot be both an r2d2 manager and a direct implementation: the compiler refuses the second as a conflict (E0119).
 ///
 /// `open`, `validate`, `reset` and `close` may block: they run on threads of the pool's own, each within a limit past
 /// which the pool goes on without them. (`validate` runs on the thread that calls `get` if
@@ -112,8 +112,8 @@ pub trait Manage: Send + Sync + 'static {
         false
     }
 
-    /// What is to be said of the state in which a connection was returned for a reset. It goes to the log as a warning, with
-    /// the thread and the line of source that had checked the connection out. Asked once, after `reset`.
+    /// What is to be said of the state in which a connection was returned for a reset. It goes to the log as a warning,
+    /// with the thread and the line of source that had checked the connection out. Asked once, after `reset`.
     ///
     /// It completes the sentence "#7, checked out by thread 'worker' at src/main.rs:12:5, ...".
     fn remark(&self, _connection: &mut Self::Connection) -> Option<String> {
@@ -275,8 +275,8 @@ impl Opening {
         }
     }
 
-    /// From now on [`on_abort`](Opening::on_abort) calls what it registers at once. Returns whether anything is registered
-    /// already, to abort or to cancel.
+    /// From now on [`on_abort`](Opening::on_abort) calls what it registers at once. Returns whether anything is
+    /// registered already, to abort or to cancel.
     pub(crate) fn abort_from_now_on(&self) -> bool {
         let mut hooks = self.hooks.lock();
         hooks.aborted = true;

@@ -4,13 +4,13 @@ use crate::error::Error;
 use crate::leaf::text::Short;
 use std::time::Duration;
 
-/// The least limit of a call, and the shortest checkout that is called a leak. A shorter limit would fail every call before
-/// it was made, or warn of every checkout: to wake a thread takes some 50 us alone.
+/// The least limit of a call, and the shortest checkout that is called a leak. A shorter limit would fail every call
+/// before it was made, or warn of every checkout: to wake a thread takes some 50 us alone.
 const SHORTEST_LIMIT: Duration = Duration::from_millis(1);
 /// The least period of what the pool does over and over by itself. With a shorter one the pool would do nothing else.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
-/// The most connections that are opened at the same time. Each takes a thread, and a process that cannot start a thread any
-/// more may end. A server accepts far fewer at once.
+/// The most connections that are opened at the same time. Each takes a thread, and a process that cannot start a thread
+/// any more may end. A server accepts far fewer at once.
 const MOST_OPENS: u32 = 1024;
 
 /// When a connection is checked before it is handed out.

@@ -55,7 +55,8 @@ pub(crate) struct Clock {
 impl Clock {
     /// A clock that reads `Moment::BIRTH` now.
     pub(crate) fn new() -> Clock {
-        // The coarse clock is made second. So its origin is the later one, and it never runs ahead of the precise clock.
+        // The coarse clock is made second. So its origin is the later one, and it never runs ahead of the precise
+        // clock.
         let birth = Instant::now();
         Clock { birth, coarse: coarse::Source::new() }
     }
@@ -65,8 +66,8 @@ impl Clock {
         Moment(nanos(self.birth.elapsed()))
     }
 
-    /// The time as of the system's last tick. It is never ahead of [`precise`](Clock::precise), and behind it by less than
-    /// [`resolution`](Clock::resolution), unless a busy kernel ticks late. To read it costs a few nanoseconds.
+    /// The time as of the system's last tick. It is never ahead of [`precise`](Clock::precise), and behind it by less
+    /// than [`resolution`](Clock::resolution), unless a busy kernel ticks late. To read it costs a few nanoseconds.
     #[inline]
     pub(crate) fn coarse(&self) -> Moment {
         match self.coarse.elapsed() {
@@ -75,8 +76,8 @@ impl Clock {
         }
     }
 
-    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only. So
-    /// the clock is up to one tick behind after a tick, and up to two before the next (`coarse_is_not_far_behind`).
+    /// How far the coarse clock may lie behind: two ticks. At each tick the system advances it by whole periods only.
+    /// So the clock is up to one tick behind after a tick, and up to two before the next (`coarse_is_not_far_behind`).
     pub(crate) fn resolution(&self) -> Duration {
         self.coarse.resolution() * 2
     }

@@ -1,5 +1,5 @@
-//! What the pool does about a panic in its own code, on one of its own threads. Such a panic is a defect of the pool, since
-//! a panic of the user's code is caught where that code is called.
+//! What the pool does about a panic in its own code, on one of its own threads. Such a panic is a defect of the pool,
+//! since a panic of the user's code is caught where that code is called.
 //!
 //! A defect costs the task at hand and nothing else: the thread goes on, and the log has a record. In the tests of this
 //! repository a defect ends the process, since no test would notice it otherwise.
@@ -9,9 +9,9 @@ use std::any::Any;
 use std::io::{Write, stderr};
 use std::process::abort;
 
-/// If this variable is in the environment, a defect ends the process. `.cargo/config.toml` sets it for what cargo runs in
-/// this repository. (`cfg(test)` would not do, since the library has it in no test of `tests/`. Nor would debug assertions:
-/// a release has none, and a user's debug build must not end.)
+/// If this variable is in the environment, a defect ends the process. `.cargo/config.toml` sets it for what cargo runs
+/// in this repository. (`cfg(test)` would not do, since the library has it in no test of `tests/`. Nor would debug
+/// assertions: a release has none, and a user's debug build must not end.)
 const ABORT: &str = "MILLPOND_ABORT_ON_DEFECT";
 
 /// The log record of a defect: `what`, of the pool `name`, has panicked.

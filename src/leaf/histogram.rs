@@ -1,5 +1,5 @@
-//! [`Distribution`]: how long things took. The histogram is a fixed array, made by hand: the pool writes it under its lock
-//! at every return, and the histograms on crates.io allocate there, or count in atomics.
+//! [`Distribution`]: how long things took. The histogram is a fixed array, made by hand: the pool writes it under its
+//! lock at every return, and the histograms on crates.io allocate there, or count in atomics.
 
 use crate::leaf::text::{Short, Times};
 use std::fmt;
@@ -64,8 +64,8 @@ impl Distribution {
         Duration::from_nanos(self.sum.checked_div(self.count).unwrap_or(0))
     }
 
-    /// The time that a share `q` of all, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero if
-    /// none was recorded; a `q` outside of 0 to 1 counts as the nearer end.
+    /// The time that a share `q` of all, between 0 and 1, did not exceed: `quantile(0.99)` is the 99th percentile. Zero
+    /// if none was recorded; a `q` outside of 0 to 1 counts as the nearer end.
     pub fn quantile(&self, q: f64) -> Duration {
         let rank = (q.clamp(0.0, 1.0) * self.count as f64).ceil().max(1.0) as u64;
         let mut seen = 0;

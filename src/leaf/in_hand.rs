@@ -1,14 +1,14 @@
-//! Which connections the pool itself works on, on this very thread, at this moment. A `close` that is called from within
-//! that work, by a hook or the manager, must not wait for the end of it.
+//! Which connections the pool itself works on, on this very thread, at this moment. A `close` that is called from
+//! within that work, by a hook or the manager, must not wait for the end of it.
 //!
-//! Such work is a job, a validation, or a look at a connection by a hook or the manager during its checkout or return. A
-//! connection in use is not part of it: the caller may have moved it to another thread.
+//! Such work is a job, a validation, or a look at a connection by a hook or the manager during its checkout or return.
+//! A connection in use is not part of it: the caller may have moved it to another thread.
 
 use std::cell::{Cell, RefCell};
 use std::mem;
 
-/// A pool, by the address of its `Shared`, and the number of the connection in hand. On a thread of the pool's executor the
-/// number is [`EXECUTOR`].
+/// A pool, by the address of its `Shared`, and the number of the connection in hand. On a thread of the pool's executor
+/// the number is [`EXECUTOR`].
 type Work = (usize, u64);
 
 const NOTHING: Work = (0, 0);
@@ -58,7 +58,8 @@ impl Drop for InHand {
     }
 }
 
-/// Whether this thread belongs to the executor of `pool`, and the numbers of that pool's connections that it has in hand.
+/// Whether this thread belongs to the executor of `pool`, and the numbers of that pool's connections that it has in
+/// hand.
 pub(crate) fn of(pool: usize) -> (bool, Vec<u64>) {
     let mut ids = vec![TOP.get()];
     let _ = BELOW.try_with(|below| ids.extend_from_slice(&below.borrow()));

@@ -1,9 +1,9 @@
 //! Keeps a pool's lock alive while a connection is returned under it, without counting owners at every return.
 //!
-//! A connection in use keeps the pool's memory alive, and may be the last that does. As it is returned it moves into what
-//! the lock guards, but the lock has to outlive its own release. To count one more owner for that moment would take two
-//! atomic instructions, and a whole checkout and return has only four. So each thread stays an owner of the lock to which
-//! it returned a connection last, and counts only when it returns one to another pool.
+//! A connection in use keeps the pool's memory alive, and may be the last that does. As it is returned it moves into
+//! what the lock guards, but the lock has to outlive its own release. To count one more owner for that moment would
+//! take two atomic instructions, and a whole checkout and return has only four. So each thread stays an owner of the
+//! lock to which it returned a connection last, and counts only when it returns one to another pool.
 //!
 //! Until then, or until the thread ends, it keeps the lock and the emptied ledger of a pool that is gone. It keeps no
 //! connection, no manager, no hook and nothing else of the user's: those are dropped with the pool.

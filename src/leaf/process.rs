@@ -1,6 +1,6 @@
-//! In which process the code runs. A forked child has its parent's memory, and of its threads only the one that forked. A
-//! mutex that another thread had locked at that moment stays locked in the child for ever. So code that may run in a child
-//! looks at the process before it waits for a lock.
+//! In which process the code runs. A forked child has its parent's memory, and of its threads only the one that forked.
+//! A mutex that another thread had locked at that moment stays locked in the child for ever. So code that may run in a
+//! child looks at the process before it waits for a lock.
 
 use std::cell::Cell;
 use std::process;
@@ -8,13 +8,13 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 thread_local! {
-    /// When this thread looked at its process last, and the process id that it saw. It has no destructor, so that it can be
-    /// read to the very end of its thread.
+    /// When this thread looked at its process last, and the process id that it saw. It has no destructor, so that it
+    /// can be read to the very end of its thread.
     static PROCESS: Cell<(u64, u32)> = const { Cell::new((0, 0)) };
 }
 
-/// How long a thread relies on the process id that it saw, in nanoseconds: a millisecond. To look is a system call, which
-/// takes longer than a checkout.
+/// How long a thread relies on the process id that it saw, in nanoseconds: a millisecond. To look is a system call,
+/// which takes longer than a checkout.
 const LOOK_AGAIN: u64 = 1_000_000;
 
 /// The process in which something was made.
@@ -35,13 +35,13 @@ impl Home {
         process::id() != self.0
     }
 
-    /// The same, without a system call if this thread has looked within the last millisecond (and one step of the coarse
-    /// clock). `at` is the time in nanoseconds since the [`origin`].
+    /// The same, without a system call if this thread has looked within the last millisecond (and one step of the
+    /// coarse clock). `at` is the time in nanoseconds since the [`origin`].
     #[inline]
     pub(crate) fn seems_elsewhere(self, at: u64) -> bool {
         let (looked, seen) = PROCESS.get();
-        // If `at` lies before the last look, it was read off a clock that lags behind. The difference then wraps around to a
-        // great number, and the thread looks again.
+        // If `at` lies before the last look, it was read off a clock that lags behind. The difference then wraps around
+        // to a great number, and the thread looks again.
         (at.wrapping_sub(looked) >= LOOK_AGAIN || seen != self.0) && self.look(at)
     }
 

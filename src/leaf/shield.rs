@@ -44,8 +44,8 @@ pub(crate) fn drop_payload(payload: Box<dyn Any + Send>) {
     }
 }
 
-/// Something of the user's whose drop may panic, such as the manager. The panic is caught, since the drop runs on whatever
-/// thread has the pool last.
+/// Something of the user's whose drop may panic, such as the manager. The panic is caught, since the drop runs on
+/// whatever thread has the pool last.
 pub(crate) struct Shielded<T>(Option<T>);
 
 impl<T> Shielded<T> {

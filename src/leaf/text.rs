@@ -1,8 +1,8 @@
-//! Text for people. Text from outside (a server's words, the name of a pool or thread) is escaped and cut to a length, so
-//! that it can do nothing to a log or a terminal.
+//! Text for people. Text from outside (a server's words, the name of a pool or thread) is escaped and cut to a length,
+//! so that it can do nothing to a log or a terminal.
 //!
-//! All that people see comes through this file: an error's or a table's `Display`, a log record, a name. What programs read
-//! (a field, the typed source of a cause) stays as it came. To escape or cut a text twice changes nothing.
+//! All that people see comes through this file: an error's or a table's `Display`, a log record, a name. What programs
+//! read (a field, the typed source of a cause) stays as it came. To escape or cut a text twice changes nothing.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
@@ -105,8 +105,8 @@ impl Write for Brief {
     }
 }
 
-/// Whether a character does more than to be read: it controls a terminal, begins a line, changes the direction of the text
-/// or cannot be seen.
+/// Whether a character does more than to be read: it controls a terminal, begins a line, changes the direction of the
+/// text or cannot be seen.
 pub(crate) fn is_harmful(c: char) -> bool {
     match c {
         ' '..='~' => false,

@@ -1,5 +1,5 @@
-//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the name that belongs to the
-//! number, for the errors and tables that show it later.
+//! The thread registry: a number for each thread, which costs a checkout next to nothing, and the name that belongs to
+//! the number, for the errors and tables that show it later.
 
 use crate::leaf::text::{NAME, brief, is_harmful};
 use std::cell::Cell;

@@ -57,12 +57,12 @@ impl PoolTime {
         self.home.is_elsewhere()
     }
 
-    /// The same, as a rule without a system call. Wrong only if this very thread looked at its process a moment ago, and
-    /// was forked since.
+    /// The same, as a rule without a system call. Wrong only if this very thread looked at its process a moment ago,
+    /// and was forked since.
     #[inline]
     pub(crate) fn seems_forked(&self, now: Moment) -> bool {
-        // Always by the coarse clock. A look at the time of the precise one would lie ahead of the coarse clock, and would
-        // be taken for a fresh one until the coarse clock has caught up.
+        // Always by the coarse clock. A look at the time of the precise one would lie ahead of the coarse clock, and
+        // would be taken for a fresh one until the coarse clock has caught up.
         let now = if self.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
         self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }

@@ -22,7 +22,8 @@ impl<C, W: Clone> Ledger<C, W> {
             return Take::Nothing;
         }
         let Some((index, check)) = self.next_idle(0, now) else { return Take::Nothing };
-        // While others wait, a caller that came later does not take a connection out of the stack for a check of its own.
+        // While others wait, a caller that came later does not take a connection out of the stack for a check of its
+        // own.
         if check && (!here || self.front.is_some()) {
             return Take::Nothing;
         }
@@ -40,9 +41,9 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. A connection that was only unused for
-    /// long comes as [`Take::Check`]. The caller is to look at it without asking the server, and to report to
-    /// [`looked_at`](Ledger::looked_at).
+    /// [`take`](Ledger::take) for a caller that can wait for nothing, not even a check. A connection that was only
+    /// unused for long comes as [`Take::Check`]. The caller is to look at it without asking the server, and to report
+    /// to [`looked_at`](Ledger::looked_at).
     pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
         self.step(now, |l, now| {
             if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
@@ -79,9 +80,9 @@ impl<C, W: Clone> Ledger<C, W> {
         Some((self.token(index), conn))
     }
 
-    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once). `well`: the connection seems
-    /// well; otherwise nothing could be seen. `None`: the caller may not have the connection, and the executor checks it for
-    /// the next caller.
+    /// The caller has looked at the connection that it took [at once](Ledger::take_at_once). `well`: the connection
+    /// seems well; otherwise nothing could be seen. `None`: the caller may not have the connection, and the executor
+    /// checks it for the next caller.
     pub(crate) fn looked_at(
         &mut self,
         now: Moment,
@@ -109,8 +110,8 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// The idle connection that would be handed out after `others` of them, and whether it needs a check. Expired connections
-    /// at that place are closed first.
+    /// The idle connection that would be handed out after `others` of them, and whether it needs a check. Expired
+    /// connections at that place are closed first.
     #[inline]
     pub(super) fn next_idle(&mut self, others: usize, now: Moment) -> Option<(u32, bool)> {
         loop {
@@ -225,7 +226,8 @@ impl<C, W: Clone> Ledger<C, W> {
         match self.settings.validate {
             Validate::Never => false,
             Validate::Always => true,
-            // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller too.
+            // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller
+            // too.
             Validate::AfterIdle(limit) => {
                 self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus(limit) <= now
             }
@@ -251,8 +253,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether a connection that needs a check may be handed out without one to a caller that cannot wait. It may if it was
-    /// used or found well since the last such caller asked, and no connection has been found dead since.
+    /// Whether a connection that needs a check may be handed out without one to a caller that cannot wait. It may if it
+    /// was used or found well since the last such caller asked, and no connection has been found dead since.
     pub(super) fn serves_without_check(&self, index: u32) -> bool {
         let slot = &self.slots[index as usize];
         !self.is_suspect(slot)

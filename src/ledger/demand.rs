@@ -13,8 +13,8 @@ pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_WAITED_FOR: Duration = Duration::from_secs(1);
 /// The longest pause between opens while no caller waits.
 const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
-/// The first pause after a permanent refusal. Nobody repairs a password in milliseconds, and a server may lock an account
-/// after many failed logins.
+/// The first pause after a permanent refusal. Nobody repairs a password in milliseconds, and a server may lock an
+/// account after many failed logins.
 const BACKOFF_REFUSED: Duration = Duration::from_secs(5);
 /// The greatest part of a pause that jitter takes off, so that many pools do not dial in step.
 const BACKOFF_JITTER: f64 = 0.2;
@@ -25,12 +25,12 @@ const OPEN_PATIENCE: u32 = 3;
 const OPEN_PATIENCE_LEAST: Duration = Duration::from_millis(250);
 /// ... and so long while no open has succeeded, so that the usual time is not known.
 const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
-/// If a caller waits for the place of a connection that `recycle` replaced, its close may take a tenth of `close_timeout`.
-/// The server that it leads to may be the one that failed.
+/// If a caller waits for the place of a connection that `recycle` replaced, its close may take a tenth of
+/// `close_timeout`. The server that it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
 
-/// Protects a server that answers no dial: the least time between two dials while more than `max_size` jobs are abandoned, or
-/// exactly `max_size` and the last open failed.
+/// Protects a server that answers no dial: the least time between two dials while more than `max_size` jobs are
+/// abandoned, or exactly `max_size` and the last open failed.
 pub(super) const PROBE_PERIOD: Duration = Duration::from_secs(60);
 
 /// A run of failed opens.
@@ -75,8 +75,8 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- the plan
 
-    /// Orders the checks and opens that the waiters and the floor need, as far as the rules allow at this moment. Sets the
-    /// alarm for the moment when the rules will allow more.
+    /// Orders the checks and opens that the waiters and the floor need, as far as the rules allow at this moment. Sets
+    /// the alarm for the moment when the rules will allow more.
     pub(super) fn plan(&mut self, now: Moment) {
         self.dirty = false;
         self.stop_counting_on(now);
@@ -95,15 +95,16 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Notifies the waiters for which a connection is ready. For the others it has the idle connections checked that need a
-    /// check. Returns how many connections are then wanted beside those that are ready.
+    /// Notifies the waiters for which a connection is ready. For the others it has the idle connections checked that
+    /// need a check. Returns how many connections are then wanted beside those that are ready.
     fn plan_checks(&mut self, now: Moment) -> u32 {
         loop {
             let ready = self.ready(now);
             self.notify(ready);
             self.asked &= ready == 0;
             let demand = self.demand_beside(ready);
-            // After a failed check more connections are checked than are wanted, twice as many after each further failure.
+            // After a failed check more connections are checked than are wanted, twice as many after each further
+            // failure.
             let ahead = if self.check_failures == 0 {
                 0
             } else {
@@ -128,9 +129,10 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether another open is wanted for this demand. The waiters count on every check and open that does not take longer
-    /// than usual. The floor counts on the idle connections that last, and on all under way that no waiter needs. This is the
-    /// one rule for refill and for replacement. `beside`: the open that asks is not counted; whether it is slow.
+    /// Whether another open is wanted for this demand. The waiters count on every check and open that does not take
+    /// longer than usual. The floor counts on the idle connections that last, and on all under way that no waiter
+    /// needs. This is the one rule for refill and for replacement. `beside`: the open that asks is not counted; whether
+    /// it is slow.
     pub(super) fn wants_open(&self, demand: u32, beside: Option<bool>) -> bool {
         let mut quick = self.counted.quick_opens();
         let mut slow = self.counted.slow_opens();
@@ -139,20 +141,22 @@ impl<C, W: Clone> Ledger<C, W> {
             Some(false) => quick -= 1,
             None => {}
         }
-        // The first slow open is not counted on, and every further one is. So one more open is dialled beside an open that
-        // hangs, and not one after another: more dials do not help such a server, and opens that hang take slots.
+        // The first slow open is not counted on, and every further one is. So one more open is dialled beside an open
+        // that hangs, and not one after another: more dials do not help such a server, and opens that hang take slots.
         let counted_on = quick + slow.saturating_sub(1) + self.counted.quick_checks();
-        // After a failed check an open is always under way beside the further checks: six dead connections cost one connect,
-        // not six timeouts in a row.
+        // After a failed check an open is always under way beside the further checks: six dead connections cost one
+        // connect, not six timeouts in a row.
         let checks_fail = self.check_failures > 0 && quick + slow == 0;
         let users = demand > 0 && (checks_fail || counted_on < demand);
-        // (While `build` waits for the floor, one more open is dialled beside an open that hangs for the floor as well.)
+        // (While `build` waits for the floor, one more open is dialled beside an open that hangs for the floor as
+        // well.)
         let slow = slow.saturating_sub(u32::from(self.watchers > 0));
         let coming = quick + slow + self.counted.checks();
         users || self.counted.lasting() + coming.saturating_sub(demand) < self.settings.min_idle
     }
 
-    /// How many connections are wanted beside those that are ready: one for each waiter, and one for a caller that asked.
+    /// How many connections are wanted beside those that are ready: one for each waiter, and one for a caller that
+    /// asked.
     pub(super) fn demand(&self, now: Moment) -> u32 {
         self.demand_beside(self.ready(now))
     }
@@ -161,8 +165,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
-    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there is no
-    /// such connection.
+    /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there
+    /// is no such connection.
     fn start_next_check(&mut self, ready: usize, now: Moment) -> bool {
         let Some((index, _)) = self.next_idle(ready, now) else { return false };
         let (_, conn) = self.idle.remove(self.idle.len() - 1 - ready);
@@ -208,7 +212,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    // ---------------------------------------------------------------------------------------------- callers that do not wait
+    // ---------------------------------------------------------------------------------------------- callers that do
+    // not wait
 
     /// Asks for one connection to be made ready, for a caller that does not wait for it.
     pub(crate) fn prepare(&mut self, now: Moment) {
@@ -220,8 +225,8 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// A [hurried](Ledger::join) caller has left. What was ordered for it is to serve the next one. `even_now`: the caller
-    /// may have left before anything was ordered, so it is ordered now.
+    /// A [hurried](Ledger::join) caller has left. What was ordered for it is to serve the next one. `even_now`: the
+    /// caller may have left before anything was ordered, so it is ordered now.
     pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {
         self.step(now, |l, now| {
             if !l.closed {
@@ -234,14 +239,14 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// One connection is to be made ready. The wish ends when a connection is ready. It also ends when an open fails, since no
-    /// caller waits for another attempt.
+    /// One connection is to be made ready. The wish ends when a connection is ready. It also ends when an open fails,
+    /// since no caller waits for another attempt.
     pub(super) fn ask(&mut self) {
         self.asked = true;
     }
 
-    /// A caller that does not wait has found nothing. The checks and opens under way that are counted on will serve the next
-    /// such caller, so it counts as having asked when the oldest of them began.
+    /// A caller that does not wait has found nothing. The checks and opens under way that are counted on will serve the
+    /// next such caller, so it counts as having asked when the oldest of them began.
     pub(super) fn note_asked(&mut self, now: Moment) {
         let under_way = self.slots().filter(|slot| match slot.state {
             State::Checking(check, job) => !matches!(check, Check::Own(_)) && !job.slow,
@@ -269,8 +274,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let mut at = now;
         if let Some(failure) = &self.failure {
-            // While opens fail, one at a time is enough to learn when they no longer do. One more may run beside an open that
-            // hangs.
+            // While opens fail, one at a time is enough to learn when they no longer do. One more may run beside an
+            // open that hangs.
             if self.counted.quick_opens() > 0 || opening > 1 {
                 return Moment::NEVER;
             }
@@ -288,15 +293,15 @@ impl<C, W: Clone> Ledger<C, W> {
         at
     }
 
-    /// Makes room for an open, if room is all it lacks: frees the slot of a stuck job, or abandons a close that takes long, of
-    /// a connection that `recycle` replaced.
+    /// Makes room for an open, if room is all it lacks: frees the slot of a stuck job, or abandons a close that takes
+    /// long, of a connection that `recycle` replaced.
     fn make_room(&mut self, now: Moment) -> bool {
         let full = self.counted.total() >= self.settings.max_size && self.counted.begun_closes() > 0;
         if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
             return false;
         }
-        // With one more job abandoned, the bound of abandoned jobs must still allow a dial, or the room would be of no use.
-        // (If the last open failed, its back-off is over: that was asked above.)
+        // With one more job abandoned, the bound of abandoned jobs must still allow a dial, or the room would be of no
+        // use. (If the last open failed, its back-off is over: that was asked above.)
         if self.abandoned + self.counted.opens() + 1 >= self.settings.max_size
             && (self.counted.opens() > 0 || self.failure.is_some())
         {

@@ -1,5 +1,5 @@
-//! What falls due with time: [`reap`](Ledger::reap) closes connections that were idle for too long or are too old, has idle
-//! connections kept alive, reports leaks and abandons jobs past their limits.
+//! What falls due with time: [`reap`](Ledger::reap) closes connections that were idle for too long or are too old, has
+//! idle connections kept alive, reports leaks and abandons jobs past their limits.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use super::values::{Order, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 
-/// How long before the end of its life a floor connection is replaced: a twentieth of its life, at most this. An open rarely
-/// takes longer.
+/// How long before the end of its life a floor connection is replaced: a twentieth of its life, at most this. An open
+/// rarely takes longer.
 const MAX_REPLACEMENT_LEAD: Duration = Duration::from_secs(5);
 
 impl<C, W: Clone> Ledger<C, W> {
@@ -19,7 +19,8 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn reap(&mut self, now: Moment, jitter: f64) {
         let now = self.tick(now);
         self.alarm = Moment::NEVER;
-        // Floor connections near their end are marked first, so that their replacements are ordered before they are closed.
+        // Floor connections near their end are marked first, so that their replacements are ordered before they are
+        // closed.
         self.mark_expiring_soon(now);
         self.plan(now);
         while let Some(&(dies, index)) = self.lifetimes.first() {
@@ -107,8 +108,8 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- keepalive
 
-    /// The idle connection whose keepalive is due first, and when. `NEVER` while a keepalive check runs: they run one at a
-    /// time.
+    /// The idle connection whose keepalive is due first, and when. `NEVER` while a keepalive check runs: they run one
+    /// at a time.
     fn keepalive_due(&self) -> (Moment, u32) {
         let never = (Moment::NEVER, 0);
         match self.settings.keepalive {
@@ -167,14 +168,14 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Whether one more slot can be freed although its connection may be alive. It cannot if `max_size` jobs are abandoned
-    /// already, or may yet be.
+    /// Whether one more slot can be freed although its connection may be alive. It cannot if `max_size` jobs are
+    /// abandoned already, or may yet be.
     pub(super) fn may_abandon(&self) -> bool {
         self.abandoned + self.counted.opens() < self.settings.max_size
     }
 
-    /// Abandons a job past its limit. The slot of an open is always freed, since the bound of abandoned jobs limits the dials
-    /// that follow. The slot of another job is freed if the pool [may abandon](Ledger::may_abandon) one more.
+    /// Abandons a job past its limit. The slot of an open is always freed, since the bound of abandoned jobs limits the
+    /// dials that follow. The slot of another job is freed if the pool [may abandon](Ledger::may_abandon) one more.
     pub(super) fn abandon(&mut self, index: u32, now: Moment, jitter: f64) {
         let slot = &self.slots[index as usize];
         let (id, was, state, born) = (slot.id, slot.as_seen(), slot.state, slot.born);
@@ -205,8 +206,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// The grace of a close is over: opens that still hang have no limit any longer. They were aborted by now, and no other
-    /// open takes their place, so their limit would change nothing.
+    /// The grace of a close is over: opens that still hang have no limit any longer. They were aborted by now, and no
+    /// other open takes their place, so their limit would change nothing.
     pub(crate) fn abandon_opens(&mut self, now: Moment) {
         self.tick(now);
         let opens =

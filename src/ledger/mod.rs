@@ -7,8 +7,8 @@ use crate::leaf::clock::Moment;
 use crate::settings::{Settings, Validate};
 use crate::stats::{Counts, Tally};
 
-// Each file uses types and constants only of files above it in this list. A rule that needs a rule of another file calls a
-// method of `Ledger`. All files add methods to it, so the struct stands here.
+// Each file uses types and constants only of files above it in this list. A rule that needs a rule of another file
+// calls a method of `Ledger`. All files add methods to it, so the struct stands here.
 mod values;
 
 mod slots;
@@ -33,8 +33,8 @@ use demand::Failure;
 use queue::{Front, Waiter};
 use slots::StateCounts;
 
-/// What a method of the ledger wants done for others than its caller. Whoever has the lock takes the effects out before
-/// releasing it.
+/// What a method of the ledger wants done for others than its caller. The thread that has the lock takes the effects
+/// out before it releases the lock.
 #[derive(Debug)]
 pub(crate) struct Effects<C, W> {
     /// Waiters that have left the queue, and their outcome, which is to be filled in under the lock.
@@ -57,7 +57,8 @@ impl<C, W> Default for Effects<C, W> {
 impl<C, W> Effects<C, W> {
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        // One test instead of five, since this is asked after every checkout and return. The answer is nearly always yes.
+        // One test instead of five, since this is asked after every checkout and return. The answer is nearly always
+        // yes.
         (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
             == 0
     }
@@ -73,10 +74,11 @@ impl<C, W> Effects<C, W> {
 pub(crate) struct Ledger<C, W> {
     /// The settings as they are now: `resize` and `set_min_idle` change them.
     settings: Settings,
-    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out late.
+    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out
+    /// late.
     resolution: Duration,
-    /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never goes
-    /// back.
+    /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
+    /// goes back.
     now: Moment,
     slots: Vec<Slot>,
     /// The indexes of the free slots.
@@ -94,8 +96,8 @@ pub(crate) struct Ledger<C, W> {
     /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
     /// closed.
     lifetimes: BTreeSet<(Moment, u32)>,
-    /// When the idle stack last changed other than at its top. A connection that such a change left without a place in the
-    /// floor is due since then, and no longer.
+    /// When the idle stack last changed other than at its top. A connection that such a change left without a place in
+    /// the floor is due since then, and no longer.
     stack_changed_at: Moment,
     /// Connections that end up to this moment have been marked as `expiring_soon`.
     marked_until: Moment,
@@ -121,11 +123,11 @@ pub(crate) struct Ledger<C, W> {
     next_ticket: u64,
     /// How often all connections were declared outdated. Changed by `outdate`.
     generation: u64,
-    /// How many connections were found dead. A connection that was last proven well before the last of them is suspect. (The
-    /// ledger counts instead of comparing times, since the order of the steps is certain and a clock's is not.)
+    /// How many connections were found dead. A connection that was last proven well before the last of them is suspect.
+    /// (The ledger counts instead of comparing times, since the order of the steps is certain and a clock's is not.)
     found_dead: u64,
-    /// When a caller that does not wait last asked for a connection. A connection that was used or checked since serves the
-    /// next such caller, however late that comes. `NEVER`: no caller has asked.
+    /// When a caller that does not wait last asked for a connection. A connection that was used or checked since serves
+    /// the next such caller, however late that comes. `NEVER`: no caller has asked.
     asked_at: Moment,
     /// The connection whose keepalive check goes on.
     keepalive: Option<u64>,
@@ -216,8 +218,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.idle.len() as u32 >= self.settings.min_idle.min(self.settings.max_size)
     }
 
-    /// Whether the pool is closed and nothing will be due, so that the reaper can end. If a job's limit begins later, it sets
-    /// an alarm of its own.
+    /// Whether the pool is closed and nothing will be due, so that the reaper can end. If a job's limit begins later,
+    /// it sets an alarm of its own.
     pub(crate) fn is_over(&self) -> bool {
         let counts = self.counts();
         self.closed && counts.checking + counts.closing == 0 && self.limits.is_empty()

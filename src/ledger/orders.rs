@@ -46,8 +46,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Closes the pool: no caller waits any longer, and no connection is kept. Returns how many callers waited; `None` if
-    /// the pool was closed before.
+    /// Closes the pool: no caller waits any longer, and no connection is kept. Returns how many callers waited; `None`
+    /// if the pool was closed before.
     pub(crate) fn close(&mut self, now: Moment) -> Option<u32> {
         self.step(now, |l, now| {
             if l.closed {

@@ -1,8 +1,8 @@
 //! The queue of waiters, and the hand-off: who gets a connection that is returned or opened.
 //!
-//! A connection goes to the first waiter (*hand-off*), or to the idle stack. In the stack a running thread may take it first
-//! (*barging*), while the next waiters are *notified* to come and take it. The README of this folder says why, and proves
-//! that no waiter is forgotten.
+//! A connection goes to the first waiter (*hand-off*), or to the idle stack. In the stack a running thread may take it
+//! first (*barging*), while the next waiters are *notified* to come and take it. The README of this folder says why,
+//! and proves that no waiter is forgotten.
 
 use std::time::Duration;
 
@@ -11,10 +11,11 @@ use super::values::{Caller, Join, Outcome, Take, Ticket, Token};
 use crate::leaf::clock::Moment;
 use crate::stats::CloseReason;
 
-/// Protects waiters from starving: a returned connection is handed off to the first waiter once it was barged so often...
+/// Protects waiters from starving: a returned connection is handed off to the first waiter once it was barged so
+/// often...
 pub(super) const MAX_BARGES: u32 = 4;
-/// ... and has been the first for so long. Protects the running threads: a connection that is handed off to a waiter lies
-/// unused for as long as its thread takes to wake.
+/// ... and has been the first for so long. Protects the running threads: a connection that is handed off to a waiter
+/// lies unused for as long as its thread takes to wake.
 pub(super) const HANDED_OFF_AFTER: Duration = Duration::from_micros(20);
 
 pub(super) struct Waiter<W> {
@@ -41,9 +42,9 @@ impl<C, W: Clone> Ledger<C, W> {
         (self.queue.len() + self.notified.len()) as u32
     }
 
-    /// Queues the caller for a connection, at `ticket` if it has had a place before. The plan then checks or opens what it
-    /// needs. `hurried`: the caller may not have the time to wait for a check, and takes a connection that was checked for an
-    /// earlier hurried caller.
+    /// Queues the caller for a connection, at `ticket` if it has had a place before. The plan then checks or opens what
+    /// it needs. `hurried`: the caller may not have the time to wait for a check, and takes a connection that was
+    /// checked for an earlier hurried caller.
     pub(crate) fn join(
         &mut self,
         now: Moment,
@@ -83,8 +84,8 @@ impl<C, W: Clone> Ledger<C, W> {
             if waiting == 0 {
                 l.shorten_back_off(now);
             }
-            // (A hurried caller waits in place of the wish that an earlier one left. So a caller that comes again and again
-            // wants one connection, not one more each time.)
+            // (A hurried caller waits in place of the wish that an earlier one left. So a caller that comes again and
+            // again wants one connection, not one more each time.)
             l.asked &= !hurried;
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
             l.queue.insert(ticket, Waiter { handle, caller, since: ticket.since });
@@ -171,8 +172,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.front.is_none_or(|front| now.since(front.since) < self.settings.fair_after)
     }
 
-    /// Hands a connection off to the first waiter, or makes it idle. `fresh`: it was proven well just now. If it becomes idle
-    /// while there are waiters, the plan notifies one of them, or has the connection checked first.
+    /// Hands a connection off to the first waiter, or makes it idle. `fresh`: it was proven well just now. If it
+    /// becomes idle while there are waiters, the plan notifies one of them, or has the connection checked first.
     #[inline]
     pub(super) fn supply(&mut self, index: u32, conn: C, now: Moment, fresh: bool) {
         if let Some(front) = self.front {
@@ -187,8 +188,8 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn supply_queue(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
-        // A connection that the executor brings was made for the waiters, so the first waiter gets it. The first waiter also
-        // gets a connection that would be evicted before `fair_after` is over.
+        // A connection that the executor brings was made for the waiters, so the first waiter gets it. The first waiter
+        // also gets a connection that would be evicted before `fair_after` is over.
         let lasts = self.settings.max_idle.is_none_or(|max| max > self.settings.fair_after);
         let well = fresh || !self.needs_check(&self.slots[index as usize], now);
         if well && (fresh || !lasts || self.is_handed_off(front, now)) {
@@ -202,8 +203,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.push_idle(index, conn, now);
     }
 
-    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more connections than
-    /// there are waiters.
+    /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more connections
+    /// than there are waiters.
     pub(super) fn ready(&self, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
         let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);

@@ -1,5 +1,5 @@
-//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current. The
-//! ledger then changes no slot, and the job closes the connection that it brings.
+//! What the executor reports of its jobs. A job that was abandoned comes back with a token that is no longer current.
+//! The ledger then changes no slot, and the job closes the connection that it brings.
 
 use super::Ledger;
 use super::demand::FailedOpen;
@@ -9,14 +9,14 @@ use crate::leaf::clock::Moment;
 use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;
 
-/// How long a close counts among those that run side by side. A close takes a millisecond or two. One that takes longer may
-/// hang, and must not delay the next by more than scheduling noise. (The executor runs one more close beside each such one.
-/// So even if all hang, twice as many begin after every such pause.)
+/// How long a close counts among those that run side by side. A close takes a millisecond or two. One that takes longer
+/// may hang, and must not delay the next by more than scheduling noise. (The executor runs one more close beside each
+/// such one. So even if all hang, twice as many begin after every such pause.)
 pub(super) const CLOSE_PATIENCE: Duration = Duration::from_millis(3);
 
 impl<C, W: Clone> Ledger<C, W> {
-    /// An open, check or reset starts to run: its limit counts from now. `None`: the job was an open that is no longer wanted,
-    /// and its slot is free.
+    /// An open, check or reset starts to run: its limit counts from now. `None`: the job was an open that is no longer
+    /// wanted, and its slot is free.
     pub(crate) fn begin(&mut self, now: Moment, token: Token, jitter: f64) -> Option<Token> {
         self.step(now, |l, now| {
             let index = token.index;
@@ -60,8 +60,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.count_on(index, now.plus(self.open_patience()));
     }
 
-    /// A close starts to run, within a limit of its own. It runs in a job of its own, or in the job whose open, check or reset
-    /// failed.
+    /// A close starts to run, within a limit of its own. It runs in a job of its own, or in the job whose open, check
+    /// or reset failed.
     pub(crate) fn begin_close(&mut self, now: Moment, token: &Token) {
         self.step(now, |l, now| {
             if l.is_current(token) {
@@ -122,8 +122,8 @@ impl<C, W: Clone> Ledger<C, W> {
         })
     }
 
-    /// An open has failed, with a cause that the runtime noted before. The slot stays taken until [`free`](Ledger::free),
-    /// since the job still has handlers to run.
+    /// An open has failed, with a cause that the runtime noted before. The slot stays taken until
+    /// [`free`](Ledger::free), since the job still has handlers to run.
     pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
@@ -138,8 +138,8 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
-    /// The executor's check or reset has succeeded. `Err`: the job was abandoned before; it is to close the connection, and to
-    /// free its token then.
+    /// The executor's check or reset has succeeded. `Err`: the job was abandoned before; it is to close the connection,
+    /// and to free its token then.
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         self.step(now, |l, now| {
             if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
@@ -163,8 +163,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// A check or reset has failed, the executor's or a caller's own. The slot stays taken until [`free`](Ledger::free). A
-    /// failed check makes the siblings suspect; a failed reset says nothing of them.
+    /// A check or reset has failed, the executor's or a caller's own. The slot stays taken until
+    /// [`free`](Ledger::free). A failed check makes the siblings suspect; a failed reset says nothing of them.
     pub(crate) fn check_failed(&mut self, now: Moment, token: &Token, reason: CloseReason) {
         self.step(now, |l, now| {
             let index = token.index;

@@ -1,8 +1,8 @@
 //! Slots, their states and their counts, and the stack of idle connections. This is the only file in which a slot
 //! changes its state, and [`Ledger::set`] the only function that does it: it changes the state and the counts together.
 //!
-//! `README.md`, beside this file, has the table of all transitions. Whoever has the slot's [`Token`] may ask for a
-//! transition. So may the reaper for an idle connection, and, at a job's limit, for the slot of that job.
+//! `README.md`, beside this file, has the table of all transitions. The caller or job that has the slot's [`Token`]
+//! may ask for a transition. So may the reaper for an idle connection, and, at a job's limit, for the slot of that job.
 
 use std::time::Duration;
 
@@ -25,10 +25,11 @@ pub(crate) struct Slot {
     counted: u8,
     /// When the slot took its state; for an idle connection, `unused_since`.
     pub(crate) since: Moment,
-    /// When the connection was last returned, or, before its first return, when it arrived. (A keepalive check is not use,
-    /// and does not change this.) Valid from the arrival on.
+    /// When the connection was last returned, or, before its first return, when it arrived. (A keepalive check is not
+    /// use, and does not change this.) Valid from the arrival on.
     pub(super) unused_since: Moment,
-    /// When the connect began; until then, when it was ordered. The four fields that follow are valid from the connect on.
+    /// When the connect began; until then, when it was ordered. The four fields that follow are valid from the connect
+    /// on.
     pub(crate) born: Moment,
     /// The end of life: the connection is not handed out from this moment on.
     pub(super) dies: Moment,
@@ -247,8 +248,8 @@ impl StateCounts {
 impl<C, W: Clone> Ledger<C, W> {
     // ---------------------------------------------------------------------------------------------- states
 
-    /// Sets the state of a slot, and with it the counts. (Inlined: a checkout and a return know the state that they set, so
-    /// the compiler knows where it is counted.)
+    /// Sets the state of a slot, and with it the counts. (Inlined: a checkout and a return know the state that they
+    /// set, so the compiler knows where it is counted.)
     #[inline(always)]
     fn set(&mut self, index: u32, state: State) {
         let after = StateCounts::of(&state);
@@ -259,8 +260,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.counted.0[after] += 1;
     }
 
-    /// A slot takes another state, which it has since `since`. The limit, the patience or the lifetime that belonged to the
-    /// state before ends with it.
+    /// A slot takes another state, which it has since `since`. The limit, the patience or the lifetime that belonged to
+    /// the state before ends with it.
     #[inline(always)]
     fn change(&mut self, index: u32, state: State, since: Moment) {
         if self.slots[index as usize].counted >= StateCounts::CHECK as u8 {
@@ -535,8 +536,8 @@ impl<C, W: Clone> Ledger<C, W> {
         self.effects.changed |= self.watchers > 0;
     }
 
-    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only add a deadline
-    /// that lies ahead.
+    /// When the next connection has been idle for too long: the lowest one above the floor. A return can only add a
+    /// deadline that lies ahead.
     #[inline]
     pub(super) fn idle_deadline(&self) -> Moment {
         match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
@@ -545,7 +546,8 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
-    /// Takes the connection at the top of the stack, which must not be empty. The calling function sets the slot's state.
+    /// Takes the connection at the top of the stack, which must not be empty. The calling function sets the slot's
+    /// state.
     #[inline]
     pub(super) fn pop_idle(&mut self) -> C {
         self.idle.pop().expect("looked at before").1

@@ -13,7 +13,7 @@ pub(crate) struct Caller {
     pub(crate) thread: u64,
 }
 
-/// The proof that whoever has this value has the slot. It is spent by passing it back to the ledger.
+/// The proof that a caller or a job has the slot. It is spent by passing it back to the ledger.
 #[derive(Debug)]
 #[must_use = "a token that is dropped takes its slot with it"]
 pub(crate) struct Token {

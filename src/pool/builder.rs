@@ -33,8 +33,8 @@ use std::time::Duration;
 /// # Ok::<(), millpond::Error>(())
 /// ```
 ///
-/// Durations too long for the clock mean "never". [`build`](Builder::build) refuses a value that cannot be, and changes none
-/// in silence.
+/// Durations too long for the clock mean "never". [`build`](Builder::build) refuses a value that cannot be, and changes
+/// none in silence.
 pub struct Builder<M: Manage> {
     name: Option<String>,
     settings: Settings,
@@ -99,8 +99,8 @@ impl<M: Manage> Builder<M> {
         self.max_idle(idle_timeout)
     }
 
-    /// How old a connection may get: it is not handed out past this age. An idle connection is closed at this age, one in use
-    /// when it is returned. The age counts from the moment its opening began.
+    /// How old a connection may get: it is not handed out past this age. An idle connection is closed at this age, one
+    /// in use when it is returned. The age counts from the moment its opening began.
     ///
     /// Default 30 minutes. `None`: without limit. Less than 10 ms is refused.
     #[must_use]
@@ -109,8 +109,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// The greatest part of `max_lifetime` by which the life of a connection is shortened, at random, so that connections
-    /// opened together do not end together.
+    /// The greatest part of `max_lifetime` by which the life of a connection is shortened, at random, so that
+    /// connections opened together do not end together.
     ///
     /// Default 0.1. 0: none. Outside of 0 to 1 is refused.
     #[must_use]
@@ -121,8 +121,8 @@ impl<M: Manage> Builder<M> {
 
     /// How long [`Pool::get`] waits, and [`build`](Builder::build) for the first connections.
     ///
-    /// Default 30 seconds. Zero is refused. With a very short one `get` finds only a connection that is ready, and `build`
-    /// fails: see [`build_unchecked`](Builder::build_unchecked).
+    /// Default 30 seconds. Zero is refused. With a very short one `get` finds only a connection that is ready, and
+    /// `build` fails: see [`build_unchecked`](Builder::build_unchecked).
     #[must_use]
     pub fn connection_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connection_timeout = timeout;
@@ -153,8 +153,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: its slot is freed, and a
-    /// connection that it still brings is closed.
+    /// How long an attempt to open a connection may take, hooks included, before it is abandoned: its slot is freed,
+    /// and a connection that it still brings is closed.
     ///
     /// Default 10 seconds. Less than 1 ms is refused.
     #[must_use]
@@ -172,8 +172,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each takes
-    /// a thread of the pool until it is open.
+    /// How many connections may be opened at the same time; one more while one of them takes longer than usual. Each
+    /// takes a thread of the pool until it is open.
     ///
     /// Default 4. Zero is refused, and so is more than 1024.
     #[must_use]
@@ -184,9 +184,9 @@ impl<M: Manage> Builder<M> {
 
     /// How many threads may wait for a connection; one more fails at once.
     ///
-    /// Default `None`: any number. 0: no caller waits, not even for a connection to be opened, nor (with a manager that does
-    /// not [keep its limits](Manage::keeps_limits)) to be checked. Such a call fails, and the connection that is opened or
-    /// checked for it serves the next.
+    /// Default `None`: any number. 0: no caller waits, not even for a connection to be opened, nor (with a manager that
+    /// does not [keep its limits](Manage::keeps_limits)) to be checked. Such a call fails, and the connection that is
+    /// opened or checked for it serves the next.
     #[must_use]
     pub fn max_waiting(mut self, n: impl Into<Option<u32>>) -> Self {
         self.settings.max_waiting = n.into();
@@ -195,9 +195,10 @@ impl<M: Manage> Builder<M> {
 
     /// Bounds barging: once the first waiter has waited for so long, no other caller takes a connection before it.
     ///
-    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it has
-    /// been the first for 20 µs. Otherwise any thread that runs may take the connection, and the waiter is notified that it
-    /// may. The reason: a thread takes microseconds to wake, and a connection that is handed off lies unused meanwhile.
+    /// Until then a returned connection is handed off to the first waiter only if others have barged four times and it
+    /// has been the first for 20 µs. Otherwise any thread that runs may take the connection, and the waiter is notified
+    /// that it may. The reason: a thread takes microseconds to wake, and a connection that is handed off lies unused
+    /// meanwhile.
     ///
     /// Default 0.7 ms. Zero, or a `max_idle` that is not longer: every returned connection is handed off, strictly in
     /// order of arrival, which is slower where connections are in use for microseconds. (`cargo bench --bench curve`
@@ -208,8 +209,8 @@ impl<M: Manage> Builder<M> {
         self
     }
 
-    /// How often an idle connection is validated, to keep firewalls and servers from forgetting it. This does not count as
-    /// use. Connections are validated one at a time.
+    /// How often an idle connection is validated, to keep firewalls and servers from forgetting it. This does not count
+    /// as use. Connections are validated one at a time.
     ///
     /// Default `None`: not at all. Less than 10 ms is refused.
     #[must_use]

@@ -17,16 +17,16 @@ use std::time::{Duration, Instant};
 impl<M: Manage> Pool<M> {
     /// Closes the pool, and waits until it is closed, but for at most `grace`.
     ///
-    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out any more.
-    /// Idle connections are closed; those in use as they are returned; those being opened when they arrive.
+    /// From the start of the call, waiters get [`Closed`](crate::ErrorKind::Closed), and no connection is checked out
+    /// any more. Idle connections are closed; those in use as they are returned; those being opened when they arrive.
     ///
-    /// Called from a hook, `close` does not wait for the job or the connection with which the hook was called. But for a
-    /// connection that this thread has checked out, and has not returned, it waits until the grace is over: return it first.
-    /// (The pool knows which thread checked a connection out, and not which thread has it now.)
+    /// Called from a hook, `close` does not wait for the job or the connection with which the hook was called. But for
+    /// a connection that this thread has checked out, and has not returned, it waits until the grace is over: return it
+    /// first. (The pool knows which thread checked a connection out, and not which thread has it now.)
     ///
-    /// When the grace is over, the calls of connections in use are cancelled and aborted, where the manager can do that. All
-    /// else that is left ends by itself, and the report lists it. Zero: waits for nothing. A second call has a grace of its
-    /// own.
+    /// When the grace is over, the calls of connections in use are cancelled and aborted, where the manager can do
+    /// that. All else that is left ends by itself, and the report lists it. Zero: waits for nothing. A second call has
+    /// a grace of its own.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
         let closer = Closer::new("`close` was called", Location::caller(), grace);
@@ -226,8 +226,8 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         }
     };
     let abandoned = shared.counts().abandoned;
-    // Counted at the look that ended the wait, since another closer may have logged since then, and its thread is none that
-    // was waited for. After a wait in vain counted now, before threads are started to abort.
+    // Counted at the look that ended the wait, since another closer may have logged since then, and its thread is none
+    // that was waited for. After a wait in vain counted now, before threads are started to abort.
     let threads = threads.unwrap_or_else(|| shared.executor.threads()).saturating_sub(my_thread);
 
     let left = Connections(shared.describe(shared.slots(|_| true)));

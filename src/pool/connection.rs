@@ -20,8 +20,9 @@ use std::thread;
 /// It derefs to the connection itself, so its own methods are associated functions: `PooledConnection::discard(c)`, not
 /// `c.discard()`.
 ///
-/// It does not keep the pool open, and may outlive it. If a panic that began after the checkout drops it, the connection is
-/// closed: it may be in the middle of something. If it is [forgotten](std::mem::forget), its slot stays taken for good.
+/// It does not keep the pool open, and may outlive it. If a panic that began after the checkout drops it, the
+/// connection is closed: it may be in the middle of something. If it is [forgotten](std::mem::forget), its slot stays
+/// taken for good.
 #[must_use = "a connection that is not bound to a name is returned to the pool at once"]
 pub struct PooledConnection<M: Manage> {
     /// `None` once it is returned.
@@ -52,8 +53,8 @@ impl<M: Manage> PooledConnection<M> {
         this.return_as(Some(Condition::Discard(CloseReason::Discarded)));
     }
 
-    /// Takes the connection out of the pool for good: it is yours. The pool no longer counts it, and may open another in its
-    /// place. A customizer's `on_release` is not called for it, and its extensions are dropped.
+    /// Takes the connection out of the pool for good: it is yours. The pool no longer counts it, and may open another
+    /// in its place. A customizer's `on_release` is not called for it, and its extensions are dropped.
     pub fn detach(mut this: Self) -> M::Connection {
         let mut conn = this.conn.take().expect(IN_USE);
         let token = conn.checkout.token.take();
@@ -112,7 +113,8 @@ impl<M: Manage> PooledConnection<M> {
         // From now on the connection is unused.
         let now = shared.time.now();
         if shared.time.seems_forked(now) {
-            // The connection belongs to the parent process: a look at it would read bytes that are meant for the parent.
+            // The connection belongs to the parent process: a look at it would read bytes that are meant for the
+            // parent.
             return mem::forget((token, conn));
         }
         let in_hand = in_hand::with(shared.address(), conn.id);

@@ -67,12 +67,13 @@ const GRACE: Duration = Duration::from_secs(5);
 /// # Ok::<(), millpond::Error>(())
 /// ```
 ///
-/// There is one deadline, the [grace](PoolGuard::grace). The workers have the first three quarters of it to finish, with the
-/// pool still open, so that they can end what they have begun. Then the pool is closed with the rest of the grace. Then the
-/// workers are dropped.
+/// There is one deadline, the [grace](PoolGuard::grace). The workers have the first three quarters of it to finish,
+/// with the pool still open, so that they can end what they have begun. Then the pool is closed with the rest of the
+/// grace. Then the workers are dropped.
 ///
-/// The guard also waits for a connection that its own thread has checked out, since the pool cannot know that the connection
-/// is not with another thread by now. So make the guard first: what is declared after it is dropped before it.
+/// The guard also waits for a connection that its own thread has checked out, since the pool cannot know that the
+/// connection is not with another thread by now. So make the guard first: what is declared after it is dropped before
+/// it.
 ///
 /// # Where `Drop` does not run
 ///
@@ -109,8 +110,9 @@ impl PoolGuard {
         self.owning_with(workers, |w, deadline| w.finish(deadline))
     }
 
-    /// Makes the guard own `workers`, with `finish` to end them. `finish` is called once. It should tell the workers to stop,
-    /// wait for them until the deadline at most, and return whether they have all finished. A panic in it counts as `false`.
+    /// Makes the guard own `workers`, with `finish` to end them. `finish` is called once. It should tell the workers to
+    /// stop, wait for them until the deadline at most, and return whether they have all finished. A panic in it counts
+    /// as `false`.
     pub fn owning_with<W>(
         mut self,
         workers: W,
@@ -127,11 +129,11 @@ impl PoolGuard {
 }
 
 impl<W> PoolGuard<W> {
-    /// How long the drop may take. Default 5 seconds. Zero: `finish` is called, the pool is closed, and nothing is waited
-    /// for.
+    /// How long the drop may take. Default 5 seconds. Zero: `finish` is called, the pool is closed, and nothing is
+    /// waited for.
     ///
-    /// If another guard of the same pool, or a `close`, has waited in vain, its wait counts against this grace: two guards in
-    /// a row take the longer of two graces, not both. (Workers have their part of the grace in any case.)
+    /// If another guard of the same pool, or a `close`, has waited in vain, its wait counts against this grace: two
+    /// guards in a row take the longer of two graces, not both. (Workers have their part of the grace in any case.)
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -145,8 +147,8 @@ impl<W> PoolGuard<W> {
     fn finish_and_close(&mut self, by: &'static str) -> Option<CloseReport> {
         let pool = self.pool.take()?;
         if pool.is_forked() {
-            // The workers belong to the parent process as well. Their threads do not run here, and their drop might wait for
-            // them.
+            // The workers belong to the parent process as well. Their threads do not run here, and their drop might
+            // wait for them.
             std::mem::forget(self.workers.take());
             return Some(pool.close_by(Closer::new(by, self.at, Duration::ZERO)));
         }
@@ -201,8 +203,8 @@ impl<W> fmt::Debug for PoolGuard<W> {
 pub trait Workers {
     /// Waits until the workers have finished, at most until `deadline`. Returns whether they have.
     ///
-    /// The implementations in this crate do not tell the workers to stop: they must know it from elsewhere (a channel that
-    /// is closed, a flag, the pool's [`Closed`](crate::ErrorKind::Closed)). To tell them, use
+    /// The implementations in this crate do not tell the workers to stop: they must know it from elsewhere (a channel
+    /// that is closed, a flag, the pool's [`Closed`](crate::ErrorKind::Closed)). To tell them, use
     /// [`owning_with`](PoolGuard::owning_with).
     fn finish(&mut self, deadline: Instant) -> bool;
 }
@@ -215,8 +217,9 @@ impl Workers for () {
 
 impl<T> Workers for JoinHandle<T> {
     fn finish(&mut self, deadline: Instant) -> bool {
-        // The standard library can wait for a thread, or until a deadline, but not for both. So this looks again and again, at
-        // growing pauses: 0.1 ms, which a worker that is about to end needs, up to 10 ms, which is little beside a grace.
+        // The standard library can wait for a thread, or until a deadline, but not for both. So this looks again and
+        // again, at growing pauses: 0.1 ms, which a worker that is about to end needs, up to 10 ms, which is little
+        // beside a grace.
         let mut pause = Duration::from_micros(100);
         while !self.is_finished() {
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else {

@@ -29,8 +29,8 @@ use std::time::Duration;
 
 /// A handle to a pool of connections. Clone it and give a clone to every thread.
 ///
-/// The pool is open until [`close`](Pool::close) is called on a handle, a [`PoolGuard`](crate::PoolGuard) is dropped, or the
-/// last handle is dropped. A guard counts as a handle; connections in use do not keep the pool open.
+/// The pool is open until [`close`](Pool::close) is called on a handle, a [`PoolGuard`](crate::PoolGuard) is dropped,
+/// or the last handle is dropped. A guard counts as a handle; connections in use do not keep the pool open.
 pub struct Pool<M: Manage>(Arc<Handle<M>>);
 
 /// What the handles share with each other and not with the pool's own threads: its drop is that of the last handle.
@@ -87,11 +87,11 @@ impl<M: Manage> Pool<M> {
 
     /// Replaces every connection whose opening began before now: idle ones at once, others when they are returned.
     ///
-    /// If the close of such a connection takes more than a tenth of `close_timeout` while a caller waits for its place, it is
-    /// abandoned like a close past that limit: the server at the other end may be the one that failed.
+    /// If the close of such a connection takes more than a tenth of `close_timeout` while a caller waits for its place,
+    /// it is abandoned like a close past that limit: the server at the other end may be the one that failed.
     ///
-    /// Call it after a failover, or when a password was changed. The pool forgets a permanent refusal, and makes the next
-    /// attempt soon.
+    /// Call it after a failover, or when a password was changed. The pool forgets a permanent refusal, and makes the
+    /// next attempt soon.
     pub fn recycle(&self) {
         let shared = self.shared();
         if shared.is_forked() {
@@ -140,8 +140,8 @@ impl<M: Manage> Pool<M> {
         Connections(shared.describe(shared.slots(|_| true)))
     }
 
-    /// Logs records about this pool, from a thread of the pool that the logger may block. It does not keep the pool alive.
-    /// Once the pool is gone it logs on the thread that calls it.
+    /// Logs records about this pool, from a thread of the pool that the logger may block. It does not keep the pool
+    /// alive. Once the pool is gone it logs on the thread that calls it.
     #[cfg(feature = "postgres")]
     pub(crate) fn recorder(&self) -> impl Fn(Level, String) + Send + Sync + 'static {
         let (shared, name) = (Arc::downgrade(self.shared()), self.name().to_string());

@@ -68,8 +68,8 @@ impl Error {
         }
     }
 
-    /// The error of the `postgres` crate, if there is one. Of an error of the server that is longer than 64 KiB only the
-    /// SQLSTATE and the beginning are kept.
+    /// The error of the `postgres` crate, if there is one. Of an error of the server that is longer than 64 KiB only
+    /// the SQLSTATE and the beginning are kept.
     pub fn as_postgres(&self) -> Option<&::postgres::Error> {
         match &*self.0 {
             Kind::Postgres(e, _) => Some(e),
@@ -91,8 +91,8 @@ impl Error {
     }
 
     /// Whether it is useless to try the same again soon: the server or the configuration refuses, and a person must
-    /// change that. The pool then fails all waiters at once. It tries again slowly, since a password may be corrected or
-    /// a database created.
+    /// change that. The pool then fails all waiters at once. It tries again slowly, since a password may be corrected
+    /// or a database created.
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
             Kind::Own { permanent, .. } => *permanent,
@@ -108,8 +108,8 @@ impl From<::postgres::Error> for Error {
     }
 }
 
-/// How much of one error of a server is kept, in bytes. A cause lives until the next one, and each waiter gets it, so its
-/// size must have a bound; errors of PostgreSQL are far shorter.
+/// How much of one error of a server is kept, in bytes. A cause lives until the next one, and each waiter gets it, so
+/// its size must have a bound; errors of PostgreSQL are far shorter.
 const KEPT: usize = 64 * 1024;
 
 /// How long an error of a server is, in bytes.
@@ -225,8 +225,8 @@ pub(super) fn parse_error(params: &str, e: &::postgres::Error) -> Error {
     Error::own(text, true)
 }
 
-/// The error of an unknown option. It may be the second half of a password with a space or a `?` in it, so the error says
-/// its place and not its name.
+/// The error of an unknown option. It may be the second half of a password with a space or a `?` in it, so the error
+/// says its place and not its name.
 fn unknown_option(params: &str, option: &str) -> String {
     let is_it = |part: &str| part.split('=').next() == Some(option);
     let place = match params.split_once("://") {

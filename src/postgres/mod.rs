@@ -81,8 +81,8 @@
 //!
 //! Two things do *not* work there, whatever this crate does. One is `query` with a text instead of a statement, outside
 //! a transaction: use `query_cached` or `query_typed`. The other are, at times, types that are not built in: `postgres`
-//! looks each up, once, with a statement of its own. Where that is gone the call fails with 26000, and the pool replaces
-//! the connection.
+//! looks each up, once, with a statement of its own. Where that is gone the call fails with 26000, and the pool
+//! replaces the connection.
 //!
 //! # The observer
 //!
@@ -93,12 +93,12 @@
 //! sockets**, and [`PostgresManager::observe`] switches it off. While it is on, `client.cancel_token()` does not work
 //! with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
 //!
-//! A connection that is not observed is asked with one query when it is returned (and is pinged before, if more than the
-//! `_cached` functions was used). That costs as much as a small query, and nothing can be aborted. Nor is there a bound
-//! to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all): `postgres`
-//! takes as much memory as a message claims to be long, until its sender hangs up. And a server that declines TLS is
-//! taken for one that fails, and tried again: `postgres` does not tell them apart. (With `sslmode=prefer` it takes both
-//! for a no, and logs in in clear text.)
+//! A connection that is not observed is asked with one query when it is returned (and is pinged before, if more than
+//! the `_cached` functions was used). That costs as much as a small query, and nothing can be aborted. Nor is there a
+//! bound to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all):
+//! `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And a server that
+//! declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With
+//! `sslmode=prefer` it takes both for a no, and logs in in clear text.)
 //!
 //! # Code that is generic over `GenericClient`
 //!

@@ -5,8 +5,8 @@ use crate::ledger::Token;
 use crate::manage::Manage;
 use r2d2::Extensions;
 
-/// A connection, and `owner`: what keeps the pool's memory alive while the connection is in use. The box of a `Conn` is made
-/// once, when the connection is opened: a checkout or return moves the box and allocates nothing.
+/// A connection, and `owner`: what keeps the pool's memory alive while the connection is in use. The box of a `Conn` is
+/// made once, when the connection is opened: a checkout or return moves the box and allocates nothing.
 pub(crate) struct Conn<M: Manage, O> {
     pub(crate) owner: O,
     pub(crate) id: u64,

@@ -1,15 +1,16 @@
 //! [`EventCount`]: what the reaper, `build` and `close` sleep on.
 //!
-//! It uses the standard library's lock and not `parking_lot`'s. `parking_lot` keeps every sleeping thread in a table of the
-//! process. A forked child inherits that table without the threads, and may hang when it sleeps on such a lock itself.
-//! Since long sleeps are not in the table, a process may fork at any time, and the child may build a pool of its own.
+//! It uses the standard library's lock and not `parking_lot`'s. `parking_lot` keeps every sleeping thread in a table of
+//! the process. A forked child inherits that table without the threads, and may hang when it sleeps on such a lock
+//! itself. Since long sleeps are not in the table, a process may fork at any time, and the child may build a pool of
+//! its own.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Counts events. A thread that waits for the next event reads the count first, then looks at the state that an event would
-/// change, and then waits. So it misses no event, and needs no lock in between.
+/// Counts events. A thread that waits for the next event reads the count first, then looks at the state that an event
+/// would change, and then waits. So it misses no event, and needs no lock in between.
 #[derive(Debug)]
 pub(crate) struct EventCount {
     home: Home,
@@ -27,8 +28,8 @@ impl EventCount {
         *self.lock()
     }
 
-    /// Counts one more event, and wakes all sleeping threads. (A forked child has no such thread, nor perhaps the one that
-    /// has the lock. There nothing is done.)
+    /// Counts one more event, and wakes all sleeping threads. (A forked child has no such thread, nor perhaps the one
+    /// that has the lock. There nothing is done.)
     pub(crate) fn notify(&self) {
         let Some(mut count) = self.home.lock(&self.count) else { return };
         *count += 1;

@@ -1,16 +1,16 @@
 //! The [`Executor`]: the threads that may block.
 //!
-//! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind uses
-//! up the threads of another. A job over that limit waits in the backlog of its kind. A job that takes longer than usual
-//! may [stop counting](Executor::stop_counting) against the limit. A job past its limit is [abandoned](Executor::abandon):
-//! another thread may take its place, and its own leaves when the job ends.
+//! Threads appear when there is work, linger, and leave. Each kind of job has its own limit of threads, so that no kind
+//! uses up the threads of another. A job over that limit waits in the backlog of its kind. A job that takes longer than
+//! usual may [stop counting](Executor::stop_counting) against the limit. A job past its limit is
+//! [abandoned](Executor::abandon): another thread may take its place, and its own leaves when the job ends.
 //!
-//! A job counts as long as it stands in the [list of running jobs](Inner::running), under the kind it was started as. So a
-//! close that runs on the thread that posted it, since no thread could be started, does not count. A failed check that
-//! goes on to close its connection counts as a check.
+//! A job counts as long as it stands in the [list of running jobs](Inner::running), under the kind it was started as.
+//! So a close that runs on the thread that posted it, since no thread could be started, does not count. A failed check
+//! that goes on to close its connection counts as a check.
 //!
-//! No job is lost if a thread cannot be started. An open is returned to the thread that posted it. A close is returned as
-//! well, if the executor has no thread at all. Every other job waits in the backlog for a thread.
+//! No job is lost if a thread cannot be started. An open is returned to the thread that posted it. A close is returned
+//! as well, if the executor has no thread at all. Every other job waits in the backlog for a thread.
 //!
 //! No thread pool on crates.io does this: those can neither abandon a job that hangs nor limit jobs by kind.
 
@@ -29,8 +29,8 @@ const LINGER: Duration = Duration::from_secs(5);
 /// How many closes run at once, of those that do not take longer than usual. Several, since after a burst all surplus
 /// connections are evicted together; few, since each takes only a millisecond or two.
 const CLOSERS: usize = 4;
-/// How many jobs of each other kind run at once, so that a pool cannot use up the threads of its process. In a pool of more
-/// connections than this a job over the limit waits.
+/// How many jobs of each other kind run at once, so that a pool cannot use up the threads of its process. In a pool of
+/// more connections than this a job over the limit waits.
 const MOST: usize = 1024;
 /// How many log records may wait for a logger that blocks. A record beyond them is dropped, and counted.
 const MAX_RECORDS: usize = 1024;
@@ -155,8 +155,8 @@ impl<J: Task> Executor<J> {
         self.inner.lock().dropped_records
     }
 
-    /// Has a job run. `Ok(false)`: no thread could be started. The job is in the backlog, and [`run_backlog`] must be called
-    /// again later. `Err`: no thread could be started, and the job must not wait for one.
+    /// Has a job run. `Ok(false)`: no thread could be started. The job is in the backlog, and [`run_backlog`] must be
+    /// called again later. `Err`: no thread could be started, and the job must not wait for one.
     ///
     /// [`run_backlog`]: Executor::run_backlog
     pub(crate) fn post<S: Host<Job = J>>(&self, host: &Arc<S>, job: J) -> Result<bool, (io::Error, J)> {
@@ -230,8 +230,8 @@ impl<J: Task> Executor<J> {
         self.inner.lock().defer(job);
     }
 
-    /// The job that has this slot takes longer than usual: it no longer counts against the limit of its kind, and jobs of the
-    /// backlog run. Nothing changes if no thread of the executor runs the job. Returns as
+    /// The job that has this slot takes longer than usual: it no longer counts against the limit of its kind, and jobs
+    /// of the backlog run. Nothing changes if no thread of the executor runs the job. Returns as
     /// [`run_backlog`](Executor::run_backlog) does.
     pub(crate) fn stop_counting<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
@@ -243,8 +243,9 @@ impl<J: Task> Executor<J> {
         self.run_backlog(host)
     }
 
-    /// The job that has this slot is abandoned: its thread leaves when the job ends, and jobs of the backlog run. Nothing
-    /// changes if no thread of the executor runs the job. Returns as [`run_backlog`](Executor::run_backlog) does.
+    /// The job that has this slot is abandoned: its thread leaves when the job ends, and jobs of the backlog run.
+    /// Nothing changes if no thread of the executor runs the job. Returns as [`run_backlog`](Executor::run_backlog)
+    /// does.
     pub(crate) fn abandon<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
@@ -323,8 +324,8 @@ impl<J: Task> Executor<J> {
 }
 
 impl<J: Task> Inner<J> {
-    /// Whether another job of this kind may run. One more may run for each that no longer counts, so that of many jobs that
-    /// hang the last one still begins soon.
+    /// Whether another job of this kind may run. One more may run for each that no longer counts, so that of many jobs
+    /// that hang the last one still begins soon.
     fn has_room(&self, kind: Kind) -> bool {
         let (mut counted, mut slow) = (0, 0);
         for job in self.running.values().filter(|job| job.kind == kind) {
@@ -341,8 +342,8 @@ impl<J: Task> Inner<J> {
         Started { number, job }
     }
 
-    /// The running job that has this slot. If there are two, it is the later one: the earlier has handed its slot to the
-    /// ledger, and is about to end.
+    /// The running job that has this slot. If there are two, it is the later one: the earlier has handed its slot to
+    /// the ledger, and is about to end.
     fn find(&self, slot: u64) -> Option<u64> {
         self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
     }

@@ -1,7 +1,7 @@
 //! The jobs that the executor runs: everything that may block, panic, or run a user's code.
 //!
-//! Each job that has a slot has it as a [`Permit`]. The job reports its outcome with the permit. Whatever happens, a panic
-//! too, the drop of the permit frees the slot.
+//! Each job that has a slot has it as a [`Permit`]. The job reports its outcome with the permit. Whatever happens, a
+//! panic too, the drop of the permit frees the slot.
 
 use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
@@ -97,7 +97,8 @@ fn open<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>) {
     opened(shared, permit, conn, &opening)
 }
 
-/// The second half of an open: the new connection is shown to the manager and the event handler, and goes to the ledger.
+/// The second half of an open: the new connection is shown to the manager and the event handler, and goes to the
+/// ledger.
 fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<PoolConn<M>>, opening: &Opening) {
     if shared.life.is_starting.load(Ordering::Acquire) {
         let record = |level, text| shared.record(level, || text);

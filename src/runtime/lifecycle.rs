@@ -29,8 +29,9 @@ pub(crate) struct Ended {
     pub(crate) when: Moment,
 }
 
-/// A thread that closes the pool from within a call that the pool makes. The work it has [in hand](crate::leaf::in_hand) ends
-/// only after its `close`. So no such thread waits for what another one has in hand, or both would wait for ever.
+/// A thread that closes the pool from within a call that the pool makes. The work it has [in
+/// hand](crate::leaf::in_hand) ends only after its `close`. So no such thread waits for what another one has in hand,
+/// or both would wait for ever.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Within {
     /// Whether it is a thread of the executor.

@@ -1,5 +1,5 @@
-//! [`Openings`]: the hooks that abort each connection, and why the last open failed. They are not in the ledger, since nothing
-//! of the user's may be dropped under its lock.
+//! [`Openings`]: the hooks that abort each connection, and why the last open failed. They are not in the ledger, since
+//! nothing of the user's may be dropped under its lock.
 
 use crate::error::Cause;
 use crate::manage::Opening;

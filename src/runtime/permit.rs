@@ -7,8 +7,8 @@ use crate::runtime::shared::{PoolConn, PoolLedger, Shared};
 use crate::stats::CloseReason;
 use std::sync::Arc;
 
-/// The slot of a job. The drop of a permit frees the slot. It takes the ledger's lock, so no permit is dropped under that
-/// lock.
+/// The slot of a job. The drop of a permit frees the slot. It takes the ledger's lock, so no permit is dropped under
+/// that lock.
 pub(crate) struct Permit<M: Manage> {
     shared: Arc<Shared<M>>,
     /// `None` once the token was passed to the ledger.
@@ -45,8 +45,8 @@ impl<M: Manage> Permit<M> {
         }
     }
 
-    /// The job has succeeded: passes slot and connection to the ledger. `Err`: the job was abandoned meanwhile, so it keeps
-    /// both.
+    /// The job has succeeded: passes slot and connection to the ledger. `Err`: the job was abandoned meanwhile, so it
+    /// keeps both.
     pub(crate) fn report_success<R: Default>(
         mut self,
         to: impl FnOnce(&mut PoolLedger<M>, Moment, Token) -> Result<R, (Token, Box<PoolConn<M>>)>,

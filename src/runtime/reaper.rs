@@ -1,7 +1,7 @@
 //! The reaper: the thread that keeps time, and does nothing else.
 //!
-//! The reaper sleeps until the ledger's alarm, and then has the ledger decide what is due. It runs no code of a manager, no
-//! hook, no log record and no drop of a connection, so none of these can delay an eviction.
+//! The reaper sleeps until the ledger's alarm, and then has the ledger decide what is due. It runs no code of a
+//! manager, no hook, no log record and no drop of a connection, so none of these can delay an eviction.
 
 use crate::leaf::threads::thread_name;
 use crate::runtime::event_count::EventCount;
@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// How soon the reaper tries again: to start a thread that could not be started, or to keep time after a panic. Soon enough
-/// for a waiter, and rare enough to cost nothing.
+/// How soon the reaper tries again: to start a thread that could not be started, or to keep time after a panic. Soon
+/// enough for a waiter, and rare enough to cost nothing.
 const RETRY: Duration = Duration::from_millis(50);
 
 thread_local! {
@@ -68,8 +68,8 @@ impl Reaper {
         self.runs.load(Ordering::SeqCst)
     }
 
-    /// The thread is about to end. Called under the ledger's lock, so that the next step of the ledger that needs the reaper
-    /// sees it and starts it anew.
+    /// The thread is about to end. Called under the ledger's lock, so that the next step of the ledger that needs the
+    /// reaper sees it and starts it anew.
     pub(crate) fn ends(&self) {
         self.runs.store(false, Ordering::SeqCst);
     }
@@ -105,8 +105,8 @@ impl Reaper {
         started.map(drop)
     }
 
-    /// Has the reaper look again, since the alarm was set to an earlier time. Starts its thread anew if that has ended: the
-    /// pool is closed, and a connection was returned late.
+    /// Has the reaper look again, since the alarm was set to an earlier time. Starts its thread anew if that has ended:
+    /// the pool is closed, and a connection was returned late.
     pub(crate) fn wake<H: Timed>(host: &Arc<H>, may_start: impl FnOnce() -> bool) {
         let reaper = host.reaper();
         if reaper.runs() {

@@ -1,7 +1,7 @@
 //! What the parts of one pool share, and the one way to use its lock: [`Shared::with`].
 //!
-//! Under the lock run methods of the [`Ledger`] and nothing else. The thread that had the lock applies their effects: it
-//! serves waiters before it releases the lock, and wakes threads and posts jobs after that.
+//! Under the lock run methods of the [`Ledger`] and nothing else. The thread that had the lock applies their effects:
+//! it serves waiters before it releases the lock, and wakes threads and posts jobs after that.
 
 use crate::error::Cause;
 use crate::hooks::Hooks;
@@ -107,8 +107,8 @@ impl<M: Manage> Core<M> {
             drop(ledger);
             return waiter.notify();
         }
-        // The connection, which keeps the pool alive, is in the ledger or its effects, and both are locked. So the pool is
-        // still there.
+        // The connection, which keeps the pool alive, is in the ledger or its effects, and both are locked. So the pool
+        // is still there.
         if let Some(pool) = self.pool.upgrade() {
             pool.apply(ledger);
         }
@@ -160,8 +160,8 @@ impl<M: Manage> Shared<M> {
         answer
     }
 
-    /// [`with`](Shared::with) for a thread that may be in a forked child. `None`: this is a child, and the lock is not free. (A
-    /// free lock is taken: the thread asks [`seems_forked`](PoolTime::seems_forked) before.)
+    /// [`with`](Shared::with) for a thread that may be in a forked child. `None`: this is a child, and the lock is not
+    /// free. (A free lock is taken: the thread asks [`seems_forked`](PoolTime::seems_forked) before.)
     #[inline]
     pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut PoolLedger<M>) -> R) -> Option<R> {
         let mut ledger = self.core.lock_at_home()?;
@@ -296,13 +296,14 @@ impl<M: Manage> Shared<M> {
         }
     }
 
-    /// Has the calls of a connection fail. `cancel`: the server is asked first to stop what it does. Returns whether the
-    /// manager has registered anything to abort or cancel with.
+    /// Has the calls of a connection fail. `cancel`: the server is asked first to stop what it does. Returns whether
+    /// the manager has registered anything to abort or cancel with.
     pub(crate) fn abort(self: &Arc<Self>, id: u64, cancel: bool) -> bool {
         let Some(opening) = self.openings.get(id) else { return false };
         let can_be_aborted = opening.abort_from_now_on();
         if can_be_aborted {
-            // The job also drops the opening, since the hooks in it are the user's. (If there are none, it is dropped here.)
+            // The job also drops the opening, since the hooks in it are the user's. (If there are none, it is dropped
+            // here.)
             self.post(Job::Abort(opening, cancel));
         }
         can_be_aborted
@@ -325,12 +326,13 @@ impl<M: Manage> Shared<M> {
         shielded(|| self.record(Level::Error, || text));
     }
 
-    /// Stores why the last open failed, before the ledger is told that it did. The cause stays when a later open succeeds,
-    /// since the threads may come here in another order. Whether opens fail at present the ledger says
+    /// Stores why the last open failed, before the ledger is told that it did. The cause stays when a later open
+    /// succeeds, since the threads may come here in another order. Whether opens fail at present the ledger says
     /// ([`failing`](Ledger::failing)).
     pub(crate) fn set_cause(self: &Arc<Self>, cause: Cause) {
         match self.openings.set_cause(cause) {
-            // The error in the cause before may be the user's, and its drop may block. So the reaper leaves it to a job.
+            // The error in the cause before may be the user's, and its drop may block. So the reaper leaves it to a
+            // job.
             Some(before) if before.is_typed() && self.reaper.is_this_thread() => self.post(Job::Drop(before)),
             before => shielded(|| drop(before)),
         }
@@ -368,7 +370,8 @@ impl<M: Manage> Shared<M> {
         self.core.ledger.lock().counts()
     }
 
-    /// Copies of the slots that `pick` picks. Their text, such as the names of threads, is made later, without the lock.
+    /// Copies of the slots that `pick` picks. Their text, such as the names of threads, is made later, without the
+    /// lock.
     pub(crate) fn slots(&self, pick: impl Fn(&Slot) -> bool) -> Vec<Slot> {
         self.core.ledger.lock().slots().filter(|slot| pick(slot)).cloned().collect()
     }

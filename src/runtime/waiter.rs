@@ -1,8 +1,8 @@
 //! One [`Waiter`]: a thread that waits for a connection.
 //!
-//! A waiter is served under the ledger's lock, and woken after that lock is released. So at its deadline the thread asks the
-//! ledger, and is either still queued, and leaves, or has been served. A notification promises nothing, and may come to a
-//! waiter at any time.
+//! A waiter is served under the ledger's lock, and woken after that lock is released. So at its deadline the thread
+//! asks the ledger, and is either still queued, and leaves, or has been served. A notification promises nothing, and
+//! may come to a waiter at any time.
 
 use crate::leaf::process::Home;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

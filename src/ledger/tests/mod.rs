@@ -1,5 +1,5 @@
-//! The rules, on virtual time. One file for each subject of the ledger; the [`World`](world::World) in which the tests run;
-//! and the property test of all rules together.
+//! The rules, on virtual time. One file for each subject of the ledger; the [`World`](world::World) in which the tests
+//! run; and the property test of all rules together.
 
 mod checkout;
 mod demand;

@@ -107,8 +107,8 @@ fn some_settings() -> impl Strategy<Value = Settings> {
 }
 
 impl World {
-    /// When each idle connection was last used, sorted, by the world's own account. Idle is a connection that the server sees,
-    /// and that no caller and no job has.
+    /// When each idle connection was last used, sorted, by the world's own account. Idle is a connection that the
+    /// server sees, and that no caller and no job has.
     fn naive_idle(&self) -> Vec<Moment> {
         let at_work = self.jobs.values().map(|(_, job)| job.conn).chain(self.own.values().map(|own| own.conn));
         let at_work = at_work.chain(self.backlog.iter().map(|&(_, conn)| conn));
@@ -139,8 +139,8 @@ impl World {
             let hope = counts.total() > 0 || l.alarm < Moment::NEVER;
             assert!(hope, "waiting for nothing: {counts:?}");
         }
-        // P1, counted to the moment a close begins: four at once, and at least four more each time that those before take
-        // long.
+        // P1, counted to the moment a close begins: four at once, and at least four more each time that those before
+        // take long.
         if self.starts_at_once {
             let late = self.most_skew + CLOSE_PATIENCE * (l.slots.len() / CLOSERS) as u32;
             assert!(l.tally.max_lateness <= late, "{:?} late, of {late:?}", l.tally.max_lateness);
@@ -257,8 +257,8 @@ fn live(settings: Settings, ops: Vec<Op>) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
-    /// Whatever happens, in whatever order: after each step the rules hold and no waiter is forgotten. A pool whose server is
-    /// well again serves every waiter, and in the end every slot is freed.
+    /// Whatever happens, in whatever order: after each step the rules hold and no waiter is forgotten. A pool whose
+    /// server is well again serves every waiter, and in the end every slot is freed.
     #[test]
     fn anything_goes(settings in some_settings(), ops in prop::collection::vec(op(), 1..120)) {
         live(settings, ops);

@@ -1,5 +1,6 @@
-//! [`World`]: a server, an executor and a reaper without threads, on virtual time. The world carries out the ledger's orders,
-//! each part after the time that a test sets. After every step it compares what the ledger says with an account of its own.
+//! [`World`]: a server, an executor and a reaper without threads, on virtual time. The world carries out the ledger's
+//! orders, each part after the time that a test sets. After every step it compares what the ledger says with an account
+//! of its own.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::Location;
@@ -87,8 +88,8 @@ pub(super) struct Job {
     pub(super) begun: Moment,
     /// The number of the event with which the job began.
     pub(super) event: u64,
-    /// Whether a thread of the executor runs the job: not if it waits for a thread, nor if a close runs on the thread that
-    /// ordered it.
+    /// Whether a thread of the executor runs the job: not if it waits for a thread, nor if a close runs on the thread
+    /// that ordered it.
     pub(super) counted: bool,
 }
 
@@ -165,7 +166,8 @@ pub(super) struct World {
     pub(super) dead: Vec<Conn>,
     /// Whether a caller can see that a connection is well without asking the server.
     pub(super) sees: bool,
-    /// Numbers the events in their order: the beginning of each open and check, each connection found dead, each `recycle`.
+    /// Numbers the events in their order: the beginning of each open and check, each connection found dead, each
+    /// `recycle`.
     pub(super) events: u64,
     /// The beginning of the open or check that last proved each connection well.
     pub(super) proven: HashMap<Conn, u64>,
@@ -478,8 +480,8 @@ impl World {
         self.later(takes, event, job);
     }
 
-    /// P5: at most `max_size` jobs are abandoned or dial, and one more if the last dial came through. Beyond that the server
-    /// is dialled once a minute.
+    /// P5: at most `max_size` jobs are abandoned or dial, and one more if the last dial came through. Beyond that the
+    /// server is dialled once a minute.
     pub(super) fn assert_a_dial_is_due(&self) {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().abandoned + dialled.count() as u32;
@@ -809,8 +811,8 @@ impl World {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
 
-    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or began not
-    /// long ago.
+    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or began
+    /// not long ago.
     pub(super) fn coming(&self) -> u32 {
         let is_coming = |(event, job): &&(Event, Job)| {
             let patience = match event {
@@ -837,9 +839,9 @@ impl World {
                 || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
-    /// To be called when everything that is due was done. Each waiter is notified and on its way, or a job that may bring a
-    /// connection any moment is under way for it. Otherwise nothing can be done for it: there is no idle connection to check
-    /// or to hand off, and no room to open another.
+    /// To be called when everything that is due was done. Each waiter is notified and on its way, or a job that may
+    /// bring a connection any moment is under way for it. Otherwise nothing can be done for it: there is no idle
+    /// connection to check or to hand off, and no room to open another.
     pub(super) fn check_no_waiter_is_forgotten(&self) {
         if !self.strict || self.ledger.closed || self.waiting.is_empty() {
             return;
@@ -909,7 +911,8 @@ impl World {
             l.patience.len(),
             l.slots().filter(|slot| slot.job().is_some_and(|job| job.patience != Moment::NEVER)).count()
         );
-        // The stack is sorted. If callers wait beside idle connections, one is notified, or a job is under way for each.
+        // The stack is sorted. If callers wait beside idle connections, one is notified, or a job is under way for
+        // each.
         let since: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         assert!(since.is_sorted());
         assert_eq!(

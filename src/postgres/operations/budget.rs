@@ -17,7 +17,8 @@ pub enum Budget {
     /// all together.
     #[default]
     Warn,
-    /// `build` fails, for good, with the sum in the error's text. It also fails if the server does not say what it allows.
+    /// `build` fails, for good, with the sum in the error's text. It also fails if the server does not say what it
+    /// allows.
     Refuse,
 }
 
@@ -84,8 +85,8 @@ impl fmt::Display for Allowance {
 
 /// Asks the server how many connections it allows the role and database of this client. One round trip.
 ///
-/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. The pooler's own
-/// limits for its clients (`max_client_conn`, `default_pool_size`) only its administrators can see.
+/// Through a pooler such as PgBouncer the numbers are still the server's: what the pooler may open there. The pooler's
+/// own limits for its clients (`max_client_conn`, `default_pool_size`) only its administrators can see.
 ///
 /// ```no_run
 /// # fn f(pool: millpond::postgres::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -135,8 +136,8 @@ fn ask(client: &mut Client) -> Result<(Allowance, i32), Error> {
     Ok((allowance, column(&row, 9)?))
 }
 
-/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is the backend's pid as the
-/// login gave it: a pooler gives a number of its own.
+/// Compares what all processes may open with what the server allows, when a pool starts. `pid` is the backend's pid as
+/// the login gave it: a pooler gives a number of its own.
 pub(super) fn compare(
     client: &mut Client,
     pid: Option<i32>,

@@ -5,12 +5,12 @@ use crate::error::Cause;
 use crate::leaf::text::Short;
 use std::time::Duration;
 
-/// What the server is to do if this client dies or vanishes, set when a connection is opened. The guards are for the ends
-/// against which no guard in this process helps: SIGKILL, a power failure, a network that is gone.
+/// What the server is to do if this client dies or vanishes, set when a connection is opened. The guards are for the
+/// ends against which no guard in this process helps: SIGKILL, a power failure, a network that is gone.
 ///
-/// Every guard is off by default (`None`): the server's own setting, or the role's, holds. `Some(Duration::ZERO)` is the
-/// server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit of the
-/// server (milliseconds, for keepalives seconds). A duration too long for the server becomes its longest (for
+/// Every guard is off by default (`None`): the server's own setting, or the role's, holds. `Some(Duration::ZERO)` is
+/// the server's own zero: off for the timeouts, the system's default for TCP. Fractions are rounded up to the unit of
+/// the server (milliseconds, for keepalives seconds). A duration too long for the server becomes its longest (for
 /// milliseconds 24.8 days).
 ///
 /// | guard | what it reaches | since PostgreSQL |
@@ -47,17 +47,17 @@ use std::time::Duration;
 /// or `DISCARD ALL` of your own removes them. Behind PgBouncer:
 ///
 /// * `pool_mode=session`: kept, on the connection between pooler and server, as long as the session lasts.
-/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays on the server connection on which it ran,
-///   which other clients get next. Give the role its settings instead: `ALTER ROLE app SET
+/// * `pool_mode=transaction` or `statement`: **do not use them.** A `SET` stays on the server connection on which it
+///   ran, which other clients get next. Give the role its settings instead: `ALTER ROLE app SET
 ///   client_connection_check_interval = '10s'`.
 /// * In both, the server's client is the pooler: the guards of TCP watch the pooler and not this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServerGuards {
     /// Ends a session that has been idle outside of a transaction for this long.
     ///
-    /// It also ends a connection that the pool keeps idle, and one that a caller has checked out and does not use for as
-    /// long. `build` fails if it is not longer than the pool itself leaves a connection unused and unchecked: the least of
-    /// `max_idle` (which does not count with a `min_idle`), `max_lifetime` and `keepalive`.
+    /// It also ends a connection that the pool keeps idle, and one that a caller has checked out and does not use for
+    /// as long. `build` fails if it is not longer than the pool itself leaves a connection unused and unchecked: the
+    /// least of `max_idle` (which does not count with a `min_idle`), `max_lifetime` and `keepalive`.
     pub idle_session_timeout: Option<Duration>,
     /// Ends a session that has been idle inside of a transaction for this long.
     pub idle_in_transaction_session_timeout: Option<Duration>,

@@ -1,8 +1,8 @@
 //! [`Host`]: what the kernel of this host says of TCP connections, their two ends, and which process holds each.
 //!
-//! It decides whether a backend may be called orphaned. So only what the kernel says in Linux's `/proc` counts, and only
-//! where that is about this very network and these very processes. Whatever cannot be read, or could be read wrongly
-//! (another namespace's `/proc`), is an error that says why.
+//! It decides whether a backend may be called orphaned. So only what the kernel says in Linux's `/proc` counts, and
+//! only where that is about this very network and these very processes. Whatever cannot be read, or could be read
+//! wrongly (another namespace's `/proc`), is an error that says why.
 //!
 //! It reads `/proc` by hand, not with the crate `procfs`. There are five small files, and each way in which reading one
 //! can fail has an answer of its own, since a doubt must never pass for a proof.
@@ -14,8 +14,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// One look at this host, in this order: the sockets of this process, the connections of the network, the sockets of the
-/// backends. The look comes after the server was asked, so every backend in its answer already had its connection.
+/// One look at this host, in this order: the sockets of this process, the connections of the network, the sockets of
+/// the backends. The look comes after the server was asked, so every backend in its answer already had its connection.
 #[derive(Debug, Default)]
 pub(super) struct Host {
     /// The numbers (inodes) of the sockets that this process holds.
@@ -86,8 +86,9 @@ impl Host {
         Ok(Host { own, sockets, backends, routes_loopback: routes_loopback() })
     }
 
-    /// Whether the server of this backend runs on this host, so that the kernel knows its backends. It does if the backend
-    /// answered over a connection whose client's end, `peer`, is this process's, and whose other end is the backend's.
+    /// Whether the server of this backend runs on this host, so that the kernel knows its backends. It does if the
+    /// backend answered over a connection whose client's end, `peer`, is this process's, and whose other end is the
+    /// backend's.
     pub(super) fn has_server(
         &self,
         backend: i32,
@@ -109,8 +110,8 @@ impl Host {
         }
     }
 
-    /// Who holds the client's end of this backend's connection. Its server [is here](Host::has_server), and says that the
-    /// client's address is `client`.
+    /// Who holds the client's end of this backend's connection. Its server [is here](Host::has_server), and says that
+    /// the client's address is `client`.
     pub(super) fn holder(&self, backend: i32, client: SocketAddr) -> Result<Holder, &'static str> {
         let process = self.backend(backend)?;
         let mut ends = self.sockets.iter().filter(|((_, far), end)| *far == client && process.holds(end.inode));
@@ -149,7 +150,8 @@ impl Host {
 
 impl Process {
     fn look(pid: i32, booted: SystemTime) -> Result<Process, &'static str> {
-        // If the pid was given to another process since the server was asked, the time of that process's start shows it.
+        // If the pid was given to another process since the server was asked, the time of that process's start shows
+        // it.
         let folder = format!("/proc/{}", u32::try_from(pid).map_err(|_| ENDED)?);
         let folder = Path::new(&folder);
         let status = fs::read_to_string(folder.join("status")).map_err(|_| ENDED)?;
@@ -202,8 +204,8 @@ fn booted() -> Option<SystemTime> {
     Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`). With address translation a client
-/// on another machine can then look like a client on this one. For ::1 there is no such setting.
+/// Whether any network device lets packets of 127.0.0.0/8 in or out (`route_localnet`). With address translation a
+/// client on another machine can then look like a client on this one. For ::1 there is no such setting.
 fn routes_loopback() -> bool {
     let is_off = |entry: io::Result<fs::DirEntry>| {
         let value = fs::read_to_string(entry.ok()?.path().join("route_localnet")).ok()?;
@@ -244,8 +246,8 @@ fn connections() -> io::Result<HashMap<(SocketAddr, SocketAddr), Socket>> {
         let fields: Vec<_> = line.split_whitespace().collect();
         let (ends, socket) = socket(&fields).ok_or(io::ErrorKind::InvalidData)?;
         let known = sockets.entry(ends).or_insert(socket);
-        // If the table changes while it is read, it may have two lines for one pair of ends. The line of a socket that a
-        // process holds counts.
+        // If the table changes while it is read, it may have two lines for one pair of ends. The line of a socket that
+        // a process holds counts.
         if known.inode == 0 {
             *known = socket;
         }

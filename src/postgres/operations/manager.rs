@@ -31,11 +31,11 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(90);
 /// The default of `keepalives_idle` in the `postgres` crate, which does not say whether it was set.
 const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 
-/// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`](::postgres::NoTls), or that of
+/// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`], or that of
 /// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
 ///
-/// A new connection has answered a question before a caller gets it, since a pooler that is paused or full accepts every
-/// login.
+/// A new connection has answered a question before a caller gets it, since a pooler that is paused or full accepts
+/// every login.
 ///
 /// It sets what the configuration leaves open: `application_name` (the pool's name and the process id),
 /// `connect_timeout` (the pool's `open_timeout`, divided among the hosts), TCP keepalives (after 60 s, every 10 s, 3
@@ -81,8 +81,8 @@ impl<T: Connector> PostgresManager<T> {
     /// If the string is not one. The error says which part is wrong, and never its text: it may be the password.
     pub fn parse(params: &str, tls: T) -> Result<Self, Error> {
         let mut config: Config = params.parse().map_err(|e| parse_error(params, &e))?;
-        // The `@` shows that a part of the password was taken for a host. It would be looked up by name, and stand in the
-        // logs of the resolver.
+        // The `@` shows that a part of the password was taken for a host. It would be looked up by name, and stand in
+        // the logs of the resolver.
         if config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(name) if name.contains('@'))) {
             let text = "invalid connection string: an `@` in a host's name (in a user name or password write %40)";
             return Err(Error::own(text, true));
@@ -144,8 +144,8 @@ impl<T: Connector> PostgresManager<T> {
     /// What the server is to do if this client dies or vanishes, set on every connection. Default: no guard. Not for a
     /// pooler in transaction mode. See [`ServerGuards`].
     ///
-    /// `build` and `get` fail if the server does not know one of the guards, and say which. `build` also fails if a guard
-    /// would end connections that the pool means to keep.
+    /// `build` and `get` fail if the server does not know one of the guards, and say which. `build` also fails if a
+    /// guard would end connections that the pool means to keep.
     #[must_use]
     pub fn server_guards(mut self, guards: ServerGuards) -> Self {
         self.guards = guards;
@@ -275,8 +275,8 @@ impl<T: Connector> PostgresManager<T> {
 }
 
 /// Logs a notice as `postgres` does it, but escaped and shortened, since any SQL can raise a notice. The record is the
-/// client's and not the pool's. So it is written on the thread that uses the client, as `postgres` does it: no thread of
-/// the pool waits for that, and the configuration that has this callback may serve several pools, or none.
+/// client's and not the pool's. So it is written on the thread that uses the client, as `postgres` does it: no thread
+/// of the pool waits for that, and the configuration that has this callback may serve several pools, or none.
 fn log_notice(notice: DbError) {
     let text = brief(format_args!("{}: {}", notice.severity(), notice.message()), CAUSE);
     log::info!(target: "postgres::config", "{text}");
@@ -355,8 +355,8 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 }
 
-/// Shows neither the password nor the configuration as a whole. If a password in a URL is not escaped, its parts behind an
-/// `@`, `/` or `,` are taken for hosts or for a database. So all text before an `@` is left out.
+/// Shows neither the password nor the configuration as a whole. If a password in a URL is not escaped, its parts behind
+/// an `@`, `/` or `,` are taken for hosts or for a database. So all text before an `@` is left out.
 impl<T> fmt::Debug for PostgresManager<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let behind_at = |text: &str| text.rsplit_once('@').map(|(_, rest)| format!("…@{rest}"));

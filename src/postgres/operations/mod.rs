@@ -1,5 +1,5 @@
-//! What a pool and its operator do with connections: open, check and close them (manager), fit pools to the server's limit
-//! (budget), have the server clean up (guards), and find and end backends that are left there (audit).
+//! What a pool and its operator do with connections: open, check and close them (manager), fit pools to the server's
+//! limit (budget), have the server clean up (guards), and find and end backends that are left there (audit).
 //!
 //! The manager stands here since it uses budget and guards, and the audit uses it.
 

@@ -4,9 +4,9 @@
 /// PostgreSQL shortens a longer `application_name`.
 const MAX_APPLICATION_NAME: usize = 63;
 
-/// The pool's name and the process id. The name is shortened if both would be too long for PostgreSQL. Characters that are
-/// not printable ASCII are replaced here: the server would replace them by `?` or, since PostgreSQL 16, by something
-/// longer, which might push out the process id.
+/// The pool's name and the process id. The name is shortened if both would be too long for PostgreSQL. Characters that
+/// are not printable ASCII are replaced here: the server would replace them by `?` or, since PostgreSQL 16, by
+/// something longer, which might push out the process id.
 pub(super) fn application_name(pool: &str, pid: u32) -> String {
     let suffix = format!(" [{pid}]");
     let printable = |c: char| if c == ' ' || c.is_ascii_graphic() { c } else { '?' };

@@ -45,8 +45,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As [`Client::query`], with one exception. A statement that the server no longer has, or whose result has changed,
-    /// is prepared and run again, if that is outside a transaction, and it is certain that nothing of it ran.
+    /// As [`Client::query`], with one exception. A statement that the server no longer has, or whose result has
+    /// changed, is prepared and run again, if that is outside a transaction, and it is certain that nothing of it ran.
     pub fn query_cached(&mut self, sql: &str, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>, Error> {
         self.run_cached::<Query>(sql, params)
     }

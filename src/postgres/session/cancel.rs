@@ -18,8 +18,8 @@ pub(in crate::postgres) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
 /// How long a server takes to act on a cancel request, at best.
 const REACTION: Duration = Duration::from_millis(1);
 
-/// The time from a checkout to its return, in which the caller may cancel what the connection does. A canceller marks the
-/// scope before it sends anything, and the return of the connection ends the scope. One of the two comes first, and
+/// The time from a checkout to its return, in which the caller may cancel what the connection does. A canceller marks
+/// the scope before it sends anything, and the return of the connection ends the scope. One of the two comes first, and
 /// neither waits for the other.
 #[derive(Debug, Default)]
 pub(super) struct CancelScope(AtomicU8);

@@ -16,9 +16,9 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// A PostgreSQL connection: it derefs to [`postgres::Client`](::postgres::Client).
+/// A PostgreSQL connection: it derefs to [`postgres::Client`].
 ///
-/// Code that is generic over [`postgres::GenericClient`](::postgres::GenericClient) takes the client itself: of a
+/// Code that is generic over [`postgres::GenericClient`] takes the client itself: of a
 /// [`PooledConnection`](crate::postgres::PooledConnection) named `client` that is `&mut **client`, of a
 /// [`Transaction`](super::Transaction) `&mut *tx`.
 ///
@@ -55,9 +55,9 @@ pub(in crate::postgres) struct Opened {
     pub(in crate::postgres) took: Duration,
 }
 
-/// The least time for which the rest of an answer is read before its query is cancelled. (A cancel costs two connects: its
-/// own, and that of a replacement, since a cancelled connection is closed. So to read for as long as a connect takes is no
-/// loss.)
+/// The least time for which the rest of an answer is read before its query is cancelled. (A cancel costs two connects:
+/// its own, and that of a replacement, since a cancelled connection is closed. So to read for as long as a connect
+/// takes is no loss.)
 const DRAIN: Duration = Duration::from_millis(50);
 
 /// The same on a connection that is not observed. There it is not known whether an answer is missing at all: a busy
@@ -110,9 +110,9 @@ impl Connection {
 
     /// Something that can cancel what this connection does, to be given to another thread: a watchdog, say.
     ///
-    /// It works until the connection is returned. From then on it only fails, since it must not cancel the next caller's
-    /// query. If it was used, the connection is closed when it is returned, since the request may arrive late. If it was
-    /// not used, it costs nothing.
+    /// It works until the connection is returned. From then on it only fails, since it must not cancel the next
+    /// caller's query. If it was used, the connection is closed when it is returned, since the request may arrive late.
+    /// If it was not used, it costs nothing.
     ///
     /// (The pool does not know of `cancel_token()`, which is the `postgres` crate's own: that may cancel the next
     /// caller's query.)
@@ -128,8 +128,8 @@ impl Connection {
 
     // ---------------------------------------------------------------------------------------------- for the manager
 
-    /// What is to be done with a connection that is returned. `writes`: a node that takes writes was asked for. Does not
-    /// block: it does not read an answer that the caller left unread, and does not ask the server.
+    /// What is to be done with a connection that is returned. `writes`: a node that takes writes was asked for. Does
+    /// not block: it does not read an answer that the caller left unread, and does not ask the server.
     pub(in crate::postgres) fn state(&mut self, reset: Reset, writes: bool) -> Returned {
         verdict(self.facts(reset, writes), reset)
     }
@@ -147,8 +147,8 @@ impl Connection {
         if self.statements.has_lost_lookups() {
             return Facts::LookupsLost;
         }
-        // Notifications were for the caller. They are dropped here, since even a call that leaves nothing else behind may
-        // have read some.
+        // Notifications were for the caller. They are dropped here, since even a call that leaves nothing else behind
+        // may have read some.
         self.client.drop_notifications();
         let Some(watch) = &self.watch else { return Facts::Unobserved };
         // The usual case, which needs no flush. With `DiscardAll` a reset follows in any case.
@@ -158,8 +158,8 @@ impl Connection {
         if watch.is_waiting() {
             return Facts::Answering { in_copy: watch.in_copy() };
         }
-        // The watch does not see messages that are queued and not yet written (the end of a COPY that the server refused,
-        // say).
+        // The watch does not see messages that are queued and not yet written (the end of a COPY that the server
+        // refused, say).
         if wire::flush(self.client.reach()).is_err() {
             return Facts::Dead;
         }
@@ -282,8 +282,8 @@ impl Connection {
         self.finish(limit);
     }
 
-    /// Prepares the connection for its drop. A query that still runs is cancelled, since the backend would go on with it.
-    /// If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
+    /// Prepares the connection for its drop. A query that still runs is cancelled, since the backend would go on with
+    /// it. If an answer is still missing then, the connection is aborted: its drop would wait for that answer.
     fn finish(&mut self, limit: Duration) {
         self.end_cancel_scope();
         if self.may_be_at_work() {
@@ -363,8 +363,8 @@ impl Connection {
         }
     }
 
-    /// Fails if the statement is gone with which `postgres` looks up types. On a connection that is not observed this is
-    /// the only sign of a caller's `DISCARD ALL`. If the statement was never seen, `postgres` is made to use it.
+    /// Fails if the statement is gone with which `postgres` looks up types. On a connection that is not observed this
+    /// is the only sign of a caller's `DISCARD ALL`. If the statement was never seen, `postgres` is made to use it.
     fn check_lookup(&mut self, there: bool) -> Result<(), Error> {
         match (there, self.lookup) {
             (true, _) => self.lookup = Lookup::Seen,

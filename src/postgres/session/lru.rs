@@ -1,7 +1,7 @@
 //! [`Lru`]: a small map that forgets its least recently used entry.
 //!
-//! It is made by hand, for two reasons. The crate `lru` needs an owned key of both parts, SQL and types, which would be an
-//! allocation for each query. And here room must be made before a statement is prepared, not when it is inserted.
+//! It is made by hand, for two reasons. The crate `lru` needs an owned key of both parts, SQL and types, which would be
+//! an allocation for each query. And here room must be made before a statement is prepared, not when it is inserted.
 
 use ::postgres::types::Type;
 use std::borrow::Cow;

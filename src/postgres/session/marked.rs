@@ -3,10 +3,10 @@
 use crate::postgres::wire;
 use ::postgres::Client;
 
-/// A `Client`, marked by every call that reaches it. A client does not tell which messages are queued and not yet written
-/// (the end of a COPY that the server refused, say), or written and not yet answered. So every way to the client marks
-/// it, and no function can forget to. A call that leaves nothing behind goes through [`completed`](Marked::completed),
-/// and must succeed.
+/// A `Client`, marked by every call that reaches it. A client does not tell which messages are queued and not yet
+/// written (the end of a COPY that the server refused, say), or written and not yet answered. So every way to the
+/// client marks it, and no function can forget to. A call that leaves nothing behind goes through
+/// [`completed`](Marked::completed), and must succeed.
 pub(super) struct Marked {
     client: Client,
     marked: bool,

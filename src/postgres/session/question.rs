@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where a connection stands, by its own answer.
 pub(super) enum Standing {
-    /// No transaction is open. `lookups`: the statement is there with which `postgres` looks up types, if that was asked.
+    /// No transaction is open. `lookups`: the statement is there with which `postgres` looks up types, if that was
+    /// asked.
     Idle { lookups: bool },
     /// A transaction is open.
     InTransaction,
@@ -23,8 +24,9 @@ pub(super) enum Standing {
     Desynchronised,
 }
 
-/// Asks a connection where it stands, in one round trip, and without an error in the server's log. (Within a transaction
-/// `now()` stands still.) With `lookup` it also asks for the statement with which `postgres` looks up types.
+/// Asks a connection where it stands, in one round trip, and without an error in the server's log. (Within a
+/// transaction `now()` stands still.) With `lookup` it also asks for the statement with which `postgres` looks up
+/// types.
 pub(super) fn ask_standing(client: &mut Client, lookup: bool) -> Result<Standing, ::postgres::Error> {
     let nonce = nonce();
     let lookups = match lookup {

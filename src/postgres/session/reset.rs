@@ -23,9 +23,9 @@
 /// * [`Canceller::cancel`](super::Canceller::cancel) was called for it: the request may arrive late.
 /// * more was left of an answer than can be read within 50 ms (500 ms where it is not observed), or the time it took to
 ///   connect if that is longer. The query is cancelled, and the connection's slot is free when that is done.
-/// * the server no longer had one of its prepared statements (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE ALL`
-///   of the caller's. Then the statements with which the `postgres` crate looks up types may be gone as well, and it
-///   could never look one up again.
+/// * the server no longer had one of its prepared statements (SQLSTATE 26000), after a `DISCARD ALL` or `DEALLOCATE
+///   ALL` of the caller's. Then the statements with which the `postgres` crate looks up types may be gone as well, and
+///   it could never look one up again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reset {
@@ -41,8 +41,8 @@ pub enum Reset {
     /// advisory locks, `LISTEN`s and cached statements do not survive. (Statements made with SQL's `PREPARE` do: the
     /// `postgres` crate breaks when its own are deallocated.) One more round trip each time, on a thread of the pool's.
     ///
-    /// What a customizer's `on_acquire` has set does not survive it either, so `on_acquire` runs again after each reset,
-    /// before the connection is handed out. If it fails, the connection is closed. The [server
+    /// What a customizer's `on_acquire` has set does not survive it either, so `on_acquire` runs again after each
+    /// reset, before the connection is handed out. If it fails, the connection is closed. The [server
     /// guards](crate::postgres::PostgresManager::server_guards) are set again as well.
     DiscardAll,
     /// Nothing is done, except that a query that still runs is cancelled where that can be seen. For applications that

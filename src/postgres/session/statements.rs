@@ -1,14 +1,15 @@
-//! The statement cache: a connection remembers the statements it has prepared, so that the same SQL takes one round trip
-//! the next time.
+//! The statement cache: a connection remembers the statements it has prepared, so that the same SQL takes one round
+//! trip the next time.
 //!
 //! A prepared statement may end without notice: by DDL, by `DISCARD ALL`, by a pooler that changes the server. Its next
 //! use then fails, and two questions decide what is done about that. *Had it begun to run?* Only a statement that was
 //! refused before it ran may be tried again ([`Statements::take_refusal`]). *Was it in a transaction?* Then the
-//! transaction has failed, and no part of it may be repeated. In every case the statement is forgotten, so that the next
-//! call prepares it again.
+//! transaction has failed, and no part of it may be repeated. In every case the statement is forgotten, so that the
+//! next call prepares it again.
 //!
 //! A dropped [`Statement`] sends a `Close` with the next request. So room is made before a statement is prepared, not
-//! after. Then no `Close` is left queued when the call returns, for which the drop of the connection would have to wait.
+//! after. Then no `Close` is left queued when the call returns, for which the drop of the connection would have to
+//! wait.
 
 use super::lru::Lru;
 use super::question::ask_for_transaction;
@@ -29,14 +30,14 @@ pub(super) struct Statements {
     /// The capacity that was asked for.
     capacity: usize,
     prepared: Lru<Statement>,
-    /// With the cache off, only the types of a statement's parameters are remembered. They are all that is needed to run
-    /// it in one message, and they are the same on every server behind a pooler.
+    /// With the cache off, only the types of a statement's parameters are remembered. They are all that is needed to
+    /// run it in one message, and they are the same on every server behind a pooler.
     types: Lru<Arc<[Type]>>,
     pub(super) watch: Option<Arc<Watch>>,
     hits: u64,
     misses: u64,
-    /// The server no longer has the statements with which `postgres` looks up types, and `postgres` will not prepare them
-    /// again.
+    /// The server no longer has the statements with which `postgres` looks up types, and `postgres` will not prepare
+    /// them again.
     lookups_lost: bool,
 }
 
@@ -87,7 +88,8 @@ impl Statements {
         sql: &str,
         types: &[Type],
     ) -> Result<Statement, Error> {
-        // The caller ran a statement of the cache without the cache, and it was refused. It is not known here which one.
+        // The caller ran a statement of the cache without the cache, and it was refused. It is not known here which
+        // one.
         if self.watch.as_ref().is_some_and(|watch| watch.take_refused_statement()) {
             self.clear();
         }
@@ -127,8 +129,8 @@ impl Statements {
         Ok(types)
     }
 
-    /// Runs an operation. It is not known whether a transaction is open. Runs it again if it was refused for its statement
-    /// alone, and no transaction is open.
+    /// Runs an operation. It is not known whether a transaction is open. Runs it again if it was refused for its
+    /// statement alone, and no transaction is open.
     pub(super) fn run_outside<O: Operation>(
         &mut self,
         client: &mut Client,
@@ -154,8 +156,8 @@ impl Statements {
         if !self.take_refusal(&error, sql) {
             return Err(error);
         }
-        // If a transaction was open it has failed by now. The status says whether one was, since all requests before the
-        // refusal are answered.
+        // If a transaction was open it has failed by now. The status says whether one was, since all requests before
+        // the refusal are answered.
         let in_transaction = match &self.watch {
             Some(watch) => watch.status() != Status::Idle,
             None => ask_for_transaction(client).unwrap_or(true),

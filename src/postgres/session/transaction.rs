@@ -57,10 +57,10 @@ impl Connection {
 }
 
 /// A transaction with the connection's statement cache at hand, begun by [`Connection::begin`]. It derefs to
-/// [`postgres::Transaction`](::postgres::Transaction), and like that it rolls back when it is dropped.
+/// [`postgres::Transaction`], and like that it rolls back when it is dropped.
 ///
-/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten. It is not tried
-/// again, since its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
+/// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten. It is not
+/// tried again, since its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
 pub struct Transaction<'a> {
     transaction: ::postgres::Transaction<'a>,
     statements: &'a mut Statements,
@@ -215,10 +215,10 @@ const UNKNOWN: &str = "it is not known whether it was committed: its answers no 
 /// which are a few as a rule: the number only gives the loop an end.
 const MOST_STALE_ANSWERS: usize = 1000;
 
-/// A `COMMIT` where it is not known whether a request has failed before. It is sent together with a question in front of
-/// it, which fails if the transaction has failed, and whose answer shows which answer is the commit's. After any other
-/// answer it asks again, until the outcome of the commit is certain, or `postgres` ends the connection. As a rule this
-/// takes one round trip.
+/// A `COMMIT` where it is not known whether a request has failed before. It is sent together with a question in front
+/// of it, which fails if the transaction has failed, and whose answer shows which answer is the commit's. After any
+/// other answer it asks again, until the outcome of the commit is certain, or `postgres` ends the connection. As a rule
+/// this takes one round trip.
 fn commit_and_see(mut transaction: ::postgres::Transaction<'_>) -> Result<(), Error> {
     let (nonce, end) = (nonce(), nonce());
     let mut asked = format!("SELECT '{nonce}'; COMMIT");

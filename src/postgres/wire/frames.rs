@@ -1,5 +1,5 @@
-//! [`Frames`]: cuts one direction of the byte stream into messages, whatever pieces the bytes come in. It keeps no more of
-//! a message's body than its scanner asks for.
+//! [`Frames`]: cuts one direction of the byte stream into messages, whatever pieces the bytes come in. It keeps no more
+//! of a message's body than its scanner asks for.
 
 /// Stands for the tag of the first message of a frontend, which has none.
 pub(super) const STARTUP: u8 = 0;
@@ -25,7 +25,8 @@ impl Frames {
         Frames { header: [0; 5], header_filled: 0, body_left: 0, prefix: Vec::new() }
     }
 
-    /// The frontend's direction. Its first message has no tag, and is read as if the tag [`STARTUP`] had come before it.
+    /// The frontend's direction. Its first message has no tag, and is read as if the tag [`STARTUP`] had come before
+    /// it.
     pub(super) fn untagged_first() -> Frames {
         Frames { header: [STARTUP; 5], header_filled: 1, ..Frames::new() }
     }

@@ -11,9 +11,9 @@ const LONGEST_LOOK: Duration = Duration::from_millis(1);
 /// How many notifications a look reads at most, so that it ends even if more come all the time.
 const MANY: usize = 1000;
 
-/// Sends the messages that `client` has queued but not yet written, without waiting for anything. A dropped statement or
-/// COPY leaves such a message, and the [`Watch`] cannot know of it before it is written. `flush` also reads, once, what
-/// has arrived: do not call it where that may be much. It drops the notifications, which were for the last caller.
+/// Sends the messages that `client` has queued but not yet written, without waiting for anything. A dropped statement
+/// or COPY leaves such a message, and the [`Watch`] cannot know of it before it is written. `flush` also reads, once,
+/// what has arrived: do not call it where that may be much. It drops the notifications, which were for the last caller.
 ///
 /// # Errors
 ///
@@ -36,10 +36,10 @@ pub(in crate::postgres) fn drop_notifications(client: &mut Client) {
 /// Looks whether `client` is alive, as far as can be seen from here. Sends the messages it has queued, and drops the
 /// notifications that have arrived. `Ok(false)`: it cannot be seen, or the stream has ended.
 ///
-/// A `postgres::Client` reads what its runtime has learned from the system. The runtime asks the system only when it has
-/// nothing else to do, which is when a caller waits. So this waits for a notification. When the stream first has nothing
-/// to read, it wakes the runtime at once, which then asks the system. When it has nothing to read after that, it makes
-/// up a notification. All of that takes a few microseconds.
+/// A `postgres::Client` reads what its runtime has learned from the system. The runtime asks the system only when it
+/// has nothing else to do, which is when a caller waits. So this waits for a notification. When the stream first has
+/// nothing to read, it wakes the runtime at once, which then asks the system. When it has nothing to read after that,
+/// it makes up a notification. All of that takes a few microseconds.
 ///
 /// # Errors
 ///

@@ -1,11 +1,12 @@
 //! The bytes of one connection: how they are watched, what is known from them, and how the connection is aborted.
 //!
-//! It is made by hand, since `postgres` has no hook for any of this, and `postgres-protocol` parses whole messages out of
-//! buffers.
+//! It is made by hand, since `postgres` has no hook for any of this, and `postgres-protocol` parses whole messages out
+//! of buffers.
 //!
 //! From the bottom up: [`frames`] cuts bytes into messages, [`scanner`] follows the protocol, and [`watch`] shares what
 //! is known between the stream and the pool. [`negotiation`] and [`tap`] make the stream, and [`observer`] opens
-//! connections over it. [`look`] looks at a client without asking its server, and [`probe`] is the stream's part in that.
+//! connections over it. [`look`](mod@look) looks at a client without asking its server, and [`probe`] is the stream's
+//! part in that.
 
 mod frames;
 mod look;

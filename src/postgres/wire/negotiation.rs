@@ -1,9 +1,10 @@
-//! The choice between clear text and TLS, by the user's terms. It is made between the TCP connect and the startup packet.
+//! The choice between clear text and TLS, by the user's terms. It is made between the TCP connect and the startup
+//! packet.
 //!
 //! `postgres` believes that the stream is encrypted, so no other code would notice a mistake in this file.
 //!
-//! * The stream is in clear text only with `disable`, or with `prefer` if the connector has no TLS or the server answered
-//!   `N`. It is never in clear text after an error, or after the server said yes.
+//! * The stream is in clear text only with `disable`, or with `prefer` if the connector has no TLS or the server
+//!   answered `N`. It is never in clear text after an error, or after the server said yes.
 //! * Only one byte is read before the TLS handshake. Whatever a man in the middle sends behind it makes the handshake
 //!   fail, and is not believed.
 
@@ -97,12 +98,12 @@ const LONGEST_ERROR: usize = 1024;
 /// How long to wait for the rest of that error: as a rule it comes with the first byte.
 const ERROR_LIMIT: Duration = Duration::from_secs(1);
 
-/// The text of an error that came in answer to the request for TLS, whose tag has been read. Anybody on the way may have
-/// sent it, so it is shown to people, and nothing is concluded from it.
+/// The text of an error that came in answer to the request for TLS, whose tag has been read. Anybody on the way may
+/// have sent it, so it is shown to people, and nothing is concluded from it.
 ///
-/// A server that has no process for a client sends an error of the second version of the protocol: a text that ends with a
-/// NUL. Others might send an error of the third version: fields behind a length. A length begins with a zero byte, and no
-/// text does.
+/// A server that has no process for a client sends an error of the second version of the protocol: a text that ends
+/// with a NUL. Others might send an error of the third version: fields behind a length. A length begins with a zero
+/// byte, and no text does.
 async fn error_text(socket: &mut Socket) -> String {
     let (mut received, mut piece) = (Vec::new(), [0; LONGEST_ERROR]);
     let is_whole = |error: &[u8]| match error {
@@ -157,8 +158,8 @@ impl NegotiationError {
         error.source()?.downcast_ref()
     }
 
-    /// Whether the same attempt may succeed in a moment: the connection failed, and not the agreement. A failed handshake
-    /// counts as a disagreement unless an I/O error in it says that the stream ended.
+    /// Whether the same attempt may succeed in a moment: the connection failed, and not the agreement. A failed
+    /// handshake counts as a disagreement unless an I/O error in it says that the stream ended.
     pub(in crate::postgres) fn is_transient(&self) -> bool {
         match self {
             NegotiationError::Aborted

@@ -7,10 +7,10 @@
 //! # How
 //!
 //! The only way to the stream is the TLS connector. [`Observer`] wraps the user's connector. On a private copy of the
-//! user's configuration it always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no `SSLRequest`
-//! of its own and gives the bare socket to the connector. The observer negotiates in its place, by the *user's* sslmode
-//! ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a scanner beside it.
-//! The test `postgres_hands_the_bare_socket_to_the_connector` fails if `postgres` ever stops working this way.
+//! user's configuration it always asks for `sslmode=require sslnegotiation=direct`: then `postgres` sends no
+//! `SSLRequest` of its own and gives the bare socket to the connector. The observer negotiates in its place, by the
+//! *user's* sslmode ([`negotiate`]), and returns a [`Tap`]: the socket or the user's TLS stream, with a scanner beside
+//! it. The test `postgres_hands_the_bare_socket_to_the_connector` fails if `postgres` ever stops working this way.
 //!
 //! # What must always hold
 //!
@@ -22,9 +22,9 @@
 //!
 //! # Limits
 //!
-//! A unix socket does not pass through the connector. The name lookup and the TCP connect happen before it, so an abort is
-//! seen only after them. The system's resolver bounds the lookup; `connect_timeout` bounds the connect, for each address.
-//! `cancel_token().cancel_query(NoTls)` fails on an observed client; use [`Observer::cancel`].
+//! A unix socket does not pass through the connector. The name lookup and the TCP connect happen before it, so an abort
+//! is seen only after them. The system's resolver bounds the lookup; `connect_timeout` bounds the connect, for each
+//! address. `cancel_token().cancel_query(NoTls)` fails on an observed client; use [`Observer::cancel`].
 
 use super::negotiation::{NegotiationError, Terms, negotiate};
 use super::tap::{Tap, is_over, too_slow};
@@ -102,8 +102,9 @@ impl<T: Connector> Observer<T> {
         self.config.connect(self.watched_by(watch))
     }
 
-    /// Asks the server to cancel what the token's connection is doing, over a connection of its own. `watch` must be a new
-    /// one, and can abort this call. Returns when the server has hung up, which means that it has taken the request.
+    /// Asks the server to cancel what the token's connection is doing, over a connection of its own. `watch` must be a
+    /// new one, and can abort this call. Returns when the server has hung up, which means that it has taken the
+    /// request.
     ///
     /// # Errors
     ///

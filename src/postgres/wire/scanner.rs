@@ -1,13 +1,13 @@
 //! [`Scanner`]: follows the messages of one connection, and knows what the server still has to answer.
 //!
 //! A scanner is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
-//! messages and at the bodies of four short kinds from the server; it keeps nothing that the user sends. It cannot fail:
-//! bytes that are not the protocol only make it [poisoned](Scanner::is_poisoned). Until the login is over anybody may
-//! be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
+//! messages and at the bodies of four short kinds from the server; it keeps nothing that the user sends. It cannot
+//! fail: bytes that are not the protocol only make it *poisoned*. Until the login is over anybody
+//! may be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
 //!
-//! It relies on two facts of the protocol. Answers come in the order of the requests, so a queue of requests shows which
-//! request a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that nothing is
-//! under way.
+//! It relies on two facts of the protocol. Answers come in the order of the requests, so a queue of requests shows
+//! which request a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that
+//! nothing is under way.
 
 use super::frames::{BadLength, Frames, STARTUP};
 use crate::leaf::text::CUT;
@@ -103,7 +103,8 @@ pub(super) struct Scanner {
     /// From `CopyInResponse` to the next `ReadyForQuery`.
     copy_in: bool,
     poisoned: bool,
-    /// A message had a length that cannot be. So it is not known where the next one begins, and nothing is read any more.
+    /// A message had a length that cannot be. So it is not known where the next one begins, and nothing is read any
+    /// more.
     unreadable: bool,
     /// The server's side ended, by its own close or by an error of the socket.
     ended: bool,
@@ -162,8 +163,8 @@ impl fmt::Display for LoginFault {
 
 impl std::error::Error for LoginFault {}
 
-/// How many bytes of a message's body are kept until its end has come. Of a parameter (`S`) 64 are enough: the longest of
-/// interest is `default_transaction_read_only`.
+/// How many bytes of a message's body are kept until its end has come. Of a parameter (`S`) 64 are enough: the longest
+/// of interest is `default_transaction_read_only`.
 fn body_prefix(tag: u8) -> usize {
     match tag {
         b'Z' => 1,
@@ -377,8 +378,8 @@ impl Scanner {
         self.status
     }
 
-    /// The pid by which the server, or a pooler in its place, calls this backend. PgBouncer's numbers are its own and may be
-    /// negative.
+    /// The pid by which the server, or a pooler in its place, calls this backend. PgBouncer's numbers are its own and
+    /// may be negative.
     pub(super) fn pid(&self) -> Option<i32> {
         self.pid
     }
@@ -411,8 +412,8 @@ impl Scanner {
         self.backend.is_inside()
     }
 
-    /// A request is half sent or not yet answered to its end, or there is a COPY. The `Close` of a dropped statement does
-    /// not count, since it cannot fail.
+    /// A request is half sent or not yet answered to its end, or there is a COPY. The `Close` of a dropped statement
+    /// does not count, since it cannot fail.
     pub(super) fn has_unanswered(&self) -> bool {
         let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
         self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
@@ -436,7 +437,8 @@ impl Scanner {
         self.failed_request = false;
     }
 
-    /// The connection is of no use any more: it is poisoned, or the server has hung up, or sent an error with which it does.
+    /// The connection is of no use any more: it is poisoned, or the server has hung up, or sent an error with which it
+    /// does.
     pub(super) fn is_lost(&self) -> bool {
         self.poisoned || self.ended || self.fatal.is_some()
     }
@@ -477,8 +479,8 @@ impl Scanner {
         std::mem::take(&mut self.refused_statement)
     }
 
-    /// At any time a prepared statement was asked for that the server did not have. Whatever removed it may have removed
-    /// the statements of the `postgres` crate as well, which does not notice.
+    /// At any time a prepared statement was asked for that the server did not have. Whatever removed it may have
+    /// removed the statements of the `postgres` crate as well, which does not notice.
     pub(super) fn has_missed_a_statement(&self) -> bool {
         self.missed_statement
     }

@@ -30,8 +30,8 @@ pub(super) struct Tap<S> {
     pub(super) transport: Transport<S>,
     pub(super) watched: Watched,
     pub(super) login_timer: LoginTimer,
-    /// Hang up only after the other side has hung up: for a request to cancel. libpq does so, `postgres` does not. PgBouncer
-    /// 1.18 forgets such a request when its sender is gone, or ends itself (pgbouncer #801).
+    /// Hang up only after the other side has hung up: for a request to cancel. libpq does so, `postgres` does not.
+    /// PgBouncer 1.18 forgets such a request when its sender is gone, or ends itself (pgbouncer #801).
     pub(super) lingers: bool,
 }
 

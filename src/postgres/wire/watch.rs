@@ -32,7 +32,8 @@ impl Watch {
         })
     }
 
-    /// Ends the connection for good: every call that waits for it, now or later, fails at once with `ConnectionAborted`.
+    /// Ends the connection for good: every call that waits for it, now or later, fails at once with
+    /// `ConnectionAborted`.
     pub(in crate::postgres) fn abort(&self) {
         // The switch is set before the waker is taken: see [`Watched::check`].
         self.aborted.store(true, Ordering::SeqCst);
@@ -61,19 +62,20 @@ impl Watch {
         self.scanner.lock().in_copy()
     }
 
-    /// See [`Scanner::is_busy`]. To be busy is no fault: after an error the answer's end is often still under way, and comes
-    /// before the answer to a ping.
+    /// See [`Scanner::is_busy`]. To be busy is no fault: after an error the answer's end is often still under way, and
+    /// comes before the answer to a ping.
     pub(in crate::postgres) fn is_busy(&self) -> bool {
         self.scanner.lock().is_busy()
     }
 
-    /// See [`Scanner::is_mid_message`]. This is no fault either: the rest is on its way, and comes before the next answer.
+    /// See [`Scanner::is_mid_message`]. This is no fault either: the rest is on its way, and comes before the next
+    /// answer.
     pub(in crate::postgres) fn is_mid_message(&self) -> bool {
         self.scanner.lock().is_mid_message()
     }
 
-    /// A caller may be waiting for an answer, and the backend at work for it. (A request that has failed does not count: its
-    /// end may remain unread while the connection is not used.)
+    /// A caller may be waiting for an answer, and the backend at work for it. (A request that has failed does not
+    /// count: its end may remain unread while the connection is not used.)
     pub(in crate::postgres) fn is_waiting(&self) -> bool {
         let scanner = self.scanner.lock();
         scanner.has_unanswered() && !scanner.has_oldest_failed() && !scanner.is_lost() && !self.is_aborted()
@@ -84,8 +86,8 @@ impl Watch {
         self.is_aborted() || self.scanner.lock().is_lost()
     }
 
-    /// The connection is fit for any caller: nothing is under way, no transaction is open, and it is not lost. A request that
-    /// is queued and not yet written is not seen: [`flush`](super::flush) first.
+    /// The connection is fit for any caller: nothing is under way, no transaction is open, and it is not lost. A
+    /// request that is queued and not yet written is not seen: [`flush`](super::flush) first.
     pub(in crate::postgres) fn is_idle(&self) -> bool {
         self.scanner.lock().is_idle() && !self.is_aborted()
     }
@@ -132,8 +134,8 @@ impl Watch {
         self.scanner.lock().take_refused_statement()
     }
 
-    /// The node says that it takes writes, as of the last answer. So if a write was refused, it was for its transaction.
-    /// Servers before PostgreSQL 14 and poolers say nothing.
+    /// The node says that it takes writes, as of the last answer. So if a write was refused, it was for its
+    /// transaction. Servers before PostgreSQL 14 and poolers say nothing.
     pub(in crate::postgres) fn takes_writes(&self) -> bool {
         let scanner = self.scanner.lock();
         let node = (scanner.in_hot_standby(), scanner.read_only_by_default());
@@ -173,15 +175,16 @@ impl Watch {
 pub(super) struct Watched(Arc<Watch>);
 
 impl Watched {
-    /// Begins a new stream. One `connect` may try several addresses, so all that was known of the last stream is forgotten.
+    /// Begins a new stream. One `connect` may try several addresses, so all that was known of the last stream is
+    /// forgotten.
     pub(super) fn begin(watch: Arc<Watch>) -> Watched {
         *watch.scanner.lock() = Scanner::new();
         Watched(watch)
     }
 
-    /// Fails if the connection was aborted. It is called before every poll. It stores the waker first, and then reads the
-    /// switch; [`Watch::abort`] sets the switch first, and then takes the waker. So a stream either sees the abort here, or
-    /// is woken by it.
+    /// Fails if the connection was aborted. It is called before every poll. It stores the waker first, and then reads
+    /// the switch; [`Watch::abort`] sets the switch first, and then takes the waker. So a stream either sees the abort
+    /// here, or is woken by it.
     pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
         match &mut *self.0.waker.lock() {
             Some(waker) => waker.clone_from(cx.waker()),

@@ -38,8 +38,8 @@ pub struct Audit {
     pub application_name: String,
     /// The server's backends, the oldest first.
     pub backends: Vec<Backend>,
-    /// Connections of the pool that the server does not know: they were ended and the pool has not noticed yet, or lead to
-    /// another server.
+    /// Connections of the pool that the server does not know: they were ended and the pool has not noticed yet, or lead
+    /// to another server.
     pub missing: Connections,
     /// What could not be found out, and why.
     pub notes: Vec<String>,
@@ -47,7 +47,8 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// The backends that are proven to have no client any more. See [`audit`](crate::postgres::audit()) for what that takes.
+    /// The backends that are proven to have no client any more. See [`audit`](crate::postgres::audit()) for what that
+    /// takes.
     pub fn orphans(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|b| b.owner == Owner::Orphaned)
     }
@@ -81,8 +82,8 @@ pub struct Backend {
     pub pid: i32,
     /// Its `application_name`, as its client set it.
     pub application_name: String,
-    /// The process id of its client, by its `application_name`. It is a hint only: the process may be on another machine,
-    /// or in a container with numbers of its own, and a pooler passes on the name of its client.
+    /// The process id of its client, by its `application_name`. It is a hint only: the process may be on another
+    /// machine, or in a container with numbers of its own, and a pooler passes on the name of its client.
     pub process: Option<u32>,
     /// Its client's address, as the server sees it. `None`: a unix socket, or hidden.
     pub client: Option<SocketAddr>,
@@ -134,22 +135,22 @@ impl Backend {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Owner {
-    /// This pool's: its row is in [`Backend::connection`]. The server gave the pool this very pid for it, and this process
-    /// holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network behind
-    /// translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may have passed
-    /// the backend on since. Where connections are not [observed](crate::postgres#the-observer), a pooler cannot be seen,
-    /// and a [note](Audit::notes) says so.)
+    /// This pool's: its row is in [`Backend::connection`]. The server gave the pool this very pid for it, and this
+    /// process holds the client's end. Where the kernel cannot be asked (a unix socket, a tunnel, another network
+    /// behind translated addresses), the backend must be as old as the connection. (A pooler in transaction mode may
+    /// have passed the backend on since. Where connections are not [observed](crate::postgres#the-observer), a pooler
+    /// cannot be seen, and a [note](Audit::notes) says so.)
     Pool,
     /// The connection on which the audit itself was made.
     Audit,
     /// This process's, but not in the pool: detached, being opened or closed, abandoned, or of another pool of the same
     /// name; or of a proxy or tunnel within this process, for any client.
     ThisProcess,
-    /// Another process's, on this host: a pool of the same name, a pooler, or the end of a tunnel. That process holds the
-    /// client's end.
+    /// Another process's, on this host: a pool of the same name, a pooler, or the end of a tunnel. That process holds
+    /// the client's end.
     Other,
-    /// No process's: the backend is busy, and the client's end of its connection is closed. No process can ever read its
-    /// answer.
+    /// No process's: the backend is busy, and the client's end of its connection is closed. No process can ever read
+    /// its answer.
     Orphaned,
     /// The owner cannot be found out from here: [`Backend::note`] says why.
     Unknown,

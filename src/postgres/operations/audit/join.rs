@@ -18,9 +18,9 @@ use std::collections::{BTreeMap, HashSet};
 /// an `application_name` of the pool's name with any process id. (If you set `application_name` yourself: that very
 /// name, whoever has it. If yours ends in the process id as ` [4711]`: with any process id.)
 ///
-/// It opens a connection of its own, since the pool may be exhausted at the very time when an audit is needed. It uses the
-/// pool's manager and its `open_timeout`, which covers the questions as well. Only if the server has no room for one more
-/// does it check a connection out of the pool, and waits as [`get`](crate::Pool::get) does.
+/// It opens a connection of its own, since the pool may be exhausted at the very time when an audit is needed. It uses
+/// the pool's manager and its `open_timeout`, which covers the questions as well. Only if the server has no room for
+/// one more does it check a connection out of the pool, and waits as [`get`](crate::Pool::get) does.
 ///
 /// Give your pools names: `millpond-1`, the default, is the same in every application.
 ///
@@ -48,13 +48,14 @@ use std::collections::{BTreeMap, HashSet};
 /// * the client's end is on this host, and closed: no process holds it. (The kernel forgets a closed end after a
 ///   minute; later on, only for loopback addresses, its absence counts, as long as `route_localnet` is off.)
 ///
-/// So a backend is never called orphaned if its client came through a unix socket, whose ends cannot be joined, or from a
-/// container or machine that is not the server's. If a pooler or a tunnel on this host holds the client's end, the backend
-/// is [another process's](Owner::Other).
+/// So a backend is never called orphaned if its client came through a unix socket, whose ends cannot be joined, or from
+/// a container or machine that is not the server's. If a pooler or a tunnel on this host holds the client's end, the
+/// backend is [another process's](Owner::Other).
 ///
-/// Even without an audit every such backend ends: the server itself notices a client that is gone, at the latest when its
-/// query ends. With [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval)
-/// it looks while the query runs, wherever the client was. Set that, and there is little left to end.
+/// Even without an audit every such backend ends: the server itself notices a client that is gone, at the latest when
+/// its query ends. With
+/// [`client_connection_check_interval`](crate::postgres::ServerGuards::client_connection_check_interval) it looks while
+/// the query runs, wherever the client was. Set that, and there is little left to end.
 ///
 /// Behind a pooler the pids that the pool has are the pooler's: nothing can be joined. With several hosts in the
 /// configuration only one of them is asked.
@@ -92,8 +93,8 @@ fn look<T: Connector>(
     let manager = pool.manager();
     let own_name = manager.application_name(pool.name());
     let names = Names::new(&own_name, pool.name());
-    // The pool is asked before and after the server, so that a connection that is opened or closed meanwhile is in one of
-    // the two lists.
+    // The pool is asked before and after the server, so that a connection that is opened or closed meanwhile is in one
+    // of the two lists.
     let before = pool.connections();
     let numbers =
         |all: &Connections| all.iter().filter_map(|c| i32::try_from(c.server_id?).ok()).collect::<HashSet<_>>();
@@ -133,7 +134,7 @@ fn look<T: Connector>(
     if viewpoint.pooled {
         notes.push(
             "the pool reaches the server through a pooler: the pids it knows are the pooler's, so nothing can be joined, \
-             and nobody is called orphaned"
+             and no backend is called orphaned"
                 .into(),
         );
     } else if !unnumbered.is_empty() {

@@ -10,8 +10,8 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, SystemTime};
 
-/// The condition that a backend is busy. Only a busy backend can be an orphan: an idle one notices at once that its client
-/// is gone. A backend whose state is not tracked does not count as busy.
+/// The condition that a backend is busy. Only a busy backend can be an orphan: an idle one notices at once that its
+/// client is gone. A backend whose state is not tracked does not count as busy.
 pub(super) const BUSY: &str = "AND state IN ('active', 'fastpath function call')";
 
 pub(super) const LEAVING: &str = "its client has closed, and it is about to end";

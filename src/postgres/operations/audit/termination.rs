@@ -18,12 +18,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 impl Audit {
     /// Ends the [orphaned](Owner::Orphaned) backends that this audit has found, and no others, with
-    /// `pg_terminate_backend`. It uses a connection as [`audit`](crate::postgres::audit()) does. The server rolls back what
-    /// the backends were doing.
+    /// `pg_terminate_backend`. It uses a connection as [`audit`](crate::postgres::audit()) does. The server rolls back
+    /// what the backends were doing.
     ///
     /// Each backend is proven once more just before, from that connection. And in the statement that ends it the server
-    /// looks whether the pid is still that backend (`backend_start`, `application_name`) and busy. The call waits for at
-    /// most 2 seconds until the backends are gone.
+    /// looks whether the pid is still that backend (`backend_start`, `application_name`) and busy. The call waits for
+    /// at most 2 seconds until the backends are gone.
     ///
     /// # Errors
     ///
@@ -61,8 +61,8 @@ impl Audit {
 
     /// Ends the backends of this audit that you name by their pids, whatever their owner. Use it for backends that are
     /// [unknown](Owner::Unknown) to the audit and not to you. Otherwise as
-    /// [`terminate_orphans`](Audit::terminate_orphans): the server looks whether each is still the backend that the audit
-    /// saw, but neither whether it is busy nor whose it is.
+    /// [`terminate_orphans`](Audit::terminate_orphans): the server looks whether each is still the backend that the
+    /// audit saw, but neither whether it is busy nor whose it is.
     ///
     /// ```no_run
     /// # fn f(pool: millpond::postgres::Pool) -> Result<(), millpond::postgres::Error> {
@@ -94,8 +94,8 @@ impl Audit {
         self.end(client, pids, spared, "")
     }
 
-    /// Ends these backends, except where `against` gives an outcome instead, and only where the server finds `condition`
-    /// true.
+    /// Ends these backends, except where `against` gives an outcome instead, and only where the server finds
+    /// `condition` true.
     fn end(
         &self,
         client: &mut Client,
@@ -178,7 +178,8 @@ pub enum Outcome {
     Signalled,
     /// The backend was no longer there, or, if it was an orphan, no longer busy: nothing was done.
     Gone,
-    /// The backend was left alone, for this reason: it was not proven to be an orphan, or the audit has no such backend.
+    /// The backend was left alone, for this reason: it was not proven to be an orphan, or the audit has no such
+    /// backend.
     Spared(String),
     /// The server refused, in these words.
     Refused(String),

@@ -30,8 +30,9 @@ pub(super) struct Viewpoint {
 }
 
 impl Viewpoint {
-    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), and then looks at this host for
-    /// their connections. Returns the backends that are `wanted`, and the one that answers, without their owners.
+    /// Asks the server for the backends of a role in a database (`client`'s own, if `None`), and then looks at this
+    /// host for their connections. Returns the backends that are `wanted`, and the one that answers, without their
+    /// owners.
     pub(super) fn look(
         client: &mut Client,
         pid: Option<i32>,

@@ -64,8 +64,8 @@ pub(super) fn read_message(stream: &mut TcpStream) -> Option<String> {
     })
 }
 
-/// Reads all that a client sends it. Answers the request for TLS with `reply` (or hangs up if that is empty), answers the
-/// startup packet by asking for the password in clear text, and hangs up after the next message.
+/// Reads all that a client sends it. Answers the request for TLS with `reply` (or hangs up if that is empty), answers
+/// the startup packet by asking for the password in clear text, and hangs up after the next message.
 pub(super) fn interrogate(mut stream: TcpStream, reply: &[u8]) -> Vec<String> {
     let mut received = Vec::new();
     while let Some(message) = read_message(&mut stream) {

@@ -272,8 +272,8 @@ fn all_that_was_known_of_one_host_is_forgotten_at_the_next() {
     good.result();
 }
 
-/// The whole observer relies on this: with `require` and `direct`, `postgres` gives the bare socket to the connector, without
-/// sending anything itself, and takes the stream that the connector returns for encrypted.
+/// The whole observer relies on this: with `require` and `direct`, `postgres` gives the bare socket to the connector,
+/// without sending anything itself, and takes the stream that the connector returns for encrypted.
 #[test]
 fn postgres_hands_the_bare_socket_to_the_connector() {
     let fake = Fake::new(|mut stream| {

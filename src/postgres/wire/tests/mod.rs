@@ -1,5 +1,5 @@
-//! The observer against servers that lie ([`guards`]) or fall silent ([`switch`]), and against PostgreSQL, compared with
-//! the plain crate ([`real`]).
+//! The observer against servers that lie ([`guards`]) or fall silent ([`switch`]), and against PostgreSQL, compared
+//! with the plain crate ([`real`]).
 
 mod fake;
 mod guards;
