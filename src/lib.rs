@@ -102,6 +102,10 @@ mod manage;
 mod pool;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(millpond_model)]
+#[doc(hidden)]
+#[path = "../tests/simulation/model/mod.rs"]
+pub mod model;
 mod runtime;
 mod settings;
 mod stats;

@@ -69,7 +69,9 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- idle
 
-    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay.
+    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay. But
+    /// of those the connections that expire soon go first: their replacements are further up, and would be evicted and
+    /// opened anew until the end of such a life.
     pub(super) fn evict_idle(&mut self, now: Moment) {
         let Some(max) = self.settings.max_idle else { return };
         if self.idle_deadline() > now {
@@ -77,9 +79,15 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let floor = self.settings.min_idle as usize;
         let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
-        for (index, conn) in self.drain_idle(floor, end) {
-            let due = self.slots[index as usize].since.plus(max).max(self.stack_changed_at);
-            self.close_due(index, conn, CloseReason::Idle, now, due);
+        // Each place above the floor falls due, whichever connection goes for it.
+        let slot = |&(index, _): &(u32, C)| &self.slots[index as usize];
+        let due: Vec<Moment> = self.idle[floor..end].iter().map(|at| slot(at).since.plus(max)).collect();
+        let expiring = (0..floor).filter(|&at| slot(&self.idle[at]).expires_soon());
+        let expiring: Vec<usize> = expiring.take(due.len()).collect();
+        let mut evicted = self.drain_idle(floor + expiring.len(), end);
+        evicted.extend(expiring.into_iter().rev().map(|at| self.idle.remove(at)));
+        for ((index, conn), due) in evicted.into_iter().zip(due) {
+            self.close_due(index, conn, CloseReason::Idle, now, due.max(self.stack_changed_at));
         }
     }
 

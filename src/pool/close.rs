@@ -1,6 +1,7 @@
 //! The end of a pool: [`Pool::close`], and what it reports.
 
 use crate::leaf::in_hand;
+use crate::leaf::sync::Instant;
 use crate::leaf::text::{Short, Shown};
 use crate::ledger::Slot;
 use crate::manage::Manage;
@@ -12,7 +13,7 @@ use log::Level;
 use std::fmt;
 use std::panic::Location;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl<M: Manage> Pool<M> {
     /// Closes the pool, and waits until it is closed, but for at most `grace`.

@@ -15,14 +15,14 @@
 //! No thread pool on crates.io does this: those can neither abandon a job that hangs nor limit jobs by kind.
 
 use crate::leaf::shield::drop_payload;
+use crate::leaf::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crate::leaf::sync::{Mutex, thread};
 use crate::leaf::threads::thread_name;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::io;
 use std::time::Duration;
-use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);

@@ -19,7 +19,7 @@ use crate::stats::CloseReason;
 use log::Level;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use crate::leaf::sync::atomic::Ordering;
 
 impl<M: Manage> Host for Shared<M> {
     type Job = Job<Box<PoolConn<M>>>;

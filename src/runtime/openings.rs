@@ -3,7 +3,7 @@
 
 use crate::error::Cause;
 use crate::manage::Opening;
-use parking_lot::Mutex;
+use crate::leaf::sync::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 
