@@ -99,13 +99,13 @@ mod hooks;
 mod leaf;
 mod ledger;
 mod manage;
-mod pool;
-#[cfg(feature = "postgres")]
-pub mod postgres;
 #[cfg(millpond_model)]
 #[doc(hidden)]
 #[path = "../tests/simulation/model/mod.rs"]
 pub mod model;
+mod pool;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 mod runtime;
 mod settings;
 mod stats;

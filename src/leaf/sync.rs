@@ -34,11 +34,18 @@ mod primitives {
 
 pub(crate) use primitives::*;
 
-/// Notes that a rare branch was taken. In a pool of a user's it is nothing.
+/// Notes that a rare branch was taken, or that something rare holds: the simulator counts it. In a user's pool it is
+/// nothing.
 macro_rules! sometimes {
     ($what:literal) => {
         #[cfg(millpond_model)]
         $crate::model::sometimes($what);
+    };
+    ($holds:expr, $what:literal) => {
+        #[cfg(millpond_model)]
+        if $holds {
+            $crate::model::sometimes($what);
+        }
     };
 }
 pub(crate) use sometimes;

@@ -2,6 +2,7 @@
 
 use crate::leaf::in_hand;
 use crate::leaf::sync::Instant;
+use crate::leaf::sync::sometimes;
 use crate::leaf::text::{Short, Shown};
 use crate::ledger::Slot;
 use crate::manage::Manage;
@@ -236,6 +237,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let mut aborted = vain.as_ref().map_or(Vec::new(), |vain| vain.aborted.clone());
     aborted.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
+        sometimes!(!left.is_empty(), "a grace is over and something is left");
         for row in left.iter() {
             let in_use = row.state == ConnectionState::InUse;
             if shared.abort(row.id, in_use) && !aborted.contains(&row.id) {

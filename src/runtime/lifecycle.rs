@@ -2,9 +2,9 @@
 
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::Mutex;
+use crate::leaf::sync::atomic::AtomicBool;
 use std::panic::Location;
 use std::sync::OnceLock;
-use crate::leaf::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Where a pool stands between its beginning and its end.

@@ -91,10 +91,20 @@ pub struct Step {
 pub enum Act {
     Sleep(Duration),
     // A user's:
-    Get { timeout: Duration, hold: Duration, end: End },
-    TryGet { hold: Duration, end: End },
+    Get {
+        timeout: Duration,
+        hold: Duration,
+        end: End,
+    },
+    TryGet {
+        hold: Duration,
+        end: End,
+    },
     /// A second connection is asked for while one is in use.
-    Two { timeout: Duration, hold: Duration },
+    Two {
+        timeout: Duration,
+        hold: Duration,
+    },
     // Trouble's:
     Weather(Weather),
     /// So many of the living connections die, from the oldest.
@@ -109,7 +119,10 @@ pub enum Act {
     ReturnLate,
     Look,
     /// Anybody's.
-    Close { grace: Duration, by: Closer },
+    Close {
+        grace: Duration,
+        by: Closer,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -161,7 +174,8 @@ impl Plan {
         let mut steps = Vec::new();
         let weather = if dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) };
         // Some lives are busy for a moment, and some are long and mostly quiet.
-        let pace = *dice.choice([ms(2), ms(200), s(10), s(600), s(20_000)].iter()).expect("some");
+        let paces = [Duration::from_micros(20), ms(2), ms(200), s(10), s(600), s(20_000)];
+        let pace = *dice.choice(paces.iter()).expect("some");
         // What the pool does over and over by itself has no shorter period than a hundredth of that, or a life would
         // consist of it.
         for period in [&mut limits.keepalive, &mut limits.max_lifetime].into_iter().flatten() {

@@ -14,6 +14,9 @@ use std::time::Duration;
 /// How late a thing may be in a world where no thread is slow: what a few looks at the clock take.
 const EPSILON: Duration = Duration::from_micros(50);
 
+/// A waiter that was barged four times must also have been the first for so long.
+const FIRST_FOR: Duration = Duration::from_micros(20);
+
 /// What the users know of each other.
 pub struct Ledger {
     limits: Limits,
@@ -37,12 +40,18 @@ struct Known {
 struct Wait {
     begun: Instant,
     deadline: Instant,
+    /// How many that came later were handed a connection since this one could no longer be barged.
+    passed: u32,
 }
 
 impl Ledger {
     pub fn new(plan: &Plan) -> Arc<Ledger> {
         let state = Known { max_size: plan.limits.max_size, ..Known::default() };
-        Arc::new(Ledger { limits: plan.limits.clone(), tick: Duration::from_nanos(plan.tick), state: Mutex::new(state) })
+        Arc::new(Ledger {
+            limits: plan.limits.clone(),
+            tick: Duration::from_nanos(plan.tick),
+            state: Mutex::new(state),
+        })
     }
 
     fn state(&self) -> MutexGuard<'_, Known> {
@@ -51,7 +60,7 @@ impl Ledger {
 
     pub fn begins_to_wait(&self, who: usize, timeout: Duration) {
         let begun = now();
-        self.state().waiting.insert(who, Wait { begun, deadline: begun + timeout });
+        self.state().waiting.insert(who, Wait { begun, deadline: begun + timeout, passed: 0 });
     }
 
     /// Once `close` was called, nothing that was asked for later is handed out.
@@ -99,6 +108,18 @@ impl Ledger {
         known.in_use += 1;
         known.gets += 1;
         let (closing, recycled) = (known.closing, known.recycled);
+        // P7: nobody is passed for long. (One that was served, and did not run since, still stands among those that
+        // wait: so a few are nothing. And one may wait for a check of its own.)
+        let few = 2 * (known.max_size + self.limits.max_size);
+        for (other, wait) in known.waiting.iter_mut().filter(|(_, wait)| wait.begun < begun) {
+            let waited = now() - wait.begun;
+            if waited > self.limits.fair_after + self.slack(wait.begun) + FIRST_FOR && !server.manager.keeps_limits {
+                wait.passed += 1;
+                if wait.passed > few {
+                    broken("P7", format!("user {other}, who waits for {waited:?}, was passed {} times", wait.passed));
+                }
+            }
+        }
         drop(known);
         let slack = self.slack(begun);
         let mut state = server.state();
@@ -133,7 +154,8 @@ impl Ledger {
     /// P8: an error fits what happened.
     pub fn is_told(&self, who: usize, begun: Instant, error: &Error) {
         let closing = self.state().closing.is_some();
-        let fits = error.is_timeout() || error.is_connect() || error.is_too_many_waiting() || (error.is_closed() && closing);
+        let fits =
+            error.is_timeout() || error.is_connect() || error.is_too_many_waiting() || (error.is_closed() && closing);
         if !fits {
             broken("P8", format!("user {who} was told {error} after {:?}", now() - begun));
         }
@@ -200,7 +222,7 @@ impl Ledger {
     }
 
     /// After the faults have stopped: everybody is served, every slot is back, the floor stands.
-    pub fn comes_back(&self, server: &Arc<Server>, pool: &Pool<Fake>) {
+    pub fn comes_back(&self, pool: &Pool<Fake>) {
         // An open that was abandoned has come back. A refusal is forgotten after at most 30 s, and while more jobs were
         // abandoned than there are slots, one dial a minute is made.
         let bound = Duration::from_secs(60) + 2 * self.limits.open_timeout;
@@ -219,7 +241,10 @@ impl Ledger {
                     thread::sleep(Duration::from_millis(5));
                 }
                 Err(error) => {
-                    broken("liveness", format!("{} of {max_size} slots are back {bound:?} after the faults: {error}", all.len()));
+                    broken(
+                        "liveness",
+                        format!("{} of {max_size} slots are back {bound:?} after the faults: {error}", all.len()),
+                    );
                     break;
                 }
             }
@@ -233,7 +258,18 @@ impl Ledger {
         }
         // The floor stands when what the faults left behind is over: two times, since a replacement may be under way.
         let quiet = self.limits.max_idle.unwrap_or_default().min(Duration::from_secs(7200)) + Duration::from_secs(61);
+        let moves = || millpond::model::world(|world| world.steps);
+        let before = moves();
         thread::sleep(quiet);
+        // P10: what happens in a silence is what the periods ask for: each life twice, each keepalive, and the calls and
+        // the lingering threads that go with them.
+        let times = |period: Option<Duration>| period.map_or(0.0, |period| quiet.as_secs_f64() / period.as_secs_f64());
+        let shortest = self.limits.max_lifetime.map(|life| life.mul_f64(1.0 - self.limits.lifetime_jitter));
+        let each = 8.0 * (2.0 + times(shortest)) + 6.0 * times(self.limits.keepalive);
+        let most = 40.0 + f64::from(max_size) * each;
+        if (moves() - before) as f64 > most {
+            broken("P10", format!("{} things happened in a silence of {quiet:?}, {most} may", moves() - before));
+        }
         // Each connection of the floor is replaced now and then, so at a given moment one may be missing.
         let floor = self.limits.min_idle;
         let stands = (0..2000).any(|_| {

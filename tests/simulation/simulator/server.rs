@@ -166,7 +166,13 @@ impl Server {
     }
 
     /// What becomes of a call, after the time that it takes. `limit`: what the call was given; it keeps it if `keeps`.
-    fn call(&self, which: impl Fn(&Weather) -> &Odds, aborted: &AtomicBool, limit: Duration, keeps: bool) -> Result<(), Fault> {
+    fn call(
+        &self,
+        which: impl Fn(&Weather) -> &Odds,
+        aborted: &AtomicBool,
+        limit: Duration,
+        keeps: bool,
+    ) -> Result<(), Fault> {
         let (fate, takes) = {
             let state = &mut *self.state();
             let odds = which(&state.weather).clone();

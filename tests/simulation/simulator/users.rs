@@ -95,7 +95,9 @@ pub fn live(plan: &Plan, server: &Arc<Server>) -> Ends {
     for who in 0..=plan.users {
         let steps: Vec<Step> = plan.steps.iter().filter(|step| step.who == who).cloned().collect();
         let scene = scene.clone();
-        all.push(thread::spawn(move || steps.into_iter().take_while(|_| !is_broken()).for_each(|step| scene.act(step))));
+        all.push(thread::spawn(move || {
+            steps.into_iter().take_while(|_| !is_broken()).for_each(|step| scene.act(step))
+        }));
     }
     for thread in all {
         let _ = thread.join();
@@ -248,13 +250,14 @@ impl Ends {
             drop(pool);
         }
         if !scene.pool.is_closed() && !is_broken() {
-            scene.ledger.comes_back(server, &scene.pool);
+            scene.ledger.comes_back(&scene.pool);
         }
         if is_broken() {
             return;
         }
         // What was abandoned or hung has to come back first: its calls take up to 1.5 times their limits.
-        let grace = 2 * (plan.limits.open_timeout + plan.limits.close_timeout + plan.limits.validation_timeout) + Duration::from_secs(1);
+        let grace = 2 * (plan.limits.open_timeout + plan.limits.close_timeout + plan.limits.validation_timeout)
+            + Duration::from_secs(1);
         scene.ledger.is_closing();
         let report = scene.pool.close(grace);
         note(|| report.to_string());
