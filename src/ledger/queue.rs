@@ -137,7 +137,6 @@ impl<C, W: Clone> Ledger<C, W> {
     /// A waiter leaves. `Some`: the waiter was still queued, and this is its handle. `None`: it has been served.
     pub(crate) fn leave(&mut self, now: Moment, ticket: Ticket) -> Option<W> {
         self.step(now, |l, now| {
-            sometimes!(l.notified.contains_key(&ticket), "a notified waiter gives up");
             let waiter = l.unqueue(now, ticket)?;
             l.tally.timeouts += 1;
             l.tally.wait_time.record(now.nanos_since(waiter.since));

@@ -226,9 +226,16 @@ impl Sum {
     }
 }
 
+impl Sum {
+    /// The time that passed in all lives, in years.
+    pub fn years(&self) -> f64 {
+        self.time.as_secs_f64() / (365.25 * 86_400.0)
+    }
+}
+
 impl fmt::Display for Sum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let years = self.time.as_secs_f64() / (365.25 * 86_400.0);
+        let years = self.years();
         writeln!(f, "{} lives, {years:.2} pool-years, {} choices of the scheduler", self.runs, self.choices)?;
         for (what, times) in &self.sometimes {
             writeln!(f, "  {times:>10} {what}")?;

@@ -109,8 +109,8 @@ pub enum Act {
     Weather(Weather),
     /// So many of the living connections die, from the oldest.
     Kill(usize),
-    /// The server is gone: all connections die, and no connect succeeds. Or it is back.
-    Down(bool),
+    /// The server is gone for so long: all connections die, and no connect succeeds.
+    Down(Duration),
     Resize(u32),
     Recycle,
     /// For so long no thread can be started.
@@ -170,22 +170,29 @@ impl Plan {
     pub fn draw(seed: u64) -> Plan {
         let dice = &mut Rng::with_seed(seed);
         let mut limits = Limits::draw(dice);
-        let users = dice.usize(1..=8);
+        // In some lives a crowd of busy users is in each other's way, and threads are slow.
+        let crowd = dice.u32(0..5) == 0;
+        let users = if crowd { 8 } else { dice.usize(1..=8) };
         let mut steps = Vec::new();
-        let weather = if dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) };
+        let weather = if crowd || dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) };
         // Some lives are busy for a moment, and some are long and mostly quiet.
         let paces = [Duration::from_micros(20), ms(2), ms(200), s(10), s(600), s(20_000)];
-        let pace = *dice.choice(paces.iter()).expect("some");
+        let pace = if crowd { paces[0] } else { *dice.choice(paces.iter()).expect("some") };
+        if crowd {
+            (limits.max_size, limits.min_idle) = (dice.u32(2..=3), 0);
+            (limits.max_waiting, limits.validate) = (None, Validate::AfterIdle(s(1)));
+            limits.fair_after = *dice.choice([Duration::from_micros(700), ms(5)].iter()).expect("some");
+        }
         // What the pool does over and over by itself has no shorter period than a hundredth of that, or a life would
         // consist of it.
         for period in [&mut limits.keepalive, &mut limits.max_lifetime].into_iter().flatten() {
             *period = (*period).max(pace / 100).max(limits.max_idle.unwrap_or_default() / 100);
         }
         let close = dice.u32(0..3) == 0;
-        let length = dice.usize(10..150);
+        let length = if crowd { dice.usize(200..400) } else { dice.usize(10..150) };
         for _ in 0..length {
-            let who = if dice.u32(0..4) == 0 { 0 } else { dice.usize(1..=users) };
-            let act = if dice.u32(0..3) == 0 {
+            let who = if !crowd && dice.u32(0..4) == 0 { 0 } else { dice.usize(1..=users) };
+            let act = if dice.u32(0..if crowd { 20 } else { 3 }) == 0 {
                 Act::Sleep(duration(dice, pace / 100, pace * 4))
             } else if who == 0 {
                 Act::trouble(dice, &limits, close)
@@ -198,7 +205,7 @@ impl Plan {
             seed,
             tick: *dice.choice([1_000_000, 4_000_000, 10_000_000].iter()).expect("some"),
             stay: *dice.choice([0.0, 0.5, 0.9, 0.98].iter()).expect("some"),
-            haste: *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some"),
+            haste: if crowd { 0.01 } else { *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some") },
             limits,
             manager: Manager {
                 keeps_limits: dice.bool(),
@@ -311,7 +318,7 @@ impl Act {
             0..4 => Act::Weather(if dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) }),
             4..7 => Act::Kill(dice.usize(1..4)),
             7 => Act::Kill(usize::MAX),
-            8..11 => Act::Down(dice.bool()),
+            8..11 => Act::Down(duration(dice, ms(1), s(600))),
             11..14 => Act::Resize(dice.u32(limits.min_idle.max(1)..=limits.max_size + 3)),
             14..16 => Act::Recycle,
             16..18 => Act::NoThreads(duration(dice, ms(1), s(5))),

@@ -239,7 +239,7 @@ impl Server {
         if let Some(((grace, ledger), pool)) = closes {
             note(|| format!("a hook closes the pool, grace {grace:?}"));
             ledger.is_closing();
-            super::users::close(&pool, grace, Closer::Call);
+            super::users::close(&pool, grace, Closer::Hook);
         }
         if panics {
             panic_in_a_call();

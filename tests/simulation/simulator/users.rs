@@ -13,6 +13,12 @@ use std::time::Duration;
 
 thread_local! {
     static DETACHED: Cell<usize> = const { Cell::new(0) };
+    static HOOK_CLOSES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a hook has begun to close the pool.
+pub fn hook_closes() -> bool {
+    HOOK_CLOSES.get()
 }
 
 /// How many connections are detached and alive.
@@ -38,6 +44,7 @@ pub struct Ends {
 /// Closes the pool.
 pub fn close(pool: &Pool<Fake>, grace: Duration, by: Closer) -> bool {
     let begun = now();
+    HOOK_CLOSES.set(HOOK_CLOSES.get() || matches!(by, Closer::Hook));
     let complete = match by {
         Closer::Call | Closer::Hook => pool.close(grace).is_complete(),
         Closer::Guard => pool.guard().grace(grace).close().is_complete(),
@@ -60,6 +67,7 @@ pub fn close(pool: &Pool<Fake>, grace: Duration, by: Closer) -> bool {
 /// All steps are done by those who do them.
 pub fn live(plan: &Plan, server: &Arc<Server>) -> Ends {
     DETACHED.set(0);
+    HOOK_CLOSES.set(false);
     let limits = &plan.limits;
     let mut builder = Pool::builder()
         .name("simulated")
@@ -135,20 +143,22 @@ impl Scene {
             }
             Act::Weather(weather) => self.server.set_weather(weather),
             Act::Kill(n) => self.server.kill(n),
-            Act::Down(down) => self.server.set_down(down),
+            Act::Down(d) => {
+                self.server.set_down(true);
+                thread::sleep(d);
+                self.server.set_down(false);
+            }
             Act::Resize(n) => {
                 // Told before, since the pool may be seen with either in between.
-                let more = self.pool.max_size() < n;
-                if more {
-                    self.ledger.was_resized(n);
-                }
+                self.ledger.is_resized(n);
                 if self.pool.resize(n).is_err() {
                     broken("P5", format!("resize({n}) was refused"));
                 }
             }
             Act::Recycle => {
+                let called = now();
                 self.pool.recycle();
-                self.ledger.was_recycled();
+                self.ledger.was_recycled(called);
             }
             Act::NoThreads(d) => {
                 millpond::model::world(|world| world.threads = false);
