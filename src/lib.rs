@@ -99,6 +99,10 @@ mod hooks;
 mod leaf;
 mod ledger;
 mod manage;
+#[cfg(millpond_model)]
+#[doc(hidden)]
+#[path = "../tests/simulation/model/mod.rs"]
+pub mod model;
 mod pool;
 #[cfg(feature = "postgres")]
 pub mod postgres;

@@ -1,12 +1,12 @@
 //! [`Manage`]: the seam between the pool and what it pools.
 
 use crate::error::Cause;
+use crate::leaf::sync::Mutex;
+use crate::leaf::sync::atomic::{AtomicU64, Ordering};
 use crate::settings::Settings;
 use log::Level;
-use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How a pool opens, checks, resets and closes one kind of connection.
@@ -308,7 +308,7 @@ impl fmt::Debug for Opening {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicU32;
+    use crate::leaf::sync::atomic::AtomicU32;
 
     #[test]
     fn an_abort_before_on_abort_is_not_missed() {

@@ -3,7 +3,8 @@
 //! A `Moment` is a number. So the [`Ledger`](crate::ledger::Ledger), which is only ever told a moment, runs on virtual
 //! time in a test and on the monotonic clock in a pool.
 
-use std::time::{Duration, Instant};
+use crate::leaf::sync::Instant;
+use std::time::Duration;
 
 /// Nanoseconds since the pool's birth. Arithmetic saturates: what is too far away to add is [`Moment::NEVER`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,7 +89,7 @@ impl Clock {
     }
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
+#[cfg(all(any(target_os = "linux", target_os = "android"), not(millpond_model)))]
 mod coarse {
     use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
     use std::time::Duration;
@@ -123,7 +124,7 @@ mod coarse {
     }
 }
 
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
+#[cfg(all(not(any(target_os = "linux", target_os = "android")), not(millpond_model)))]
 mod coarse {
     use std::time::Duration;
 
@@ -143,6 +144,30 @@ mod coarse {
 
         pub(super) fn resolution(&self) -> Duration {
             Duration::ZERO
+        }
+    }
+}
+
+#[cfg(millpond_model)]
+mod coarse {
+    use crate::model::time;
+    use std::time::Duration;
+
+    /// The model's.
+    #[derive(Debug)]
+    pub(super) struct Source(u64);
+
+    impl Source {
+        pub(super) fn new() -> Source {
+            Source(time::precise())
+        }
+
+        pub(super) fn elapsed(&self) -> Option<u64> {
+            Some(time::coarse().saturating_sub(self.0))
+        }
+
+        pub(super) fn resolution(&self) -> Duration {
+            time::tick()
         }
     }
 }

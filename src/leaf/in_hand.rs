@@ -4,6 +4,7 @@
 //! Such work is a job, a validation, or a look at a connection by a hook or the manager during its checkout or return.
 //! A connection in use is not part of it: the caller may have moved it to another thread.
 
+use crate::leaf::sync::thread_local;
 use std::cell::{Cell, RefCell};
 use std::mem;
 

@@ -8,6 +8,7 @@
 //! Until then, or until the thread ends, it keeps the lock and the emptied ledger of a pool that is gone. It keeps no
 //! connection, no manager, no hook and nothing else of the user's: those are dropped with the pool.
 
+use crate::leaf::sync::thread_local;
 use std::any::Any;
 use std::cell::Cell;
 use std::sync::Arc;

@@ -7,6 +7,7 @@ pub(crate) mod in_hand;
 pub(crate) mod kept;
 pub(crate) mod process;
 pub(crate) mod shield;
+pub(crate) mod sync;
 pub(crate) mod text;
 pub(crate) mod threads;
 pub(crate) mod time;

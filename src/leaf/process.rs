@@ -2,10 +2,12 @@
 //! A mutex that another thread had locked at that moment stays locked in the child for ever. So code that may run in a
 //! child looks at the process before it waits for a lock.
 
+use crate::leaf::sync::blocking::{Mutex, MutexGuard};
+use crate::leaf::sync::{Instant, thread_local};
 use std::cell::Cell;
 use std::process;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
-use std::time::{Duration, Instant};
+use std::sync::{OnceLock, PoisonError, TryLockError};
+use std::time::Duration;
 
 thread_local! {
     /// When this thread looked at its process last, and the process id that it saw. It has no destructor, so that it

@@ -1,13 +1,13 @@
 //! The thread registry: a number for each thread, which costs a checkout next to nothing, and the name that belongs to
 //! the number, for the errors and tables that show it later.
 
+use crate::leaf::sync::{thread, thread_local};
 use crate::leaf::text::{NAME, brief, is_harmful};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::process;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 
 thread_local! {
     // It has no destructor, so that it can be read to the very end of its thread.

@@ -2,8 +2,9 @@
 
 use crate::leaf::clock::{Clock, Moment};
 use crate::leaf::process::{Home, origin};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use crate::leaf::sync::Instant;
+use crate::leaf::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 /// A pool's clock and process.
 pub(crate) struct PoolTime {

@@ -5,6 +5,7 @@ use super::Ledger;
 use super::slots::{Check, Slot};
 use super::values::{Caller, Condition, Order, SlotJob, Take, Token};
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 use crate::settings::Validate;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -25,6 +26,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // While others wait, a caller that came later does not take a connection out of the stack for a check of its
         // own.
         if check && (!here || self.front.is_some()) {
+            sometimes!(self.front.is_some(), "a caller leaves what needs a check to those who wait");
             return Take::Nothing;
         }
         let conn = self.pop_idle();
@@ -34,6 +36,7 @@ impl<C, W: Clone> Ledger<C, W> {
             Take::Check(token, conn, self.ticket(now))
         } else {
             if let Some(front) = &mut self.front {
+                sometimes!("a running caller barges");
                 front.barged += 1;
             }
             self.check_out(index, now, caller);
@@ -74,6 +77,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if !self.serves_without_check(index) {
             return None;
         }
+        sometimes!("a caller that cannot wait gets what was checked for another");
         let conn = self.pop_idle();
         self.asked_at = now;
         self.check_out(index, now, caller);
@@ -103,6 +107,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 l.check_out(index, now, caller);
                 return Some((token, conn));
             }
+            sometimes!("a look at a connection was not enough");
             l.note_asked(now);
             l.supply(index, conn, now, false);
             l.ask();
@@ -128,6 +133,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Closes the connection at this place of the stack, which has expired before the reaper looked.
     #[cold]
     fn expire(&mut self, at: usize, now: Moment) {
+        sometimes!("an expired connection is found before the reaper looks");
         let (index, conn) = self.idle.remove(at);
         let due = self.slots[index as usize].dies;
         self.close_due(index, conn, CloseReason::Lifetime, now, due);
@@ -146,6 +152,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let index = token.index;
             let fresh = l.proved(index, begun);
+            sometimes!(!fresh, "a check proves nothing, since another was found dead meanwhile");
             match l.unfit(index, now) {
                 Some(reason) => l.close_connection(index, conn, reason, now),
                 None if !fresh => l.supply(index, conn, now, false),
@@ -180,6 +187,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 Condition::Reset => {}
                 Condition::Discard(why) => reason = Some(why),
                 Condition::Broken => {
+                    sometimes!("a user finds a connection dead");
                     l.suspect();
                     reason = Some(CloseReason::Broken);
                 }
@@ -187,6 +195,7 @@ impl<C, W: Clone> Ledger<C, W> {
                     // Only the first of a generation outdates the pool. Another of the same generation says nothing of
                     // the connections that were opened since.
                     if l.slots[index as usize].generation == l.generation {
+                        sometimes!("a connection of the past outdates all");
                         l.outdate(now);
                     }
                     reason = Some(CloseReason::Outdated);
@@ -239,14 +248,18 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(super) fn unfit(&self, index: u32, now: Moment) -> Option<CloseReason> {
         let slot = &self.slots[index as usize];
         if self.closed {
+            sometimes!("something comes back after the close");
             Some(CloseReason::Closed)
         } else if self.is_expired(slot, now) {
+            sometimes!("what comes back is too old");
             Some(CloseReason::Lifetime)
         } else if slot.generation != self.generation {
+            sometimes!("what was recycled comes back");
             Some(CloseReason::Recycled)
         } else if self.free.len() + (self.settings.max_size as usize) < self.slots.len()
             && self.counted.alive() + u32::from(slot.as_seen() == ConnectionState::Opening) > self.settings.max_size
         {
+            sometimes!("what is too many after a resize is returned");
             Some(CloseReason::Resized)
         } else {
             None

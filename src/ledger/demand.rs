@@ -6,6 +6,7 @@ use super::Ledger;
 use super::slots::{Check, Close, State};
 use super::values::{Order, Outcome, SlotJob};
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 
 /// The shortest pause after a failed open, and the first of those that double.
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
@@ -82,6 +83,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.stop_counting_on(now);
         if !self.closed {
             if self.front.is_some() && self.is_refused(now) {
+                sometimes!("all waiters are told of a refusal");
                 self.dismiss_queue(now, || Outcome::Refused);
             }
             let demand = self.plan_checks(now);
@@ -110,6 +112,7 @@ impl<C, W: Clone> Ledger<C, W> {
             } else {
                 1u32.checked_shl(self.check_failures - 1).unwrap_or(u32::MAX)
             };
+            sometimes!(ahead > 0 && demand > 0, "more is checked than is wanted, after a failed check");
             let enough = self.counted.quick_checks() >= demand.saturating_add(ahead);
             if demand == 0 || enough || !self.start_next_check(ready, now) {
                 return demand;
@@ -124,6 +127,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if at <= now {
                 self.order_open(now);
             } else if demand == 0 || !self.make_room(now) {
+                sometimes!("a dial has to wait");
                 return self.arm(at);
             }
         }
@@ -147,6 +151,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // After a failed check an open is always under way beside the further checks: six dead connections cost one
         // connect, not six timeouts in a row.
         let checks_fail = self.check_failures > 0 && quick + slow == 0;
+        sometimes!(checks_fail && demand > 0, "an open goes beside the checks that fail");
         let users = demand > 0 && (checks_fail || counted_on < demand);
         // (While `build` waits for the floor, one more open is dialled beside an open that hangs for the floor as
         // well.)
@@ -190,6 +195,7 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             self.end_patience(index);
             self.set_slow(index);
+            sometimes!("a job is no longer counted on");
             let slot = &self.slots[index as usize];
             if let State::Closing(..) = slot.state {
                 let id = slot.id;
@@ -280,6 +286,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 return Moment::NEVER;
             }
             at = at.max(failure.retry);
+            sometimes!(failure.retry > now, "a dial is put off by a back-off");
         }
         if self.abandoned + opening >= self.settings.max_size {
             if opening > 0 {
@@ -288,6 +295,7 @@ impl<C, W: Clone> Ledger<C, W> {
             // At the bound the next open may be dialled at once if the last came through: then connects do not hang.
             if self.failure.is_some() || self.abandoned > self.settings.max_size {
                 at = at.max(self.last_dial.plus(PROBE_PERIOD));
+                sometimes!("with so many abandoned one is dialled per minute");
             }
         }
         at
@@ -310,6 +318,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let is_stuck = |state| matches!(state, State::Closing(Close::Stuck, _));
         if let Some(stuck) = self.slots.iter().position(|slot| is_stuck(slot.state)) {
             // The slot could not be freed at the job's limit, and can be now.
+            sometimes!("the slot of a stuck job makes room");
             self.release_abandoned(stuck as u32);
             return true;
         }
@@ -320,6 +329,7 @@ impl<C, W: Clone> Ledger<C, W> {
             .min_by_key(|&(_, slot)| slot.since);
         match oldest.map(|(index, slot)| (index, slot.since.plus(self.settings.close_timeout / REPLACED_PATIENCE))) {
             Some((index, until)) if until <= now => {
+                sometimes!("a replaced connection whose close takes long makes room");
                 self.abandon(index, now, 0.5);
                 true
             }
@@ -362,6 +372,10 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(super) fn shorten_back_off(&mut self, now: Moment) {
         if let Some(failure) = &mut self.failure {
             if !failure.permanent {
+                sometimes!(
+                    failure.retry > now.max(failure.last.plus(BACKOFF_FIRST)),
+                    "the first waiter shortens a back-off"
+                );
                 failure.retry = failure.retry.min(now.max(failure.last.plus(BACKOFF_FIRST)));
             }
         }

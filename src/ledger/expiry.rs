@@ -8,6 +8,7 @@ use super::demand::FailedOpen;
 use super::slots::{Check, State};
 use super::values::{Order, SlotJob};
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
 
 /// How long before the end of its life a floor connection is replaced: a twentieth of its life, at most this. An open
@@ -30,6 +31,7 @@ impl<C, W: Clone> Ledger<C, W> {
             self.lifetimes.pop_first();
             if self.slots[index as usize].as_seen() == ConnectionState::Idle {
                 let conn = self.remove_idle(index);
+                sometimes!("a life is over");
                 self.close_due(index, conn, CloseReason::Lifetime, now, dies);
             }
         }
@@ -69,7 +71,9 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- idle
 
-    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay.
+    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay. But
+    /// of those the connections that expire soon go first: their replacements are further up, and would be evicted and
+    /// opened anew until the end of such a life.
     pub(super) fn evict_idle(&mut self, now: Moment) {
         let Some(max) = self.settings.max_idle else { return };
         if self.idle_deadline() > now {
@@ -77,9 +81,16 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let floor = self.settings.min_idle as usize;
         let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
-        for (index, conn) in self.drain_idle(floor, end) {
-            let due = self.slots[index as usize].since.plus(max).max(self.stack_changed_at);
-            self.close_due(index, conn, CloseReason::Idle, now, due);
+        // Each place above the floor falls due, whichever connection goes for it.
+        let slot = |&(index, _): &(u32, C)| &self.slots[index as usize];
+        let due: Vec<Moment> = self.idle[floor..end].iter().map(|at| slot(at).since.plus(max)).collect();
+        let expiring = (0..floor).filter(|&at| slot(&self.idle[at]).expires_soon());
+        let expiring: Vec<usize> = expiring.take(due.len()).collect();
+        sometimes!(!expiring.is_empty(), "one of the floor goes for its replacement");
+        let mut evicted = self.drain_idle(floor + expiring.len(), end);
+        evicted.extend(expiring.into_iter().rev().map(|at| self.idle.remove(at)));
+        for ((index, conn), due) in evicted.into_iter().zip(due) {
+            self.close_due(index, conn, CloseReason::Idle, now, due.max(self.stack_changed_at));
         }
     }
 
@@ -100,6 +111,7 @@ impl<C, W: Clone> Ledger<C, W> {
             self.lifetimes.range((self.marked_until, 0)..=(until, u32::MAX)).map(|&(_, index)| index).collect();
         for index in due {
             if self.slots[index as usize].as_seen() == ConnectionState::Idle {
+                sometimes!("one of the floor expires soon");
                 self.set_expiring_soon(index);
             }
         }
@@ -131,6 +143,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let conn = self.remove_idle(index);
             self.start_check(index, now, Check::Executor);
             let token = self.token(index);
+            sometimes!("a connection is kept alive");
             self.keepalive = Some(token.id);
             self.effects.orders.push(Order::Job(SlotJob::Check(token, conn)));
         }
@@ -153,6 +166,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 let leak = Order::Leak { id: slot.id, caller: slot.caller(), in_use_for: now.since(slot.since) };
                 self.effects.orders.push(leak);
                 self.tally.leaks += 1;
+                sometimes!("a leak is reported");
                 self.set_warned(index);
             }
         }
@@ -183,12 +197,14 @@ impl<C, W: Clone> Ledger<C, W> {
         let limit = match state {
             State::Opening(_) => {
                 self.tally.failed_opens += 1;
+                sometimes!("an open is abandoned");
                 self.failed(now, born, FailedOpen::NoAnswer, false, jitter);
                 self.settings.open_timeout
             }
             State::Checking(check, _) => {
                 self.tally.closed(CloseReason::Abandoned);
                 if check != Check::Reset {
+                    sometimes!("a check is abandoned");
                     self.suspect_after_check();
                 }
                 self.limit_of(check)
@@ -202,6 +218,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if was == ConnectionState::Opening || self.may_abandon() {
             self.release_abandoned(index);
         } else {
+            sometimes!("a job is stuck: no more may be abandoned");
             self.set_stuck(index, now);
         }
     }

@@ -4,6 +4,7 @@ use super::Ledger;
 use super::demand::BACKOFF_FIRST;
 use super::values::Outcome;
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 use crate::stats::CloseReason;
 
 impl<C, W: Clone> Ledger<C, W> {
@@ -13,6 +14,7 @@ impl<C, W: Clone> Ledger<C, W> {
             l.settings.max_size = max_size;
             // (Connections that are being opened are no excess yet: they may never arrive.)
             let excess = l.counted.alive().saturating_sub(max_size).min(l.idle.len() as u32);
+            sometimes!(excess > 0, "a resize closes what is idle");
             for (index, conn) in l.drain_idle(0, excess as usize) {
                 l.close_connection(index, conn, CloseReason::Resized, now);
             }
@@ -42,6 +44,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // The server may have been repaired, so it is dialled again before the back-off ends.
         if let Some(failure) = &mut self.failure {
             failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
+            sometimes!("a recycle ends a back-off");
             failure.permanent = false;
         }
     }
@@ -56,6 +59,7 @@ impl<C, W: Clone> Ledger<C, W> {
             l.closed = true;
             l.asked = false;
             let waiting = l.waiting();
+            sometimes!(waiting > 0, "a close finds waiters");
             l.dismiss_queue(now, || Outcome::Closed);
             for (index, conn) in l.drain_idle(0, l.idle.len()) {
                 l.close_connection(index, conn, CloseReason::Closed, now);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::Ledger;
 use super::values::{Caller, Join, Outcome, Take, Ticket, Token};
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 use crate::stats::CloseReason;
 
 /// Protects waiters from starving: a returned connection is handed off to the first waiter once it was barged so
@@ -66,6 +67,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 }
             }
             if l.is_refused(now) {
+                sometimes!("a caller is refused at once");
                 return (Join::Refused, Some(handle));
             }
             let waiting = l.waiting();
@@ -77,6 +79,7 @@ impl<C, W: Clone> Ledger<C, W> {
                     }
                     l.note_asked(now);
                 }
+                sometimes!("too many wait");
                 l.tally.rejected += 1;
                 l.ask();
                 return (Join::TooMany(waiting), Some(handle));
@@ -87,6 +90,7 @@ impl<C, W: Clone> Ledger<C, W> {
             // (A hurried caller waits in place of the wish that an earlier one left. So a caller that comes again and
             // again wants one connection, not one more each time.)
             l.asked &= !hurried;
+            sometimes!(ticket.is_some(), "a caller takes its place again after a check of its own");
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
             l.queue.insert(ticket, Waiter { handle, caller, since: ticket.since });
             if l.front.is_none_or(|front| ticket < front.ticket) {
@@ -113,12 +117,15 @@ impl<C, W: Clone> Ledger<C, W> {
             let is_first = l.front.is_some_and(|front| front.ticket == ticket);
             // If two connections are idle, one is left for the first waiter, and a later waiter may take the other.
             if !is_first && !l.may_barge(now) && l.idle.len() <= 1 {
+                sometimes!("a later waiter leaves the only connection to the first");
                 return None;
             }
+            sometimes!(l.idle.is_empty(), "another was faster than the notified waiter");
             let Some((index, false)) = l.next_idle(0, now) else { return None };
             let conn = l.pop_idle();
             let waiter = l.unqueue(now, ticket).expect("the waiter has its place");
             if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
+                sometimes!("a later waiter passes the first");
                 front.barged += 1;
             }
             l.tally.wait_time.record(now.nanos_since(waiter.since));
@@ -163,6 +170,7 @@ impl<C, W: Clone> Ledger<C, W> {
     #[inline]
     fn is_handed_off(&self, front: Front, now: Moment) -> bool {
         let was_barged = front.barged >= MAX_BARGES && now.since(front.first_since) >= HANDED_OFF_AFTER;
+        sometimes!(was_barged, "handed off to a waiter that was barged too often");
         was_barged || now.since(front.since) >= self.settings.fair_after
     }
 
@@ -182,6 +190,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let floor = self.settings.min_idle as usize;
         let since = self.slots[index as usize].unused_since;
         if self.idle.len() >= floor && self.settings.max_idle.is_some_and(|max| since.plus(max) <= now) {
+            sometimes!("what comes back is evicted at once");
             return self.close_connection(index, conn, CloseReason::Idle, now);
         }
         self.push_idle(index, conn, now);
@@ -197,6 +206,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 let token = self.token(index);
                 self.tally.wait_time.record(now.nanos_since(waiter.since));
                 self.check_out(index, now, waiter.caller);
+                sometimes!("a waiter is handed a connection");
                 return self.effects.served.push((waiter.handle, Outcome::Connection(token, conn)));
             }
         }

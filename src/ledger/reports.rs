@@ -6,6 +6,7 @@ use super::demand::FailedOpen;
 use super::slots::{CHECK_PATIENCE, Check, Close, State};
 use super::values::Token;
 use crate::leaf::clock::Moment;
+use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ impl<C, W: Clone> Ledger<C, W> {
             match l.slots[index as usize].state {
                 State::Opening(job) => {
                     if l.closed || !l.wants_open(l.demand(now), Some(job.slow)) {
+                        sometimes!("an open is no longer wanted when it begins");
                         l.release(index);
                         return None;
                     }
@@ -90,6 +92,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(&token) {
+                sometimes!("an abandoned open comes late");
                 return Err((token, conn));
             }
             let slot = &mut l.slots[index as usize];
@@ -98,6 +101,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let took = now.since(born);
             l.tally.open_time.record(now.nanos_since(born));
             if l.is_expired(&l.slots[index as usize], now) {
+                sometimes!("a connection arrives when its life is over");
                 l.tally.failed_opens += 1;
                 l.failed(now, born, FailedOpen::TooOld { took }, false, 0.5);
                 // It is not counted as closed, since it was not counted as opened.
@@ -129,6 +133,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let index = token.index;
             if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
                 // The open was abandoned. Its cause says more than that it was.
+                sometimes!("an abandoned open fails late");
                 return l.reported_late();
             }
             let born = l.slots[index as usize].born;
@@ -143,6 +148,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn checked(&mut self, now: Moment, begun: Moment, token: Token, conn: C) -> Result<(), (Token, C)> {
         self.step(now, |l, now| {
             if !l.is_current(&token) || l.slots[token.index as usize].as_seen() != ConnectionState::Checking {
+                sometimes!("an abandoned check comes late");
                 return Err((token, conn));
             }
             l.proven(token.index, begun, now, conn);
@@ -189,6 +195,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn free(&mut self, now: Moment, token: Token) {
         self.step(now, |l, _| {
             if !l.is_current(&token) {
+                sometimes!("an abandoned job is over");
                 return l.came_back();
             }
             // An open or a check ends without a report if it panicked outside of the shield, or never ran.

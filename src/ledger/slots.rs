@@ -63,6 +63,11 @@ impl Slot {
         }
     }
 
+    /// Whether the connection is idle and near the end of its life, so that the floor does not count on it.
+    pub(super) fn expires_soon(&self) -> bool {
+        matches!(self.state, State::Idle { expiring_soon: true })
+    }
+
     /// The job that has this slot, if one has.
     pub(super) fn job(&self) -> Option<&Job> {
         match &self.state {

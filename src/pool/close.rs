@@ -1,6 +1,8 @@
 //! The end of a pool: [`Pool::close`], and what it reports.
 
 use crate::leaf::in_hand;
+use crate::leaf::sync::Instant;
+use crate::leaf::sync::sometimes;
 use crate::leaf::text::{Short, Shown};
 use crate::ledger::Slot;
 use crate::manage::Manage;
@@ -12,7 +14,7 @@ use log::Level;
 use std::fmt;
 use std::panic::Location;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl<M: Manage> Pool<M> {
     /// Closes the pool, and waits until it is closed, but for at most `grace`.
@@ -235,6 +237,7 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let mut aborted = vain.as_ref().map_or(Vec::new(), |vain| vain.aborted.clone());
     aborted.retain(|id| left.iter().any(|row| row.id == *id));
     if over {
+        sometimes!(!left.is_empty(), "a grace is over and something is left");
         for row in left.iter() {
             let in_use = row.state == ConnectionState::InUse;
             if shared.abort(row.id, in_use) && !aborted.contains(&row.id) {

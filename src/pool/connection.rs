@@ -3,6 +3,7 @@
 use crate::event::CheckinEvent;
 use crate::leaf::clock::Moment;
 use crate::leaf::shield::{catch, shielded};
+use crate::leaf::sync::thread;
 use crate::leaf::{in_hand, kept};
 use crate::ledger::{Condition, Token};
 use crate::manage::{Manage, Returned};
@@ -13,7 +14,6 @@ use r2d2::Extensions;
 use std::fmt;
 use std::mem;
 use std::ops::{Deref, DerefMut};
-use std::thread;
 
 /// A connection checked out of a [`Pool`](crate::Pool), to which it is returned when this is dropped.
 ///

@@ -1,6 +1,8 @@
 //! [`PoolGuard`]: closes the pool when it is dropped, after the workers that it owns have finished.
 
 use crate::leaf::shield::catch;
+use crate::leaf::sync::Instant;
+use crate::leaf::sync::thread::{self, JoinHandle};
 use crate::manage::Manage;
 use crate::pool::Pool;
 use crate::pool::close::{Close, CloseReport, Closer};
@@ -8,8 +10,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::Location;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 impl<M: Manage> Pool<M> {
     /// A guard that closes the pool when it is dropped. See [`PoolGuard`].

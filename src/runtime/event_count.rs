@@ -6,8 +6,9 @@
 //! its own.
 
 use crate::leaf::process::Home;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use crate::leaf::sync::Instant;
+use crate::leaf::sync::blocking::{Condvar, Mutex, MutexGuard};
+use std::sync::PoisonError;
 
 /// Counts events. A thread that waits for the next event reads the count first, then looks at the state that an event
 /// would change, and then waits. So it misses no event, and needs no lock in between.

@@ -15,14 +15,14 @@
 //! No thread pool on crates.io does this: those can neither abandon a job that hangs nor limit jobs by kind.
 
 use crate::leaf::shield::drop_payload;
+use crate::leaf::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use crate::leaf::sync::{Mutex, sometimes, thread};
 use crate::leaf::threads::thread_name;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
-use std::{io, thread};
 
 /// How long a thread without work stays.
 const LINGER: Duration = Duration::from_secs(5);
@@ -163,6 +163,7 @@ impl<J: Task> Executor<J> {
         let mut inner = self.inner.lock();
         let kind = job.kind();
         if !inner.has_room(kind) {
+            sometimes!("a job waits for room");
             inner.defer(job);
             return Ok(true);
         }
@@ -182,6 +183,7 @@ impl<J: Task> Executor<J> {
             }
             Err(e) => {
                 let mut inner = self.inner.lock();
+                sometimes!("no thread could be started");
                 inner.threads -= 1;
                 inner.running.remove(&started.number);
                 match kind {
@@ -291,6 +293,7 @@ impl<J: Task> Executor<J> {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     let mut inner = self.inner.lock();
                     if inner.idle > 0 {
+                        sometimes!("a thread has lingered long enough");
                         // A thread that lingers without a job on its way to it: this one leaves.
                         inner.idle -= 1;
                         break;
@@ -305,6 +308,7 @@ impl<J: Task> Executor<J> {
                 }
                 let mut inner = self.inner.lock();
                 let Some(Running { kind, .. }) = inner.running.remove(&number) else {
+                    sometimes!("the thread of an abandoned job leaves");
                     // The job was abandoned, and another thread has taken its place.
                     inner.threads -= 1;
                     return;

@@ -7,6 +7,7 @@ use crate::error::Cause;
 use crate::event::{AcquireEvent, ReleaseEvent};
 use crate::leaf::in_hand;
 use crate::leaf::shield::{Panic, catch, drop_payload, shielded};
+use crate::leaf::sync::atomic::Ordering;
 use crate::leaf::text::{CAUSE, Short, brief};
 use crate::ledger::{Caller, SlotJob};
 use crate::manage::{Manage, Opening, Start};
@@ -19,7 +20,6 @@ use crate::stats::CloseReason;
 use log::Level;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 impl<M: Manage> Host for Shared<M> {
     type Job = Job<Box<PoolConn<M>>>;

@@ -1,10 +1,10 @@
 //! [`Lifecycle`]: whether a pool is still being built, who closed it, and who waits for its end.
 
 use crate::leaf::clock::Moment;
-use parking_lot::Mutex;
+use crate::leaf::sync::Mutex;
+use crate::leaf::sync::atomic::AtomicBool;
 use std::panic::Location;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Where a pool stands between its beginning and its end.

@@ -2,8 +2,8 @@
 //! nothing of the user's may be dropped under its lock.
 
 use crate::error::Cause;
+use crate::leaf::sync::Mutex;
 use crate::manage::Opening;
-use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 

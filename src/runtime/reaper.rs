@@ -3,15 +3,16 @@
 //! The reaper sleeps until the ledger's alarm, and then has the ledger decide what is due. It runs no code of a
 //! manager, no hook, no log record and no drop of a connection, so none of these can delay an eviction.
 
+use crate::leaf::sync::atomic::{AtomicBool, Ordering};
+use crate::leaf::sync::{Instant, sometimes, thread, thread_local};
 use crate::leaf::threads::thread_name;
 use crate::runtime::event_count::EventCount;
 use std::any::Any;
 use std::cell::Cell;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::time::Duration;
 
 /// How soon the reaper tries again: to start a thread that could not be started, or to keep time after a panic. Soon
 /// enough for a waiter, and rare enough to cost nothing.
@@ -112,6 +113,7 @@ impl Reaper {
         if reaper.runs() {
             reaper.alarm.notify();
         } else if may_start() && !reaper.runs.swap(true, Ordering::SeqCst) {
+            sometimes!("the reaper is started anew for a late return");
             // If that fails, the close of that connection has no limit. No caller is left to wait for it.
             let _ = Reaper::start(host);
         }

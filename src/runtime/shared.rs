@@ -8,6 +8,7 @@ use crate::hooks::Hooks;
 use crate::leaf::clock::Moment;
 use crate::leaf::process::Home;
 use crate::leaf::shield::{drop_payload, shielded};
+use crate::leaf::sync::{self, Instant, Mutex, MutexGuard};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::time::PoolTime;
 use crate::leaf::{defect, threads};
@@ -25,13 +26,10 @@ use crate::runtime::waiter::Waiter;
 use crate::settings::Settings;
 use crate::stats::{ConnectionInfo, ConnectionState, Counts};
 use log::Level;
-use parking_lot::{Mutex, MutexGuard};
 use std::any::Any;
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::{Arc, Weak};
-use std::time::Instant;
 
 /// One of `M`'s connections, in a pool.
 pub(crate) type PoolConn<M> = Conn<M, Arc<Shared<M>>>;
@@ -243,7 +241,7 @@ impl<M: Manage> Shared<M> {
 
     /// A number between 0 and 1, at random.
     pub(crate) fn jitter(&self) -> f64 {
-        RandomState::new().hash_one(0u8) as f64 / u64::MAX as f64
+        sync::jitter()
     }
 
     /// Whether this process is a child of the one that built the pool, forked from it.

@@ -5,8 +5,9 @@
 //! may come to a waiter at any time.
 
 use crate::leaf::process::Home;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use crate::leaf::sync::Instant;
+use crate::leaf::sync::blocking::{Condvar, Mutex, MutexGuard};
+use std::sync::PoisonError;
 
 /// A thread that waits for one `T`. (It uses the standard library's lock, for the reason that
 /// [`event_count`](crate::runtime::event_count) gives.)

@@ -126,6 +126,24 @@ fn a_floor_connection_is_replaced_before_it_expires() {
 }
 
 #[test]
+fn the_replacement_of_a_floor_connection_is_not_evicted_for_the_one_that_it_replaces() {
+    let settings = Settings {
+        min_idle: 2,
+        max_idle: Some(secs(1)),
+        max_lifetime: Some(secs(100)),
+        lifetime_jitter: 0.0,
+        ..settings()
+    };
+    let mut w = World::new(settings);
+    w.ledger.set_min_idle(w.now, 2);
+    w.apply();
+    // From 95 s on each has a replacement, which is idle for longer than `max_idle` before the first ones expire.
+    w.run(secs(99));
+    assert_eq!((w.dials.len(), w.counts().idle), (4, 2), "each was replaced once, and those that expire are gone");
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+#[test]
 fn a_floor_that_fills_the_pool_expires_before_it_is_replaced() {
     let mut w =
         World::new(Settings { min_idle: 4, max_size: 4, max_lifetime: Some(secs(3)), max_idle: None, ..settings() });
