@@ -79,7 +79,7 @@ fn corrupted() {
 #[test]
 fn a_firewall_that_forgets_flows() {
     let _beside = beside_others();
-    idle_ones_meet(Fault::Pause, "flows forgotten, found by the check", "f-flows");
+    idle_ones_meet(Fault::Pause, "flows forgotten, found by the check", "f-fw-check");
 }
 
 /// With `keepalive` they are found, and replaced, before a user comes.
@@ -87,15 +87,15 @@ fn a_firewall_that_forgets_flows() {
 fn a_firewall_that_forgets_flows_is_noticed_before_a_user_does() {
     const PERIOD: Duration = ms(250);
     let _beside = beside_others();
-    let (server, app) = (Server::shared(), "f-flows-alive");
+    let (server, app) = (Server::shared(), "f-fw-alive");
     let proxy = Proxy::to(server.addr());
     let builder = builder(&proxy.conninfo(app), app).validate(Validate::Never).min_idle(SIZE).keepalive(PERIOD);
     let pool = builder.max_idle(None).open().unwrap();
     assert!(wait_until(within(SOON), || pool.stats().idle == SIZE), "{}", pool.stats());
     let (forgotten, dialled) = (Instant::now(), proxy.accepted());
     proxy.fault(..dialled, Fault::Pause);
-    // One period, one check, and then it is given up and replaced.
-    let noticed = PERIOD + VALIDATION + CONNECT;
+    // One period; then they are checked one after the other, and each is replaced.
+    let noticed = PERIOD + VALIDATION * SIZE + CONNECT;
     let replaced = || proxy.accepted() - dialled == SIZE as usize && pool.stats().idle == SIZE;
     assert!(wait_until(forgotten + noticed, replaced), "not within {noticed:?}: {}", pool.stats());
     let back = Instant::now();
