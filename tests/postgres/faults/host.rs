@@ -186,7 +186,7 @@ fn without_descriptors() {
     assert!(begun.elapsed() <= ms(500) + EPSILON, "{:?}", begun.elapsed());
     assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::MFILE.raw_os_error()), "{refused}");
     let words = "Too many open files";
-    assert!(error.to_string().contains(&words), "\"{words}\" is not in: {error}");
+    assert!(error.to_string().contains(words), "\"{words}\" is not in: {error}");
     let users = Users::start(&pool);
     thread::sleep(ms(300));
     drop(files);
