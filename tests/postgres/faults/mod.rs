@@ -74,6 +74,7 @@ struct Turn {
 
 /// Threads that each ask for a connection and use it, over and over.
 struct Users {
+    pool: Pool,
     over: Arc<AtomicBool>,
     /// When each was served last.
     served: Arc<Mutex<Vec<Instant>>>,
@@ -106,7 +107,7 @@ impl Users {
                 turns
             })
         };
-        Users { threads: (0..users).map(user).collect(), over, served }
+        Users { threads: (0..users).map(user).collect(), over, served, pool: pool.clone() }
     }
 
     /// Goes on until every user was served after `back`, or should have been, and a little longer.
@@ -116,8 +117,16 @@ impl Users {
         self.end()
     }
 
-    fn end(mut self) -> Account {
+    /// Has the users end. A query that hangs ends with the pool, and its user fails.
+    fn stop(&self) {
         self.over.store(true, SeqCst);
+        if !wait_until(within(SOON * 2), || self.threads.iter().all(JoinHandle::is_finished)) {
+            let _ = self.pool.close(Duration::ZERO);
+        }
+    }
+
+    fn end(mut self) -> Account {
+        self.stop();
         let threads = std::mem::take(&mut self.threads);
         Account(threads.into_iter().map(|user| user.join().expect("a user")).collect())
     }
@@ -126,7 +135,7 @@ impl Users {
 /// A test that fails leaves no user behind.
 impl Drop for Users {
     fn drop(&mut self) {
-        self.over.store(true, SeqCst);
+        self.stop();
         for user in self.threads.drain(..) {
             let _ = user.join();
         }
