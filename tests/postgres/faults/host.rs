@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{
     Account, CONNECT, EPSILON, SERVED, SIZE, Users, assert_closes, assert_ends, attempts_in, builder, fill, logins,
+    unsettled,
 };
 use crate::support::{
     Again, Cable, SEEN, SOON, Server, beside_others, ms, skipped, sleep_until, threads_named, wait_until, within,
@@ -56,7 +57,7 @@ impl Drop for Stopped {
 #[test]
 fn a_server_stopped_by_a_signal() {
     let _beside = beside_others();
-    let (server, app) = (Server::with(&[("log_connections", "on")]), "f-srvstop");
+    let (server, app) = (unsettled(), "f-srvstop");
     let pool = builder(&server.conninfo(app), app).open().unwrap();
     fill(&pool);
     let users = Users::start(&pool);
@@ -146,7 +147,7 @@ fn a_process_stopped_by_a_signal() {
 #[test]
 fn a_process_and_its_server_stopped_by_a_signal() {
     let _beside = beside_others();
-    stopped_process(&Server::start(), true);
+    stopped_process(&unsettled(), true);
 }
 
 // ---------------------------------------------------------------------------------------------------- descriptors

@@ -9,15 +9,15 @@ mod host;
 mod network;
 mod server;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::support::{EPSILON, SEEN, SOON, Server, ms, threads_named, wait_until, within};
 use millpond::Builder;
 use millpond::postgres::{Pool, PostgresManager};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use postgres::NoTls;
 
 /// The pool looks for a server at least this often while a user waits.
@@ -32,6 +32,14 @@ const USERS: usize = 8;
 const SIZE: u32 = 4;
 /// How many opens may be under way when the first of them fails.
 const PARALLEL_OPENS: u64 = 4;
+
+/// A server that tests stop, damage and start again, one after the other: each leaves it running.
+fn unsettled() -> MutexGuard<'static, Server> {
+    static UNSETTLED: OnceLock<Mutex<Server>> = OnceLock::new();
+    let settings =
+        [("log_connections", "on"), ("wal_level", "replica"), ("max_wal_senders", "8"), ("hot_standby", "off")];
+    UNSETTLED.get_or_init(|| Mutex::new(Server::with(&settings))).lock()
+}
 
 /// A pool of [`SIZE`] connections for [`USERS`] users, who wait for as long as any fault here lasts.
 fn builder(params: &str, name: &str) -> Builder<PostgresManager<NoTls>> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     BACKOFF, CONNECT, EPSILON, PARALLEL_OPENS, SERVED, SIZE, Users, assert_closes, assert_ends, attempts_in, builder,
-    fill, logins,
+    fill, logins, unsettled,
 };
 use crate::support::PoolMode::{Session, Transaction};
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
@@ -112,26 +112,30 @@ fn stopped_and_back_after_60_s() {
 #[test]
 fn in_recovery_for_seconds() {
     let _beside = beside_others();
-    let settings = [LOGS, ("wal_level", "replica"), ("max_wal_senders", "8"), ("hot_standby", "off")];
+    let server = unsettled();
+    let refusals = || server.log().matches("FATAL:  the database system is").count();
+    let before = refusals();
+    let data = server.socket_dir().join("data");
+    let conf = data.join("postgresql.auto.conf");
+    let settings = fs::read_to_string(&conf).unwrap();
     let stop = |server: &Server| {
         server.stop_fast();
-        let data = server.socket_dir().join("data");
-        let slow = "restore_command = 'sleep 1; false'\n";
-        let conf = data.join("postgresql.auto.conf");
-        fs::write(&conf, fs::read_to_string(&conf).unwrap() + slow).unwrap();
+        fs::write(&conf, settings.clone() + "restore_command = 'sleep 1; false'\n").unwrap();
         fs::write(data.join("recovery.signal"), "").unwrap();
     };
-    let server = Server::with(&settings);
     outage(&server, "57P03 for seconds", "f-recovery", stop, Duration::ZERO);
-    let refusals = server.log().matches("FATAL:  the database system is").count();
-    assert!(refusals > 20, "who started it asked every few milliseconds, and heard it {refusals} times only");
+    let heard = refusals() - before;
+    assert!(heard > 20, "who started it asked every few milliseconds, and heard it {heard} times only");
+    fs::write(&conf, settings).unwrap();
 }
 
 /// The server takes the end of one backend for damage, ends all others and recovers.
 #[test]
 fn a_backend_killed_and_so_all_of_them() {
     let _beside = beside_others();
-    let (server, app) = (Server::with(&[LOGS]), "f-kill");
+    let (server, app) = (unsettled(), "f-kill");
+    let noticed = || server.log().matches("terminating any other active server processes").count();
+    let noticed_before = noticed();
     let pool = builder(&server.conninfo(app), app).open().unwrap();
     let users = Users::start(&pool);
     assert!(wait_until(within(SOON), || pool.stats().checkouts > 50), "{}", pool.stats());
@@ -139,7 +143,7 @@ fn a_backend_killed_and_so_all_of_them() {
     let pids: Vec<_> = server.backends(app).iter().map(|backend| backend.pid).collect();
     let killed = Instant::now();
     kill_process(Pid::from_raw(pids[0]).unwrap(), Signal::KILL).unwrap();
-    assert!(wait_until(within(SOON), || server.log().contains("terminating any other active server processes")));
+    assert!(wait_until(within(SOON), || noticed() > noticed_before));
     // It asks until there is an answer.
     assert!(wait_until(within(SOON), || !server.backends(app).iter().any(|backend| pids.contains(&backend.pid))));
     let back = Instant::now();
@@ -149,7 +153,8 @@ fn a_backend_killed_and_so_all_of_them() {
     account.tell("a backend killed", back, again, stats.failed_opens);
     account.assert_only_in_flight(SIZE as usize);
     account.assert_served(back, SERVED);
-    assert!(again <= SIZE as usize, "{again} logins: {stats}");
+    // Until the postmaster has noticed, it lets in those who come in place of the first that died.
+    assert!(again <= 2 * SIZE as usize, "{again} logins: {stats}");
     assert!(stats.failed_opens <= attempts_in(back - killed), "{stats}");
     assert_ends(&pool, &server, app);
 }
@@ -198,8 +203,9 @@ fn all_backends_terminated() {
 fn idle_session_timeout() {
     const TIMEOUT: Duration = Duration::from_secs(1);
     let _beside = beside_others();
-    let server = Server::with(&[LOGS, ("idle_session_timeout", "1000")]);
-    let base = |app: &str| builder(&server.conninfo(app), app).validate(Validate::AfterIdle(SOON));
+    let server = picky(); // for its log
+    let params = |app: &str| server.conninfo(app) + " options='-c idle_session_timeout=1000'";
+    let base = |app: &str| builder(&params(app), app).validate(Validate::AfterIdle(SOON));
     let pools = [
         ("f-idle-close", base("f-idle-close").max_idle(ms(500))),
         ("f-idle-check", base("f-idle-check").validate(Validate::AfterIdle(ms(500)))),
@@ -226,7 +232,7 @@ fn idle_session_timeout() {
     assert_eq!((kept.stats().opens, kept.stats().closes), (u64::from(SIZE), 0), "{}", kept.stats());
     for (app, pool) in &pools {
         assert_eq!(pool.stats().closed_for(CloseReason::Broken), 0, "{app}: {}", pool.stats());
-        let logins = logins(&server, app);
+        let logins = logins(server, app);
         assert!(logins <= SIZE as usize + 2, "{app}: {logins} logins");
         assert_closes(pool);
         assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
