@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use support::{
-    Backend, Bouncer, Database, EPSILON, PoolMode, Proxy, SOON, Server, Silent, alone, beside_others, ms,
+    Backend, Bouncer, Database, EPSILON, End, Fault, PoolMode, Proxy, SOON, Server, Silent, alone, beside_others, ms,
     threads_named, wait_until, within,
 };
 
@@ -533,4 +533,176 @@ fn a_dropped_proxy_leaves_no_thread_and_no_port() {
     // A thread that was joined is in the system's list for a moment yet.
     assert!(wait_until(within(SOON), || threads_named("proxy-").is_empty()), "{:?}", threads_named("proxy-"));
     assert_eq!(TcpStream::connect(addr).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+}
+
+/// A proxy, and clients of it which have each had one answer, and so have the numbers from 0 on.
+fn answered_clients(n: usize) -> (Proxy, Vec<TcpStream>) {
+    let proxy = Proxy::to(echo());
+    let client = |_| {
+        let mut client = TcpStream::connect(proxy.addr()).unwrap();
+        assert!(echoes(&mut client, SOON));
+        client
+    };
+    let clients = (0..n).map(client).collect();
+    (proxy, clients)
+}
+
+/// The next bytes that come, up to `most`, until none comes for a while.
+fn bytes_of(client: &mut TcpStream, most: usize) -> Vec<u8> {
+    client.set_read_timeout(Some(ms(200))).unwrap();
+    let mut seen = Vec::new();
+    let mut byte = [0];
+    while seen.len() < most && matches!(client.read(&mut byte), Ok(1)) {
+        seen.push(byte[0]);
+    }
+    seen
+}
+
+#[test]
+fn a_fault_befalls_the_connections_that_were_named() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(3);
+    proxy.fault(1..2, Fault::Pause);
+    assert!(echoes(&mut clients[0], SOON) && echoes(&mut clients[2], SOON));
+    assert!(!echoes(&mut clients[1], ms(200)));
+    proxy.heal();
+    assert_eq!(bytes_of(&mut clients[1], 5), b"hello", "it was kept back");
+
+    // As a firewall does that forgets its flows: what is there hears no more, and what comes is served.
+    proxy.fault(..proxy.accepted(), Fault::Pause);
+    assert!(!echoes(&mut clients[0], ms(100)) && !echoes(&mut clients[2], ms(100)));
+    let mut late = TcpStream::connect(proxy.addr()).unwrap();
+    assert!(echoes(&mut late, SOON));
+
+    // The other way round; and the last fault of a connection counts.
+    proxy.fault(..proxy.accepted(), Fault::Pass);
+    proxy.fault(proxy.accepted().., Fault::Pause);
+    assert!(echoes(&mut late, SOON));
+    let mut later = TcpStream::connect(proxy.addr()).unwrap();
+    assert!(!echoes(&mut later, ms(200)), "accepted, and not served");
+    proxy.heal();
+    assert_eq!(bytes_of(&mut later, 5), b"hello");
+}
+
+#[test]
+fn a_proxy_resets_what_is_there_and_what_comes() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(2);
+    proxy.fault(1.., Fault::Reset);
+    assert_eq!(clients[1].read(&mut [0; 5]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(echoes(&mut clients[0], SOON));
+    // The port is there, unlike after `refuse`. Whoever is quick sees the reset when it connects already.
+    if let Ok(mut next) = TcpStream::connect(proxy.addr()) {
+        assert_eq!(next.read(&mut [0; 5]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+    assert!(wait_until(within(SOON), || (proxy.accepted(), proxy.open()) == (3, 1)));
+    proxy.heal();
+    assert!(echoes(&mut TcpStream::connect(proxy.addr()).unwrap(), SOON));
+}
+
+#[test]
+fn a_proxy_swallows_answers_and_requests() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(2);
+    proxy.fault(0..1, Fault::SwallowAnswers);
+    proxy.fault(1..2, Fault::SwallowRequests);
+    assert!(!echoes(&mut clients[0], ms(200)) && !echoes(&mut clients[1], ms(200)));
+    proxy.heal();
+    for client in &mut clients {
+        client.write_all(b"later").unwrap();
+        assert_eq!(bytes_of(client, 5), b"later", "what was swallowed is lost");
+    }
+}
+
+#[test]
+fn a_proxy_stalls_and_resets_in_mid_message() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(2);
+    proxy.fault(0..1, Fault::StallAfter(2));
+    clients[0].write_all(b"hello").unwrap();
+    assert_eq!(bytes_of(&mut clients[0], 5), b"he");
+    proxy.heal();
+    assert_eq!(bytes_of(&mut clients[0], 3), b"llo");
+
+    proxy.fault(1..2, Fault::ResetAfter(7));
+    assert!(echoes(&mut clients[1], SOON));
+    clients[1].write_all(b"world").unwrap();
+    clients[1].set_read_timeout(Some(SOON)).unwrap();
+    let (mut seen, mut byte) = (Vec::new(), [0]);
+    let end = loop {
+        match clients[1].read(&mut byte) {
+            Ok(1) => seen.push(byte[0]),
+            Ok(_) => panic!("an orderly end after {seen:?}"),
+            Err(e) => break e.kind(),
+        }
+    };
+    assert_eq!((seen.as_slice(), end), (&b"wo"[..], ErrorKind::ConnectionReset));
+}
+
+#[test]
+fn a_proxy_closes_one_half() {
+    let _beside = beside_others();
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = Proxy::to(server.local_addr().unwrap());
+    for end in [End::Client, End::Server] {
+        let mut client = TcpStream::connect(proxy.addr()).unwrap();
+        let mut served = server.accept().unwrap().0;
+        client.write_all(b"1").unwrap();
+        served.read_exact(&mut [0]).unwrap();
+        proxy.fault(proxy.accepted() - 1.., Fault::CloseHalf(end));
+        let (told, other) = if end == End::Client { (&mut client, &mut served) } else { (&mut served, &mut client) };
+        assert_eq!(told.read(&mut [0]).unwrap(), 0, "{end:?} is told that no more comes");
+        told.write_all(b"2").unwrap();
+        let mut byte = [0];
+        other.set_read_timeout(Some(SOON)).unwrap();
+        other.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, *b"2", "the other half is open");
+        other.write_all(b"3").expect("it is not told");
+        assert_eq!(told.read(&mut byte).unwrap(), 0);
+        proxy.heal();
+    }
+}
+
+#[test]
+fn a_proxy_delays_and_trickles() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(1);
+    proxy.fault(.., Fault::Latency(ms(200)));
+    let start = Instant::now();
+    assert!(echoes(&mut clients[0], SOON));
+    assert!(start.elapsed() >= ms(200));
+    proxy.fault(.., Fault::Trickle(2, ms(100)));
+    let start = Instant::now();
+    assert!(echoes(&mut clients[0], SOON));
+    // "he", "ll", "o".
+    assert!(start.elapsed() >= ms(200), "{:?}", start.elapsed());
+    proxy.heal();
+    let start = Instant::now();
+    assert!(echoes(&mut clients[0], SOON));
+    assert!(start.elapsed() < ms(200), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_proxy_corrupts_one_byte() {
+    let _beside = beside_others();
+    let (proxy, mut clients) = answered_clients(1);
+    proxy.fault(.., Fault::Corrupt(6));
+    assert!(echoes(&mut clients[0], SOON));
+    clients[0].write_all(b"world").unwrap();
+    assert_eq!(bytes_of(&mut clients[0], 5), [b'w', !b'o', b'r', b'l', b'd']);
+    assert!(echoes(&mut clients[0], SOON), "one byte only");
+}
+
+#[test]
+fn a_proxy_reorders_the_fates_of_two() {
+    let _beside = beside_others();
+    let proxy = Proxy::to(echo());
+    proxy.fault(0..1, Fault::Behind(1));
+    let mut first = TcpStream::connect(proxy.addr()).unwrap();
+    assert!(!echoes(&mut first, ms(200)));
+    let mut second = TcpStream::connect(proxy.addr()).unwrap();
+    assert!(!echoes(&mut first, ms(100)), "that it came through is not enough");
+    assert!(echoes(&mut second, SOON));
+    assert_eq!(bytes_of(&mut first, 10), b"hellohello");
+    assert!(echoes(&mut first, SOON));
 }

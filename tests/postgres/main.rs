@@ -18,6 +18,8 @@ mod bouncer;
 mod budget;
 #[cfg(target_os = "linux")]
 mod failover;
+#[cfg(target_os = "linux")]
+mod faults;
 mod guards;
 mod handover;
 mod hostile;

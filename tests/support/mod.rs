@@ -29,7 +29,7 @@ pub use database::{Backend, Database};
 pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
-pub use proxy::{Proxy, Silent};
+pub use proxy::{End, Fault, Proxy, Silent};
 pub use server::Server;
 pub use wait::{
     EPSILON, SEEN, SOON, alone, beside_others, ms, skipped, sleep_until, threads_named, wait_until, watched,

@@ -1,7 +1,9 @@
 //! A network that fails on command.
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::{Bound, RangeBounds};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock, Weak};
 use std::thread::{self, JoinHandle};
@@ -18,6 +20,43 @@ pub struct Proxy {
     line: Arc<Line>,
     addr: SocketAddr,
     acceptor: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What befalls a connection. Bytes are counted from when the fault began, and are those of the server's answers, unless
+/// it says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// None: it ends an earlier one.
+    Pass,
+    /// It is reset, at both ends. One that is yet to come is reset as soon as it is accepted.
+    Reset,
+    /// Nothing passes in either direction, and nobody is told. One that is yet to come is accepted and not served.
+    Pause,
+    /// Whatever the server says is lost.
+    SwallowAnswers,
+    /// Whatever the client says is lost.
+    SwallowRequests,
+    /// So many bytes pass, and the others do not, as if the server stopped in the middle of a message.
+    StallAfter(usize),
+    /// So many bytes pass, and then it is reset.
+    ResetAfter(usize),
+    /// This end is told that the other one has no more to say. What the other one does say is lost.
+    CloseHalf(End),
+    /// The server's words pass this much later.
+    Latency(Duration),
+    /// The server's words pass so many bytes at a time, with a pause after each piece.
+    Trickle(usize, Duration),
+    /// The byte after so many is another one.
+    Corrupt(usize),
+    /// It is served, and answered, only once the connection with this number was answered.
+    Behind(usize),
+}
+
+/// One end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Client,
+    Server,
 }
 
 /// What the proxy's threads share.
@@ -42,10 +81,38 @@ struct Mode {
     delay: Duration,
     latency: Duration,
     links: Vec<(Weak<Link>, JoinHandle<()>)>,
+    /// Of those that mean one connection the last one counts.
+    rules: Vec<Rule>,
+    /// How many rules there ever were.
+    ruled: usize,
+    /// The connections that were answered.
+    answered: HashSet<usize>,
+}
+
+/// What befalls the connections with these numbers.
+struct Rule {
+    id: usize,
+    connections: (Bound<usize>, Bound<usize>),
+    fault: Fault,
+}
+
+/// How far one direction of a connection has come under a rule.
+struct Under {
+    rule: usize,
+    passed: usize,
+    last: Instant,
+}
+
+/// What becomes of bytes that came: so many of them pass, or all are lost.
+enum Step {
+    Send(usize),
+    Lose,
 }
 
 /// One client's connection. Its sockets close when its thread, which alone holds it, ends.
 struct Link {
+    /// How many were accepted before it.
+    number: usize,
     client: TcpStream,
     server: OnceLock<TcpStream>,
     cut: AtomicBool,
@@ -148,6 +215,28 @@ impl Proxy {
         }
     }
 
+    /// From now on this befalls the connections with these numbers: those that are open, and those that are yet to come.
+    /// The first one ever accepted has the number 0, so `..` means all, `n..` with [`accepted`](Proxy::accepted) those to
+    /// come, and `..n` those that are there, which is how a firewall forgets them. The last fault of a connection counts.
+    pub fn fault(&self, connections: impl RangeBounds<usize>, fault: Fault) {
+        let connections = (connections.start_bound().cloned(), connections.end_bound().cloned());
+        let mut befallen = Vec::new();
+        self.line.change(|mode| {
+            mode.ruled += 1;
+            mode.rules.push(Rule { id: mode.ruled, connections, fault });
+            let links = mode.links.iter().filter_map(|(link, _)| link.upgrade());
+            befallen.extend(links.filter(|link| connections.contains(&link.number)));
+        });
+        for link in befallen {
+            self.line.befall(&link, fault);
+        }
+    }
+
+    /// Ends all that was begun by [`fault`](Proxy::fault): what was kept back passes. What is lost stays lost.
+    pub fn heal(&self) {
+        self.line.change(|mode| mode.rules.clear());
+    }
+
     /// How many connections were ever accepted.
     pub fn accepted(&self) -> usize {
         self.line.accepted.load(SeqCst)
@@ -195,11 +284,11 @@ impl Line {
                 thread::sleep(ms(10)); // Out of file descriptors, as a rule.
                 continue;
             };
-            let link = Arc::new(Link { client, server: OnceLock::new(), cut: AtomicBool::new(false) });
-            let watched = Arc::downgrade(&link);
             // Before it is counted, so that a cut by one who has seen the count does not miss it.
             let mut mode = self.mode.lock();
-            self.accepted.fetch_add(1, SeqCst);
+            let number = self.accepted.fetch_add(1, SeqCst);
+            let link = Arc::new(Link { number, client, server: OnceLock::new(), cut: AtomicBool::new(false) });
+            let watched = Arc::downgrade(&link);
             self.open.fetch_add(1, SeqCst);
             let (silent, served_from) = (mode.silent, Instant::now() + mode.delay);
             let line = Arc::clone(self);
@@ -220,6 +309,10 @@ impl Line {
             while matches!((&link.client).read(&mut ignored), Ok(1..)) {}
             return;
         }
+        let fault = self.mode.lock().fault_of(link.number).1;
+        if fault == Fault::Reset {
+            return self.cut(link);
+        }
         if !self.pass(link, served_from) {
             return;
         }
@@ -236,6 +329,9 @@ impl Line {
         if link.cut.load(SeqCst) {
             return;
         }
+        // What began before there was a server could not reach it.
+        let fault = self.mode.lock().fault_of(link.number).1;
+        self.befall(link, fault);
         thread::scope(|scope| {
             let back = thread::Builder::new().name("proxy-back".into());
             back.spawn_scoped(scope, || self.pump(link, server, &link.client)).expect("a thread for the way back");
@@ -245,14 +341,15 @@ impl Line {
 
     /// Forwards in one direction, until its source ends or the link is cut.
     fn pump(&self, link: &Link, mut from: &TcpStream, mut to: &TcpStream) {
+        let asks = std::ptr::eq(from, &link.client);
+        let mut under = Under { rule: 0, passed: 0, last: Instant::now() };
         let mut buffer = [0; 16 * 1024];
         loop {
             let mut rest = match from.read(&mut buffer) {
-                Ok(n) => &buffer[..n],
+                Ok(n) => &mut buffer[..n],
                 Err(_) => return self.cut(link),
             };
-            let asks = std::ptr::eq(from, &link.client);
-            let latency = if asks { Duration::ZERO } else { self.mode.lock().latency };
+            let latency = if asks { Duration::ZERO } else { self.mode.lock().latency_of(link.number) };
             if !self.pass(link, Instant::now() + latency) {
                 return;
             }
@@ -264,29 +361,100 @@ impl Line {
                 return;
             }
             while !rest.is_empty() {
-                match to.write(rest) {
-                    Ok(n) => rest = &rest[n..],
-                    Err(e) if e.kind() == ErrorKind::WouldBlock && !link.cut.load(SeqCst) => {}
-                    Err(_) => return self.cut(link),
+                let mut piece = match self.step(link, asks, &mut under, rest) {
+                    Some(Step::Send(n)) => &rest[..n],
+                    Some(Step::Lose) => break,
+                    None => return,
+                };
+                let sent = piece.len();
+                while !piece.is_empty() {
+                    match to.write(piece) {
+                        Ok(n) => piece = &piece[n..],
+                        Err(e) if e.kind() == ErrorKind::WouldBlock && !link.cut.load(SeqCst) => {}
+                        Err(_) => return self.cut(link),
+                    }
+                }
+                rest = &mut rest[sent..];
+            }
+        }
+    }
+
+    /// What becomes of bytes that came, by the fault of their connection, which may have them wait. `None`: the link is
+    /// cut.
+    fn step(&self, link: &Link, asks: bool, under: &mut Under, bytes: &mut [u8]) -> Option<Step> {
+        let mut mode = self.mode.lock();
+        loop {
+            if link.cut.load(SeqCst) {
+                return None;
+            }
+            let (rule, fault) = mode.fault_of(link.number);
+            if under.rule != rule {
+                *under = Under { rule, passed: 0, last: under.last };
+            }
+            let mut not_before = None;
+            let n = match fault {
+                _ if mode.keeps_waiting(link.number) => 0,
+                Fault::SwallowRequests | Fault::CloseHalf(End::Server) if asks => return Some(Step::Lose),
+                _ if asks => bytes.len(),
+                Fault::SwallowAnswers | Fault::CloseHalf(End::Client) => return Some(Step::Lose),
+                Fault::StallAfter(after) => after.saturating_sub(under.passed),
+                Fault::ResetAfter(after) if after <= under.passed => {
+                    drop(mode);
+                    self.cut(link);
+                    return None;
+                }
+                Fault::ResetAfter(after) => after - under.passed,
+                Fault::Corrupt(at) => {
+                    if let Some(byte) = at.checked_sub(under.passed).and_then(|at| bytes.get_mut(at)) {
+                        *byte = !*byte;
+                    }
+                    bytes.len()
+                }
+                Fault::Trickle(n, pause) => {
+                    not_before = (under.passed > 0).then(|| under.last + pause);
+                    n
+                }
+                _ => bytes.len(),
+            };
+            let n = n.min(bytes.len());
+            match not_before {
+                Some(at) if Instant::now() < at => drop(self.changed.wait_until(&mut mode, at)),
+                _ if n == 0 => self.changed.wait(&mut mode),
+                _ => {
+                    *under = Under { rule, passed: under.passed + n, last: Instant::now() };
+                    if !asks && mode.answered.insert(link.number) {
+                        self.changed.notify_all();
+                    }
+                    return Some(Step::Send(n));
                 }
             }
         }
     }
 
-    /// Waits while the line is paused and until `from`; `false` if the link was cut.
+    /// Waits while the link is kept waiting and until `from`; `false` if the link was cut.
     fn pass(&self, link: &Link, from: Instant) -> bool {
         let mut mode = self.mode.lock();
         loop {
             if link.cut.load(SeqCst) {
                 return false;
             }
-            if mode.paused {
+            if mode.keeps_waiting(link.number) {
                 self.changed.wait(&mut mode);
             } else if Instant::now() < from {
                 self.changed.wait_until(&mut mode, from);
             } else {
                 return true;
             }
+        }
+    }
+
+    /// Does at once what a fault does at its beginning.
+    fn befall(&self, link: &Link, fault: Fault) {
+        match fault {
+            Fault::Reset => self.cut(link),
+            Fault::CloseHalf(End::Client) => drop(link.client.shutdown(Shutdown::Write)),
+            Fault::CloseHalf(End::Server) => drop(link.server.get().map(|server| server.shutdown(Shutdown::Write))),
+            _ => {}
         }
     }
 
@@ -299,6 +467,31 @@ impl Line {
             // Wakes a reader and sends nothing, unlike a shutdown of both directions.
             let _ = socket.shutdown(Shutdown::Read);
         }
+    }
+}
+
+impl Mode {
+    /// The rule that counts for this connection, and what it says.
+    fn fault_of(&self, number: usize) -> (usize, Fault) {
+        let rule = self.rules.iter().rev().find(|rule| rule.connections.contains(&number));
+        rule.map_or((0, Fault::Pass), |rule| (rule.id, rule.fault))
+    }
+
+    fn latency_of(&self, number: usize) -> Duration {
+        match self.fault_of(number).1 {
+            Fault::Latency(latency) => self.latency.max(latency),
+            _ => self.latency,
+        }
+    }
+
+    /// Nothing passes for the time being.
+    fn keeps_waiting(&self, number: usize) -> bool {
+        self.paused
+            || match self.fault_of(number).1 {
+                Fault::Pause => true,
+                Fault::Behind(other) => !self.answered.contains(&other),
+                _ => false,
+            }
     }
 }
 
