@@ -4,7 +4,7 @@
 //! Eight users share a pool of four connections: each checks one out, asks one question, returns it, pauses, and so on.
 //! Then something breaks and, as a rule, is mended. In each row every pool has a server of its own (and a proxy, or a
 //! PgBouncer), and all of them meet the fault at the same time. ROWS are parts of names; `--all` adds the rows that take
-//! more than a minute; `--errors` prints what the users were told; `--markdown` writes `docs/faults-peers.md`.
+//! more than a minute; `--errors` prints what the users were told, and when; `--markdown` writes `docs/faults-peers.md`.
 //!
 //! Each pool is as it comes, but for its size and how long a checkout may wait. No limit for connects, queries or
 //! keepalives is set in any connection string.
@@ -33,10 +33,11 @@ use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use std::{env, fs};
-use support::{wait_until, within};
+use support::{Server, wait_until, within};
 use users::{Call, Habit, Notes, Party, Stage};
 use world::World;
 
@@ -66,6 +67,8 @@ struct Outcome {
     ended: Instant,
     logins: (usize, usize),
     left: Option<usize>,
+    /// For the next row.
+    server: Option<Arc<Server>>,
 }
 
 /// One pool in one row, ready to go.
@@ -75,8 +78,8 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(row: &Row, rival: Rival, python: Option<&Python>) -> Lane {
-        let world = World::new(row);
+    fn new(row: &Row, rival: Rival, python: Option<&Python>, server: Option<Arc<Server>>) -> Lane {
+        let world = World::new(row, server);
         let habit = Habit {
             users: USERS,
             size: SIZE,
@@ -118,10 +121,9 @@ impl Lane {
         thread::sleep((closed + CLOSED).saturating_duration_since(Instant::now()));
         let left = world.left();
         let after = world.logins();
-        // Whoever still hangs is freed by this.
-        drop(world);
+        let server = world.retire(row);
         party.end();
-        Outcome { notes, struck, healed, ended, logins: (after.0 - logins.0, after.1 - logins.1), left }
+        Outcome { notes, struck, healed, ended, logins: (after.0 - logins.0, after.1 - logins.1), left, server }
     }
 }
 
@@ -196,14 +198,25 @@ impl Outcome {
         }
     }
 
-    /// What the users were told, how often.
-    fn texts(&self) -> BTreeMap<String, usize> {
-        let mut texts = BTreeMap::new();
-        for failure in self.notes.calls.iter().filter_map(|call| call.failure.as_ref()) {
-            let text: String = failure.text.lines().next().unwrap_or_default().chars().take(160).collect();
-            *texts.entry(format!("{:?}: {text}", failure.stage)).or_default() += 1;
+    /// What the users were told, and in which calls: how often, and when they began and ended, from the fault on.
+    fn texts(&self) -> Vec<String> {
+        let mut texts: BTreeMap<String, Vec<&Call>> = BTreeMap::new();
+        for call in &self.notes.calls {
+            if let Some(failure) = &call.failure {
+                let text: String = failure.text.lines().next().unwrap_or_default().chars().take(160).collect();
+                texts.entry(format!("{:?}: {text}", failure.stage)).or_default().push(call);
+            }
         }
-        texts
+        let since = |at: Instant| {
+            let before = self.struck.saturating_duration_since(at).as_secs_f64();
+            at.saturating_duration_since(self.struck).as_secs_f64() - before
+        };
+        let told = |(text, calls): (String, Vec<&Call>)| {
+            let times =
+                calls.iter().take(8).map(|call| format!("{:.3} to {:.3}", since(call.begun), since(call.ended)));
+            format!("{} x {text} ({} s)", calls.len(), times.collect::<Vec<_>>().join(", "))
+        };
+        texts.into_iter().map(told).collect()
     }
 }
 
@@ -211,25 +224,35 @@ fn seconds(d: Duration) -> String {
     if d < ms(1) { "0 s".into() } else { short(d.as_secs_f64()) }
 }
 
-/// Every pool in one row. `Err`: what could not be made.
-fn run(row: &Row, rivals: &[Rival], python: Option<&Python>) -> Result<Vec<(Rival, Outcome)>, String> {
+/// Every pool in one row. `Err`: what could not be made. `servers`: of an earlier row, one for each pool.
+fn run(
+    row: &Row,
+    rivals: &[Rival],
+    python: Option<&Python>,
+    servers: &mut [Option<Arc<Server>>],
+) -> Result<Vec<Outcome>, String> {
     let text = |panic: Box<dyn std::any::Any + Send>| match panic.downcast::<String>() {
         Ok(text) => *text,
         Err(panic) => panic.downcast_ref::<&str>().map_or_else(|| "it panicked".into(), |text| text.to_string()),
     };
-    // Servers are made at the same time, so that the making of one does not disturb what is measured on another.
+    // All are made before any is used, so that the making of one does not disturb what is measured on another.
     let lanes: Vec<_> = thread::scope(|scope| {
-        let make =
-            |&rival: &Rival| scope.spawn(move || catch_unwind(AssertUnwindSafe(|| Lane::new(row, rival, python))));
-        let making: Vec<_> = rivals.iter().map(make).collect();
+        let make = |(&rival, server): (&Rival, &mut Option<Arc<Server>>)| {
+            let server = if row.is_plain() { server.take() } else { None };
+            scope.spawn(move || catch_unwind(AssertUnwindSafe(|| Lane::new(row, rival, python, server))))
+        };
+        let making: Vec<_> = rivals.iter().zip(&mut *servers).map(make).collect();
         making.into_iter().map(|lane| lane.join().and_then(|lane| lane).map_err(text)).collect()
     });
     let lanes = lanes.into_iter().collect::<Result<Vec<_>, _>>()?;
-    thread::scope(|scope| {
+    let mut outcomes: Vec<Outcome> = thread::scope(|scope| {
         let running: Vec<_> = lanes.into_iter().map(|lane| scope.spawn(move || lane.run(row))).collect();
-        let outcomes = running.into_iter().map(|lane| lane.join().map_err(text));
-        rivals.iter().copied().zip(outcomes).map(|(rival, outcome)| Ok((rival, outcome?))).collect()
-    })
+        running.into_iter().map(|lane| lane.join().map_err(text)).collect::<Result<_, _>>()
+    })?;
+    for (server, outcome) in servers.iter_mut().zip(&mut outcomes) {
+        *server = outcome.server.take().or(server.take());
+    }
+    Ok(outcomes)
 }
 
 // -------------------------------------------------------------------------------------------------- the table
@@ -255,17 +278,18 @@ fn main() {
     let head = head(python.as_ref().map(|python| python.versions.as_str()).map_err(String::as_str));
     println!("{head}");
     let begun = Instant::now();
+    let mut servers: Vec<Option<Arc<Server>>> = rivals.iter().map(|_| None).collect();
     let mut overview: Vec<Vec<String>> = Vec::new();
     for row in ROWS.iter().filter(picked) {
         part.say(&format!("### {}\n\n{}.\n", row.name, capitalized(row.what)));
-        let outcomes = match run(row, &rivals, python.as_ref().ok()) {
-            Ok(outcomes) => outcomes,
+        let outcomes: Vec<_> = match run(row, &rivals, python.as_ref().ok(), &mut servers) {
+            Ok(outcomes) => rivals.iter().zip(outcomes).collect(),
             Err(reason) => {
                 part.say(&format!("SKIPPED, because it cannot be made here: {reason}\n"));
                 continue;
             }
         };
-        let line = |(rival, o): &(Rival, Outcome)| {
+        let line = |(rival, o): &(&Rival, Outcome)| {
             vec![
                 rival.name().to_owned(),
                 format!("{} of {}", o.errors(), o.notes.calls.len()),
@@ -282,12 +306,12 @@ fn main() {
         part.table(&head, &outcomes.iter().map(line).collect::<Vec<_>>());
         if given("--errors") {
             for (rival, outcome) in &outcomes {
-                for (text, n) in outcome.texts() {
-                    println!("    {}: {n} x {text}", rival.name());
+                for text in outcome.texts() {
+                    println!("    {}: {text}", rival.name());
                 }
             }
         }
-        let cell = |(_, o): &(Rival, Outcome)| format!("{} / {} / {}", o.errors(), o.longest(), o.steady());
+        let cell = |(_, o): &(&Rival, Outcome)| format!("{} / {} / {}", o.errors(), o.longest(), o.steady());
         overview.push([row.name.to_owned()].into_iter().chain(outcomes.iter().map(cell)).collect());
     }
     part.say("### All rows\n\nErrors / longest / steady.\n");
@@ -320,9 +344,10 @@ No limit for connects or queries, and no keepalive, is set in a connection strin
 
 How to read it:
 
-* A query that is under way when its connection dies fails in every pool. Beyond that, a pool that does not check a
-  connection before it is handed out loses one query for each dead connection that is used before the first error is known.
-  Millpond by default checks after a second without use and once a sibling has died, r2d2 always, psycopg's pool never.
+* A query that is under way when its connection dies fails in every pool. A pool that checks each connection before it is
+  handed out has half of its round trips in checks, whose failure no user sees. Without that, one more query is lost for
+  each dead connection that is handed out before the first error is known. Millpond by default checks after a second without
+  use and once a sibling has died, r2d2 always, psycopg's pool never.
 * Recovery depends on when the next attempt to connect falls. While users wait, Millpond pauses for at most 1 s between
   attempts, r2d2 for half of the limit of a checkout (here 2.5 s), psycopg's pool for 1, 2, 4, 8 s and so on.
 * Millpond tells its users of a wrong password at once, and does not log in again for 5 s. Who comes again after 20 ms is

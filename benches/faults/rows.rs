@@ -13,7 +13,7 @@ pub(crate) struct Row {
     pub(crate) front: Front,
     pub(crate) settings: &'static [(&'static str, &'static str)],
     /// Before there is a pool.
-    pub(crate) prepare: fn(&World),
+    pub(crate) prepare: Option<fn(&World)>,
     pub(crate) strike: fn(&World),
     /// From the strike to the heal.
     pub(crate) lasts: Duration,
@@ -69,7 +69,7 @@ impl Crowd {
 const BUSY: &str = "SELECT pg_sleep(0.02)";
 const WRITE: &str = "INSERT INTO t DEFAULT VALUES";
 
-const END_ALL: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+pub(crate) const END_ALL: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
 const END_SOME: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app' LIMIT 2";
 
 /// Struck and healed at once, and what most rows have in common.
@@ -79,7 +79,7 @@ const fn row(name: &'static str, what: &'static str, strike: fn(&World)) -> Row 
         what,
         front: Front::Server,
         settings: &[],
-        prepare: |_| {},
+        prepare: None,
         strike,
         lasts: Duration::ZERO,
         heal: Some(|_| {}),
@@ -104,6 +104,11 @@ const fn failover(name: &'static str, what: &'static str, strike: fn(&World)) ->
 }
 
 impl Row {
+    /// Whether it needs nothing of its server that other rows do not, and leaves it as it was.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.settings.is_empty() && self.prepare.is_none() && self.front != Front::Pair
+    }
+
     const fn healed(self, lasts: Duration, heal: fn(&World)) -> Row {
         Row { lasts, heal: Some(heal), ..self }
     }
@@ -117,7 +122,7 @@ impl Row {
     }
 
     const fn prepared(self, prepare: fn(&World)) -> Row {
-        Row { prepare, ..self }
+        Row { prepare: Some(prepare), ..self }
     }
 
     const fn asking(self, query: &'static str) -> Row {
@@ -154,7 +159,7 @@ pub(crate) const ROWS: &[Row] = &[
             .prepared(|w| w.admin("ALTER ROLE app SET idle_session_timeout = '1s'"))
             .in_bursts()
     },
-    row("starting-up", "the server is restarted and says for 3 s that it is starting up (57P03)", World::start_slowly)
+    row("starting-up", "the server is restarted and says for 2 s that it is starting up (57P03)", World::start_slowly)
         .with(Server::STREAMING),
     row("max-connections", "the connections are cut, and others use up `max_connections` for 3 s", |w| {
         w.crowd_out(w.server.port());

@@ -1,7 +1,7 @@
 //! What a pool connects to, and how that is broken.
 
 use super::PATIENCE;
-use super::rows::{Front, Row};
+use super::rows::{END_ALL, Front, Row};
 use crate::support::{Bouncer, PoolMode, Proxy, Server, wait_until, within};
 use parking_lot::Mutex;
 use postgres::{Client, Config, NoTls};
@@ -9,6 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{MetadataExt, chown};
+use std::sync::Arc;
 
 /// What one pool has to itself in one row. Gone when dropped.
 pub(crate) struct World {
@@ -21,22 +22,13 @@ pub(crate) struct World {
     proxy: Option<Proxy>,
     bouncer: Option<Bouncer>,
     pub(crate) standby: Option<Server>,
-    pub(crate) server: Server,
+    pub(crate) server: Arc<Server>,
 }
 
 impl World {
-    pub(crate) fn new(row: &Row) -> World {
-        // The log is where logins are counted.
-        let mut settings = vec![("log_connections", "on"), ("log_line_prefix", "%u|")];
-        settings.extend(row.settings);
-        let server = Server::with(&settings);
-        let mut admin = server.connect();
-        let made = admin.batch_execute(
-            "CREATE ROLE app LOGIN; CREATE ROLE others LOGIN; CREATE TABLE t (n serial); \
-             GRANT ALL ON ALL TABLES IN SCHEMA public TO app; GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app",
-        );
-        made.expect("roles and a table");
-        drop(admin);
+    /// On the server of an earlier row, where that will do.
+    pub(crate) fn new(row: &Row, server: Option<Arc<Server>>) -> World {
+        let server = server.filter(|_| row.is_plain()).unwrap_or_else(|| Arc::new(serve(row)));
         let standby = (row.front == Front::Pair).then(|| Server::standby_of(&server));
         let bouncer = matches!(row.front, Front::Bouncer | Front::ProxiedBouncer).then(|| {
             let bouncer = Bouncer::start(&server, PoolMode::Transaction, &[("max_client_conn", "20")]);
@@ -60,8 +52,18 @@ impl World {
             standby,
             server,
         };
-        (row.prepare)(&world);
+        if let Some(prepare) = row.prepare {
+            prepare(&world);
+        }
         world
+    }
+
+    /// Ends it, and with it whatever still hangs on it. The server is left for another row, where it is fit for that.
+    pub(crate) fn retire(self, row: &Row) -> Option<Arc<Server>> {
+        row.is_plain().then(|| {
+            self.admin(END_ALL);
+            Arc::clone(&self.server)
+        })
     }
 
     pub(crate) fn proxy(&self) -> &Proxy {
@@ -200,7 +202,7 @@ impl World {
                 0,
             );
         }
-        let logs = [Some(&self.server), self.standby.as_ref()].into_iter().flatten().map(Server::log);
+        let logs = [Some(&*self.server), self.standby.as_ref()].into_iter().flatten().map(Server::log);
         let (mut made, mut refused) = (0, 0);
         for line in logs.collect::<String>().lines().filter(|line| line.starts_with("app|")) {
             made += usize::from(line.contains("connection authorized"));
@@ -228,7 +230,7 @@ impl World {
         let data = self.server.socket_dir().join("data");
         self.server.stop_fast();
         // Asked for a file from an archive, the server waits for it, and tells everybody meanwhile that it is starting up.
-        let config = "hot_standby = off\nrestore_command = 'test -e slow && rm slow && sleep 3; false'\n";
+        let config = "hot_standby = off\nrestore_command = 'test -e slow && rm slow && sleep 2; false'\n";
         let path = data.join("postgresql.conf");
         let before = fs::read_to_string(&path).expect("the server's configuration");
         fs::write(path, before + config).expect("the server's configuration");
@@ -240,6 +242,19 @@ impl World {
         }
         self.server.start_again();
     }
+}
+
+/// A server that counts logins in its log, with the roles of the pool and of whoever is in its way.
+fn serve(row: &Row) -> Server {
+    let mut settings = vec![("log_connections", "on"), ("log_line_prefix", "%u|")];
+    settings.extend(row.settings);
+    let server = Server::with(&settings);
+    let made = server.connect().batch_execute(
+        "CREATE ROLE app LOGIN; CREATE ROLE others LOGIN; CREATE TABLE t (n serial); \
+         GRANT ALL ON ALL TABLES IN SCHEMA public TO app; GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app",
+    );
+    made.expect("roles and a table");
+    server
 }
 
 impl Drop for World {
