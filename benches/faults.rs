@@ -378,6 +378,9 @@ fn head(psycopg: Result<&str, &str>) -> String {
     fact("psycopg", Some(psycopg.map_or_else(|reason| format!("left out: {reason}"), str::to_owned)));
     fact("Server", output(&support::programs::find().join("postgres"), &["--version"]));
     fact("PgBouncer", output(Path::new("/usr/sbin/pgbouncer"), &["--version"]));
+    let load = fs::read_to_string("/proc/loadavg").ok();
+    let load = load.map(|load| load.split(' ').take(3).collect::<Vec<_>>().join(", "));
+    fact("Load before the run (1, 5, 15 minutes)", load);
     fact("Processors", thread::available_parallelism().ok().map(|n| n.to_string()));
     head
 }

@@ -11,13 +11,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+/// Each as it comes, but for its size and how long a checkout may wait.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Rival {
+    /// With its own manager.
     Millpond,
-    /// As r2d2 does by default.
+    /// Checks each connection before it is handed out, as r2d2 does by default.
     MillpondChecking,
+    /// With the stock manager.
     R2d2,
     Psycopg,
+    /// As [`MillpondChecking`](Rival::MillpondChecking).
     PsycopgChecking,
 }
 
@@ -82,9 +86,9 @@ impl Rival {
 /// A Python that has psycopg's pool.
 pub(crate) struct Python {
     program: String,
-    /// Where that is, if not among the Python's own.
+    /// The folder with psycopg's pool, if that is not among the Python's own packages.
     packages: Option<PathBuf>,
-    /// Of both.
+    /// Of psycopg's pool, of psycopg and of Python itself.
     pub(crate) versions: String,
 }
 

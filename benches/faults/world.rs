@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// What one pool has to itself in one row. Gone when dropped.
 pub(crate) struct World {
     front: Front,
-    /// Whoever connects while a row is healed.
+    /// Whoever takes the pool's place until a row is healed.
     pub(crate) others: Mutex<Vec<Client>>,
     frozen: Mutex<Vec<Pid>>,
     /// New connections come here once the first proxy's are forgotten.
@@ -75,7 +75,7 @@ impl World {
     }
 
     /// Where the pool connects to.
-    pub(crate) fn port(&self) -> u16 {
+    fn port(&self) -> u16 {
         match (&self.proxy, &self.bouncer) {
             (Some(proxy), _) => proxy.port(),
             (None, Some(bouncer)) => bouncer.port(),
@@ -128,7 +128,7 @@ impl World {
     }
 
     /// How many of the pool's connections what is behind the proxy still has.
-    pub(crate) fn behind(&self) -> usize {
+    fn behind(&self) -> usize {
         match &self.bouncer {
             // A full PgBouncer has no place for a question, and forgets a reset connection at once.
             Some(_) => 0,
@@ -145,9 +145,10 @@ impl World {
         *self.second.lock() = Some(Proxy::between(listener, self.server.addr()));
     }
 
+    /// Stops the postmaster and the pool's backends by SIGSTOP, until [`thaw`](World::thaw).
     pub(crate) fn freeze(&self) {
-        let mut backends = self.server.connect();
-        let rows = backends.query("SELECT pid FROM pg_stat_activity WHERE usename = 'app'", &[]).expect("backends");
+        let mut admin = self.server.connect();
+        let rows = admin.query("SELECT pid FROM pg_stat_activity WHERE usename = 'app'", &[]).expect("backends");
         let mut pids: Vec<Pid> = rows.iter().filter_map(|row| Pid::from_raw(row.get(0))).collect();
         pids.extend(Pid::from_raw(self.server.pid() as i32));
         for &pid in &pids {
@@ -163,7 +164,7 @@ impl World {
     }
 
     /// How many connections of the pool's a server has.
-    pub(crate) fn on(&self, server: &Server) -> usize {
+    fn on(&self, server: &Server) -> usize {
         let question = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
         server.connect().query_one(question, &[]).map_or(0, |row| row.get::<_, i64>(0) as usize)
     }
@@ -193,14 +194,8 @@ impl World {
             return (self.proxy().accepted() + second, 0);
         }
         if let Some(bouncer) = &self.bouncer {
-            return (
-                bouncer
-                    .log()
-                    .lines()
-                    .filter(|line| line.contains("login attempt") && line.contains("user=app"))
-                    .count(),
-                0,
-            );
+            let is_login = |line: &&str| line.contains("login attempt") && line.contains("user=app");
+            return (bouncer.log().lines().filter(is_login).count(), 0);
         }
         let logs = [Some(&*self.server), self.standby.as_ref()].into_iter().flatten().map(Server::log);
         let (mut made, mut refused) = (0, 0);
@@ -244,6 +239,13 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        // What is stopped cannot end.
+        self.thaw();
+    }
+}
+
 /// A server that counts logins in its log, with the roles of the pool and of whoever is in its way.
 fn serve(row: &Row) -> Server {
     let mut settings = vec![("log_connections", "on"), ("log_line_prefix", "%u|")];
@@ -255,13 +257,6 @@ fn serve(row: &Row) -> Server {
     );
     made.expect("roles and a table");
     server
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        // What is stopped cannot end.
-        self.thaw();
-    }
 }
 
 /// How many connections to `addr` the system counts that their own end has not closed.
