@@ -286,6 +286,8 @@ fn main() {
             Ok(outcomes) => rivals.iter().zip(outcomes).collect(),
             Err(reason) => {
                 part.say(&format!("SKIPPED, because it cannot be made here: {reason}\n"));
+                let cells = rivals.iter().map(|_| "SKIPPED".to_owned());
+                overview.push([row.name.to_owned()].into_iter().chain(cells).collect());
                 continue;
             }
         };
