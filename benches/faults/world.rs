@@ -262,12 +262,13 @@ fn serve(row: &Row) -> Server {
 /// How many connections to `addr` the system counts that their own end has not closed.
 fn established(addr: SocketAddr) -> Option<usize> {
     let table = fs::read_to_string("/proc/net/tcp").ok()?;
-    let port = format!(":{:04X}", addr.port());
+    // The loopback, as the table writes it.
+    let proxy = format!("0100007F:{:04X}", addr.port());
     let is_ours = |line: &&str| {
         let mut fields = line.split_whitespace().skip(2);
         let (to, state) = (fields.next().unwrap_or_default(), fields.next());
         // Established, or closed by the other end only.
-        to.ends_with(&port) && matches!(state, Some("01" | "08"))
+        to == proxy && matches!(state, Some("01" | "08"))
     };
     Some(table.lines().filter(is_ours).count())
 }
