@@ -121,6 +121,11 @@ impl Part {
         self.plots.push(file);
     }
 
+    /// The part as a page of its own: `head` takes the place of the part's command.
+    pub fn page(&self, head: &str) -> String {
+        format!("# {}\n\n{head}\n{}", self.title, self.text)
+    }
+
     /// Writes it to the folder of the report.
     pub fn finish(self) {
         let path = folder().join(format!("{}.part.md", self.name));
