@@ -75,6 +75,12 @@ impl Frames {
         &self.prefix
     }
 
+    /// How many bytes of memory the kept part of a message takes.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.prefix.capacity()
+    }
+
     /// How long the last message was, its header included.
     pub(super) fn length(&self) -> usize {
         let [_, length @ ..] = self.header;

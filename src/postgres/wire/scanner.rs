@@ -15,6 +15,8 @@ use std::collections::VecDeque;
 use std::fmt;
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
 
 /// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of
@@ -164,10 +166,10 @@ impl fmt::Display for LoginFault {
 impl std::error::Error for LoginFault {}
 
 /// How many bytes of a message's body are kept until its end has come. Of a parameter (`S`) 64 are enough: the longest
-/// of interest is `default_transaction_read_only`.
+/// of interest is `default_transaction_read_only`. Of a `ReadyForQuery` (`Z`), one more byte than it has.
 fn body_prefix(tag: u8) -> usize {
     match tag {
-        b'Z' => 1,
+        b'Z' => 2,
         b'K' => 4,
         b'S' => 64,
         b'E' => ERROR_PREFIX,
@@ -275,6 +277,8 @@ impl Scanner {
             // skips it but answers the `Sync` that follows, and from then on every call gets the answer to the one
             // before it (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
+            // A password, which belongs to the login.
+            b'p' => {}
             _ if self.batch == Batch::BindFirst => {}
             _ => self.batch = Batch::Other,
         }
@@ -293,6 +297,7 @@ impl Scanner {
 
     /// The backend's message has come to its end.
     fn on_backend(&mut self, tag: u8) {
+        let unasked = !self.has_asked();
         let body = self.backend.prefix();
         if let Some(left) = &mut self.login_left {
             *left = left.saturating_sub(self.backend.length());
@@ -344,7 +349,14 @@ impl Scanner {
                     None => self.early = Early::Failed,
                 }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
-                if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
+                // (A field that the end of the prefix cuts off is not read.)
+                let whole = body.iter().rposition(|&byte| byte == 0).map_or(&[][..], |end| &body[..end]);
+                let severity = field(whole, b'V').or_else(|| field(whole, b'S'));
+                // Every error says how bad it is, first of all, and which it is. What does not may be the worst.
+                let is_fatal = matches!(severity, None | Some(b"FATAL" | b"PANIC"));
+                if is_fatal && code.is_none() {
+                    self.ended = true;
+                } else if is_fatal {
                     self.fatal = code;
                     self.fatal_text = field(body, b'M').map(|text| {
                         let is_cut = body.len() == ERROR_PREFIX && body.ends_with(text);
@@ -352,6 +364,8 @@ impl Scanner {
                             if is_cut { (text.len().saturating_sub(CUT.len()), CUT) } else { (text.len(), "") };
                         String::from_utf8_lossy(&text[..kept]).into_owned() + end
                     });
+                } else {
+                    self.poisoned |= unasked;
                 }
             }
             b'S' => {
@@ -365,6 +379,9 @@ impl Scanner {
             }
             _ => {}
         }
+        // Poison, rule 5: the beginning of an answer to no request. These three come unasked; an error may do so if it
+        // ends the connection.
+        self.poisoned |= unasked && !matches!(tag, b'N' | b'A' | b'S' | b'E');
     }
 
     fn stop_reading(&mut self) {
@@ -416,7 +433,13 @@ impl Scanner {
     /// does not count, since it cannot fail.
     pub(super) fn has_unanswered(&self) -> bool {
         let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
-        self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
+        let begun = self.frontend.is_inside() || matches!(self.batch, Batch::BindFirst | Batch::Other);
+        self.copy_in || begun || self.pending.iter().any(counts)
+    }
+
+    /// The server may have something to answer.
+    fn has_asked(&self) -> bool {
+        self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty || !self.pending.is_empty()
     }
 
     /// The oldest request has failed, perhaps before its end was sent, and its `ReadyForQuery` has not come.

@@ -428,6 +428,7 @@ fn a_fatal_error_leaves_its_code() {
 #[test]
 fn a_refused_write_is_reported_once() {
     let mut scanner = logged_in();
+    scanner.sent(&message(b'Q', b"insert\0"));
     assert!(!scanner.take_refused_write());
     scanner.received(&error("ERROR", "25006"));
     assert!(scanner.take_refused_write());
