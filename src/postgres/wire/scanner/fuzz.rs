@@ -283,27 +283,27 @@ impl Tapped {
     fn pass(&mut self, side: Side, bytes: &[u8]) {
         let Tapped(scanner) = self;
         match side {
-            _ if scanner.login_fault().is_some() => {}
+            _ if scanner.fault().is_some() => {}
             Frontend => scanner.sent(bytes),
             Backend => scanner.received(bytes),
         }
-        if scanner.login_fault().is_some() {
+        if scanner.fault().is_some() {
             scanner.ended();
         }
     }
 
     /// All that it knows. Of a plain text before the login only as much is seen as came with its beginning.
     fn verdict(&self) -> String {
-        match self.0.login_fault() {
-            Some(LoginFault::PlainText(_)) => "a plain text".into(),
+        match self.0.fault() {
+            Some(Fault::PlainText(_)) => "a plain text".into(),
             _ => format!("{:?}", self.0),
         }
     }
 
     fn kept(&self) -> usize {
         let Tapped(scanner) = self;
-        let of_fault = match scanner.login_fault() {
-            Some(LoginFault::PlainText(text)) => text.capacity(),
+        let of_fault = match scanner.fault() {
+            Some(Fault::PlainText(text)) => text.capacity(),
             _ => 0,
         };
         scanner.backend.kept() + scanner.fatal_text.as_ref().map_or(0, String::capacity) + of_fault
