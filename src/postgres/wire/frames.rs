@@ -10,6 +10,7 @@ pub(super) struct BadLength;
 
 /// One direction of a connection, message by message: a tag, a length that counts itself, a body.
 #[derive(Debug)]
+#[cfg_attr(test, derive(PartialEq))]
 pub(super) struct Frames {
     header: [u8; 5],
     /// How many bytes of the header have come.

@@ -96,6 +96,7 @@ enum Batch {
 
 /// What is known of one connection by its bytes; see the [module](self).
 #[derive(Debug)]
+#[cfg_attr(test, derive(PartialEq))]
 pub(super) struct Scanner {
     backend: Frames,
     frontend: Frames,
