@@ -200,6 +200,8 @@ fn closes_under(trouble: Trouble, way: Way) {
     let closes = Arc::new(Closes(Mutex::new(None), report));
     let builder = manager.builder().name(&name).event_handler(Box::new(Shared(Arc::clone(&closes))));
     let pool = builder.max_size(if trouble == Trouble::HungConnect { 3 } else { 2 }).open().unwrap();
+    // If this test panics, all who use the pool hear that it is closed.
+    let _guard = pool.guard().grace(Duration::ZERO);
     let (used, spare) = (pool.get().unwrap(), pool.get().unwrap());
     let [used_id, spare_id] = [&used, &spare].map(|connection| PooledConnection::info(connection).id);
 
