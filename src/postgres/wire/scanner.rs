@@ -353,6 +353,8 @@ impl Scanner {
             },
             b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
             b'G' => {
+                // After an error the server skips to the `Sync`. If it does not, nobody knows which `Sync` it ignores.
+                self.poisoned |= self.has_oldest_failed();
                 self.copy_in = true;
                 // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
                 if matches!(self.pending.front(), Some(Request::Batch | Request::Bind)) {

@@ -248,7 +248,11 @@ fn read_slowly(parts: &[Part]) -> Found {
                     return Found::NotKnown;
                 }
                 if tag == b'E' {
-                    let field = |key| body.split(|&b| b == 0).find_map(|field| field.strip_prefix(&[key]));
+                    // How bad it is must be said, to its end, in the part that is kept: two words that contradict each
+                    // other may stand in it and behind it.
+                    let kept = &body[..body.len().min(ERROR_PREFIX)];
+                    let whole = kept.split_inclusive(|&b| b == 0).filter_map(|field| field.strip_suffix(&[0]));
+                    let field = |key| whole.clone().find_map(|field| field.strip_prefix(&[key]));
                     let goes_on = !matches!(field(b'V').or(field(b'S')), None | Some(b"FATAL" | b"PANIC"));
                     if in_copy || !goes_on {
                         return Found::NotKnown;
