@@ -1,7 +1,7 @@
 //! Servers that answer with what they should not: the pool gives nothing away, takes no harm, and says what it heard in
 //! a form that does none.
 
-use crate::support::{SOON, Server, capture, logged, wait_until};
+use crate::support::{SEEN, SOON, Server, capture, logged, wait_until};
 use crate::tls::Identity;
 use log::Level;
 use millpond::postgres::{Connector, Error, PostgresManager};
@@ -92,6 +92,11 @@ impl Drop for Running {
 impl Liar {
     /// The next message: `ssl?`, `tls`, `startup`, or the tag of another one. `None` at the end.
     fn hear(&self, stream: &mut TcpStream) -> Option<String> {
+        self.hear_wholly(stream).map(|(said, _)| said)
+    }
+
+    /// The same, and its body.
+    fn hear_wholly(&self, stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
         let mut head = [0; 5];
         stream.read_exact(&mut head).ok()?;
         let (kind, length) = match head[0] {
@@ -107,7 +112,7 @@ impl Liar {
             kind => kind.to_owned(),
         };
         self.heard.lock().push(said.clone());
-        Some(said)
+        Some((said, body))
     }
 
     /// Says this, as far as the client takes it.
@@ -312,7 +317,7 @@ fn an_error_of_100_mb_is_neither_logged_nor_kept_as_a_whole() {
 fn a_long_error_after_the_login_is_cut_and_not_kept() {
     let _beside = crate::support::beside_others();
     let _log = capture();
-    let long = [message(b'E', format!("SERROR\0VERROR\0CP0001\0M{}\0\0", "y".repeat(10 << 20)).as_bytes())].concat();
+    let long = [message(b'E', format!("SERROR\0VERROR\0CP0001\0M{}\0\0", "y".repeat(1 << 19)).as_bytes())].concat();
     for observed in [true, false] {
         let long = long.clone();
         let server = Running::new(move |stream, liar| {
@@ -358,6 +363,176 @@ fn a_login_that_ends_in_an_unknown_status_gives_no_connection() {
     });
     let error = failure("status", plain(&server));
     assert!(error.is_timeout() && error.to_string().contains("transaction status"), "{error}");
+}
+
+// ---------------------------------------------------------------------------------------------- what has no end
+
+/// How much a server here says at most, to a client that takes all of it.
+const FLOOD: u64 = 64 << 20;
+/// What that may cost the process, with all that this test has itself.
+#[cfg(target_os = "linux")]
+const MEMORY: u64 = 64 << 20;
+/// And of the processors' time: a SCRAM of 2^31 rounds takes hours.
+#[cfg(target_os = "linux")]
+const WORK: Duration = Duration::from_secs(10);
+
+/// A server that lets everybody in, answers so many questions, and answers the next one without an end: with this, of
+/// which it says the first, the second, and so on. If it answers any, it lets only the first one in.
+fn flood(questions: usize, piece: impl Fn(u64) -> Vec<u8> + Send + Sync + 'static) -> Running {
+    Running::new(move |stream, liar| {
+        liar.hear(stream);
+        let logins = liar.heard.lock().iter().filter(|said| *said == "startup").count();
+        if questions > 0 && logins > 1 {
+            return;
+        }
+        liar.say(stream, &welcome(b'I'));
+        let mut left = questions;
+        while liar.hear(stream).is_some_and(|said| said != "X") {
+            if left == 0 {
+                // Until a piece is empty.
+                let mut pieces = (0..).map(&piece).take_while(|piece| !piece.is_empty());
+                while liar.taken.load(Ordering::SeqCst) < FLOOD {
+                    let Some(true) = pieces.next().map(|piece| liar.say(stream, &piece)) else { break };
+                }
+            } else {
+                left -= 1;
+                liar.say(stream, &[message(b'I', b""), message(b'Z', b"I")].concat());
+            }
+        }
+    })
+}
+
+/// A server that asks for a password by SCRAM, to be hashed so many times.
+fn scram(iterations: u64) -> Running {
+    Running::new(move |stream, liar| {
+        liar.hear(stream);
+        liar.say(stream, &message(b'R', b"\0\0\0\x0aSCRAM-SHA-256\0\0"));
+        let Some((_, body)) = liar.hear_wholly(stream) else { return };
+        let text = String::from_utf8_lossy(&body).into_owned();
+        let nonce = text.rsplit_once("r=").unwrap().1;
+        let text = format!("\0\0\0\x0br={nonce}more,s=c2FsdA==,i={iterations}");
+        liar.say(stream, &message(b'R', text.as_bytes()));
+        liar.hear(stream);
+    })
+}
+
+/// A server that asks again and again for what it has been told.
+fn asks_again(request: &'static [u8]) -> Running {
+    Running::new(move |stream, liar| while liar.hear(stream).is_some() && liar.say(stream, &message(b'R', request)) {})
+}
+
+/// Runs a test of this file again in a process of its own, whose memory is its own as well. `true`: this is that
+/// process.
+#[cfg(target_os = "linux")]
+fn in_a_process(test: &str) -> bool {
+    if std::env::var_os("MILLPOND_TEST_CHILD").is_some() {
+        return true;
+    }
+    let _alone = crate::support::alone();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
+    let output = command.env("RUST_BACKTRACE", "0").output().unwrap();
+    assert!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    false
+}
+
+/// The most memory that this process ever had, in bytes.
+#[cfg(target_os = "linux")]
+fn most_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a high-water mark");
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// The time that the processors have spent on this process.
+#[cfg(target_os = "linux")]
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// How long a caller waits for a connection to such a server, and how long an attempt may take.
+#[cfg(target_os = "linux")]
+const WAIT: Duration = Duration::from_secs(2);
+#[cfg(target_os = "linux")]
+const ATTEMPT: Duration = Duration::from_secs(1);
+
+/// Tries to get a connection, in vain, and closes the pool: both in time. Then nothing of it is left. Returns the
+/// error's text. `late`: one connection was opened before, and is idle.
+#[cfg(target_os = "linux")]
+fn in_vain(name: &str, server: &Running, late: bool) -> String {
+    let builder = Pool::builder().name(name).max_size(1).open_timeout(ATTEMPT).validation_timeout(ATTEMPT);
+    let builder = builder.validate(Validate::Always);
+    // One that is idle is validated; one that has just been opened is not.
+    let pool = if late { builder.build(plain(server)).unwrap() } else { builder.build_unchecked(plain(server)) };
+    let began = Instant::now();
+    let error = pool.get_timeout(WAIT).map(drop).expect_err("a connection is handed on");
+    assert!(began.elapsed() < WAIT + SEEN, "{name}: {:?}", began.elapsed());
+    let report = pool.close(ATTEMPT);
+    assert!(report.elapsed < ATTEMPT + SEEN, "{name}: {report}");
+    let report = pool.close(SOON);
+    assert!(report.is_complete(), "{name}: {report}");
+    assert_harmless(&error.to_string());
+    error.to_string()
+}
+
+/// Messages of which each says another name.
+#[cfg(target_os = "linux")]
+fn parameters(piece: u64) -> Vec<u8> {
+    (0..100).flat_map(|n| message(b'S', format!("{:0500}\0\0", piece * 100 + n).as_bytes())).collect()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_has_no_end_costs_a_bounded_time_and_memory() {
+    if !in_a_process("hostile::what_has_no_end_costs_a_bounded_time_and_memory") {
+        return;
+    }
+    // Each is long enough that a million bytes of them are read in a fraction of an attempt, by a debug build too.
+    let text = "so it goes ".repeat(100);
+    let notices = message(b'N', format!("SNOTICE\0VNOTICE\0C00000\0M{text}\0\0").as_bytes()).repeat(100);
+    let notifications = message(b'A', format!("\0\0\0\x07a\0{text}\0").as_bytes()).repeat(100);
+    let rows = message(b'D', &[0; 2]).repeat(1000);
+    let endless = |n| if n == 0 { [&[b'D'][..], &i32::MAX.to_be_bytes()].concat() } else { vec![b'x'; 1 << 16] };
+    let first = |n| if n == 0 { vec![b'N', 0, 0] } else { vec![] };
+    let (again, too_much, gone) = (notifications.clone(), "a question of the pool's", "closed");
+    let (notices_again, rows_again) = (notices.clone(), rows.clone());
+    let cases = [
+        ("scram-most", scram(u64::from(u32::MAX)), "iteration count"),
+        ("scram-signed", scram(1 << 31), "iteration count"),
+        ("scram-more", scram(u64::MAX), "number too large"),
+        ("md5-again", asks_again(b"\0\0\0\x05salt"), "unexpected message"),
+        ("clear-again", asks_again(b"\0\0\0\x03"), "unexpected message"),
+        // In answer to the first question, which is the pool's.
+        ("notices", flood(0, move |_| notices.clone()), too_much),
+        ("parameters", flood(0, parameters), too_much),
+        ("notifications", flood(0, move |_| notifications.clone()), too_much),
+        ("rows", flood(0, move |_| rows.clone()), "unexpected message"),
+        ("2-gb", flood(0, endless), too_much),
+        ("half", flood(0, first), "no answer"),
+        // In answer to the second one, by which it is validated. The error is that of the next attempt.
+        ("late-notices", flood(1, move |_| notices_again.clone()), gone),
+        ("late-parameters", flood(1, parameters), gone),
+        ("late-notifications", flood(1, move |_| again.clone()), gone),
+        ("late-rows", flood(1, move |_| rows_again.clone()), gone),
+        ("late-2-gb", flood(1, endless), gone),
+    ];
+    let (before, worked) = (most_memory(), processor_time());
+    for beside in cases.chunks(4) {
+        thread::scope(|s| {
+            for (name, server, words) in beside {
+                s.spawn(move || {
+                    let error = in_vain(name, server, name.starts_with("late"));
+                    eprintln!("{name}: {} bytes; {error}", server.liar.taken.load(Ordering::SeqCst));
+                    assert!(error.contains(words), "{name}: {error}");
+                });
+            }
+        });
+    }
+    let (memory, worked) = (most_memory() - before, processor_time() - worked);
+    eprintln!("{} KiB, {worked:?}", memory >> 10);
+    assert!(memory < MEMORY, "{memory} bytes of memory");
+    assert!(worked < WORK, "{worked:?} of work");
 }
 
 // ---------------------------------------------------------------------------------------------- what is shown

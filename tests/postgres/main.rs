@@ -16,6 +16,7 @@ mod audit;
 #[cfg(target_os = "linux")]
 mod bouncer;
 mod budget;
+mod close;
 #[cfg(target_os = "linux")]
 mod failover;
 #[cfg(target_os = "linux")]

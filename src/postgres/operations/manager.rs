@@ -191,6 +191,7 @@ impl<T: Connector> PostgresManager<T> {
     fn guard(&self, connection: &mut Connection) -> Result<(), Error> {
         match self.guards.sql() {
             Some(sql) => connection
+                .expecting_little()
                 .batch_execute(&sql)
                 .map_err(|e| Error::doing(format!("cannot set the server guards ({sql})"), e)),
             None => Ok(()),
@@ -246,7 +247,10 @@ impl<T: Connector> PostgresManager<T> {
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.abort());
         // A pooler accepts every login. Only an answer shows that there is a server behind it.
-        let greet = |mut client: Client| client.is_valid(opening.limit()).map(|()| client);
+        let greet = |mut client: Client| {
+            watch.expect_little();
+            client.is_valid(opening.limit()).map(|()| client)
+        };
         let client = observer.connect(&watch).and_then(greet).map_err(|error| {
             if watch.is_aborted() {
                 // The error says why the attempt was aborted, not merely that it was.

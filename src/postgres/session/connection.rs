@@ -201,6 +201,7 @@ impl Connection {
     /// half comes before the second answer.
     fn ask(&mut self, limit: Duration) -> Result<(), ::postgres::Error> {
         let begun = Instant::now();
+        self.expecting_little();
         self.client.completed(|client| client.is_valid(limit))?;
         match &self.watch {
             Some(watch) if watch.is_mid_message() => {
@@ -244,6 +245,7 @@ impl Connection {
         };
         if in_transaction {
             self.remark = Some("came back inside a transaction, which was rolled back");
+            self.expecting_little();
             self.client.completed(|client| client.batch_execute("ROLLBACK"))?;
             // In the failed transaction every question was refused, so it is not known yet whether answers match their
             // questions.
@@ -254,6 +256,7 @@ impl Connection {
         if reset == Reset::DiscardAll {
             // The statements are dropped first, so that the messages that close them go along with the request below.
             self.statements.clear();
+            self.expecting_little();
             self.client.completed(|client| client.batch_execute(DISCARD))?;
         }
         // Notifications that came with these answers were not for the next caller.
@@ -280,6 +283,14 @@ impl Connection {
     /// Closes the connection, within the limit where that can be done.
     pub(in crate::postgres) fn close(mut self, limit: Duration) {
         self.finish(limit);
+    }
+
+    /// Until the next answer has come to its end the server may not send much, where the connection is observed.
+    pub(in crate::postgres) fn expecting_little(&mut self) -> &mut Self {
+        if let Some(watch) = &self.watch {
+            watch.expect_little();
+        }
+        self
     }
 
     /// Prepares the connection for its drop. A query that still runs is cancelled, since the backend would go on with

@@ -10,6 +10,7 @@ pub(super) struct BadLength;
 
 /// One direction of a connection, message by message: a tag, a length that counts itself, a body.
 #[derive(Debug)]
+#[cfg_attr(test, derive(PartialEq))]
 pub(super) struct Frames {
     header: [u8; 5],
     /// How many bytes of the header have come.
@@ -73,6 +74,12 @@ impl Frames {
     /// The beginning of the last message's body.
     pub(super) fn prefix(&self) -> &[u8] {
         &self.prefix
+    }
+
+    /// How many bytes of memory the kept part of a message takes.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.prefix.capacity()
     }
 
     /// How long the last message was, its header included.

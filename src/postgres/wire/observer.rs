@@ -17,7 +17,8 @@
 //! * Clear text and TLS: what [`negotiation`](super::negotiation) promises.
 //! * Channel binding is that of the TLS stream; a stream in clear text has none.
 //! * `postgres` reserves as much memory as a message claims to be long, and keeps all that comes. So until the login is
-//!   over [`Tap`] refuses a message that is too long, and too many messages, before it passes them on.
+//!   over [`Tap`] refuses a message that is too long, and too many messages, before it passes them on. So it does until
+//!   a question of the pool's own is answered. (What a caller asks for may have any length.)
 //! * The rewritten configuration does not leave this file.
 //!
 //! # Limits

@@ -55,9 +55,11 @@ impl Probe {
         }
     }
 
-    /// Begins a look.
+    /// Begins a look, unless the made-up message of the last one is half read: then the rest must follow.
     pub(super) fn begin(&self) {
-        self.0.store(BEGUN, Ordering::Relaxed);
+        if self.0.load(Ordering::Relaxed) <= FED {
+            self.0.store(BEGUN, Ordering::Relaxed);
+        }
     }
 
     /// Ends a look, unless the made-up message is half read: then the rest must follow.

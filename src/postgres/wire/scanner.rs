@@ -3,7 +3,8 @@
 //! A scanner is given every byte that went out and came in, in pieces of any size. It looks at the headers of all
 //! messages and at the bodies of four short kinds from the server; it keeps nothing that the user sends. It cannot
 //! fail: bytes that are not the protocol only make it *poisoned*. Until the login is over anybody
-//! may be at the other end, so until then it also says which messages must not be passed on ([`Scanner::login_fault`]).
+//! may be at the other end, so until then it also says which messages must not be passed on ([`Scanner::fault`]). So it
+//! does while the pool itself asks.
 //!
 //! It relies on two facts of the protocol. Answers come in the order of the requests, so a queue of requests shows
 //! which request a message answers. And every request ends with one `ReadyForQuery`, so an empty queue means that
@@ -15,6 +16,8 @@ use std::collections::VecDeque;
 use std::fmt;
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
 
 /// The longest message before the login is over, in bytes. libpq takes 2,000 bytes of what a login needs and 30,000 of
@@ -22,6 +25,9 @@ mod tests;
 const LONGEST_LOGIN_MESSAGE: usize = 64 * 1024;
 /// The most that a server may send before the login is over, in bytes: its parameters and notices are many, and short.
 const LONGEST_LOGIN: usize = 1024 * 1024;
+/// The most that a server may send before it has answered a question of the pool's, in bytes. The answer is short; the
+/// notifications for a caller that is gone come before it.
+const LONGEST_ANSWER: usize = 1024 * 1024;
 /// How much of an error is kept, in bytes. Its severity and SQLSTATE come first.
 const ERROR_PREFIX: usize = 1024;
 
@@ -90,6 +96,7 @@ enum Batch {
 
 /// What is known of one connection by its bytes; see the [module](self).
 #[derive(Debug)]
+#[cfg_attr(test, derive(PartialEq))]
 pub(super) struct Scanner {
     backend: Frames,
     frontend: Frames,
@@ -119,14 +126,17 @@ pub(super) struct Scanner {
     failed_request: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
-    /// How many bytes the server may still send until the login is over; `None` once it is over.
-    login_left: Option<usize>,
-    login_fault: Option<LoginFault>,
+    /// The server has sent its first `ReadyForQuery`.
+    logged_in: bool,
+    /// How many bytes the server may still send until the login is over, or a question of the pool's is answered.
+    /// `None`: what it sends is for a caller.
+    left: Option<usize>,
+    fault: Option<Fault>,
 }
 
-/// What is wrong with a message that came before the login was over, and must not be passed on.
+/// What is wrong with a message that must not be passed on. But for the last one, it came before the login was over.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum LoginFault {
+pub(super) enum Fault {
     /// The message has this tag and so many bytes, which are too many.
     TooLong(u8, usize),
     /// All messages together have too many bytes.
@@ -136,12 +146,14 @@ pub(super) enum LoginFault {
     PlainText(String),
     /// A transaction status with which no session begins.
     Status(u8),
+    /// The answer to a question of the pool's has too many bytes.
+    LongAnswer,
 }
 
-impl fmt::Display for LoginFault {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            LoginFault::TooLong(tag, length) => {
+            Fault::TooLong(tag, length) => {
                 let tag = char::from(*tag).escape_default();
                 write!(
                     f,
@@ -149,25 +161,26 @@ impl fmt::Display for LoginFault {
                      the most"
                 )
             }
-            LoginFault::TooMuch => write!(f, "more than {LONGEST_LOGIN} bytes before the login was over"),
-            LoginFault::PlainText(text) => {
+            Fault::TooMuch => write!(f, "more than {LONGEST_LOGIN} bytes before the login was over"),
+            Fault::PlainText(text) => {
                 write!(f, "the server said, before the login was over: {}", text.trim_end())
             }
-            LoginFault::Status(status) => {
+            Fault::Status(status) => {
                 let status = char::from(*status).escape_default();
                 write!(f, "the login ended in the transaction status '{status}', and no session begins like that")
             }
+            Fault::LongAnswer => write!(f, "more than {LONGEST_ANSWER} bytes in answer to a question of the pool's"),
         }
     }
 }
 
-impl std::error::Error for LoginFault {}
+impl std::error::Error for Fault {}
 
 /// How many bytes of a message's body are kept until its end has come. Of a parameter (`S`) 64 are enough: the longest
-/// of interest is `default_transaction_read_only`.
+/// of interest is `default_transaction_read_only`. Of a `ReadyForQuery` (`Z`), one more byte than it has.
 fn body_prefix(tag: u8) -> usize {
     match tag {
-        b'Z' => 1,
+        b'Z' => 2,
         b'K' => 4,
         b'S' => 64,
         b'E' => ERROR_PREFIX,
@@ -197,8 +210,9 @@ impl Scanner {
             failed_request: false,
             in_hot_standby: None,
             read_only_by_default: None,
-            login_left: Some(LONGEST_LOGIN),
-            login_fault: None,
+            logged_in: false,
+            left: Some(LONGEST_LOGIN),
+            fault: None,
         }
     }
 
@@ -216,13 +230,17 @@ impl Scanner {
     /// These bytes came from the server.
     pub(super) fn received(&mut self, mut bytes: &[u8]) {
         while !self.unreadable {
-            let longest = self.login_left.map_or(usize::MAX, |left| left.min(LONGEST_LOGIN_MESSAGE));
+            let longest = match self.left {
+                Some(left) if self.logged_in => left,
+                Some(left) => left.min(LONGEST_LOGIN_MESSAGE),
+                None => usize::MAX,
+            };
             match self.backend.next(&mut bytes, body_prefix, longest) {
                 Ok(Some(tag)) => self.on_backend(tag),
                 Ok(None) => return,
                 Err(BadLength) => {
-                    if let Some(left) = self.login_left {
-                        self.login_fault = self.fault_of_length(left, bytes);
+                    if let Some(left) = self.left {
+                        self.fault = self.fault_of_length(left, bytes);
                     }
                     self.stop_reading();
                 }
@@ -230,22 +248,29 @@ impl Scanner {
         }
     }
 
-    /// What is wrong with the length of the message whose header has just come, before the login is over. `rest` came
-    /// behind it.
-    fn fault_of_length(&self, left: usize, rest: &[u8]) -> Option<LoginFault> {
+    /// What is wrong with the length of the message whose header has just come, where so many bytes are left. `rest`
+    /// came behind it.
+    fn fault_of_length(&self, left: usize, rest: &[u8]) -> Option<Fault> {
         let (tag, length) = self.backend.header();
-        if tag == b'E' && left == LONGEST_LOGIN && !length.iter().any(u8::is_ascii_control) {
+        if tag == b'E' && !self.logged_in && left == LONGEST_LOGIN && !length.iter().any(u8::is_ascii_control) {
             // As in libpq: if the first letters of a text are read as a length, it is longer than any error.
             let text = length.iter().chain(rest).take(ERROR_PREFIX).take_while(|&&byte| byte != 0);
             let text = text.copied().collect::<Vec<_>>();
-            return Some(LoginFault::PlainText(String::from_utf8_lossy(&text).into_owned()));
+            return Some(Fault::PlainText(String::from_utf8_lossy(&text).into_owned()));
         }
         match u32::from_be_bytes(length) as usize {
             // `postgres` itself refuses such a length.
             ..4 => None,
-            length if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(LoginFault::TooMuch),
-            length => Some(LoginFault::TooLong(tag, length)),
+            _ if self.logged_in => Some(Fault::LongAnswer),
+            length if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(Fault::TooMuch),
+            length => Some(Fault::TooLong(tag, length)),
         }
+    }
+
+    /// The next request is a question of the pool's. `postgres` keeps notifications and parameters, and would keep any
+    /// number of them; so until the answer has come, no more may come than [`LONGEST_ANSWER`].
+    pub(super) fn expect_little(&mut self) {
+        self.left = Some(LONGEST_ANSWER);
     }
 
     /// The stream ended or failed.
@@ -275,6 +300,8 @@ impl Scanner {
             // skips it but answers the `Sync` that follows, and from then on every call gets the answer to the one
             // before it (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
+            // A password, which belongs to the login.
+            b'p' => {}
             _ if self.batch == Batch::BindFirst => {}
             _ => self.batch = Batch::Other,
         }
@@ -293,8 +320,9 @@ impl Scanner {
 
     /// The backend's message has come to its end.
     fn on_backend(&mut self, tag: u8) {
+        let unasked = !self.has_asked();
         let body = self.backend.prefix();
-        if let Some(left) = &mut self.login_left {
+        if let Some(left) = &mut self.left {
             *left = left.saturating_sub(self.backend.length());
         }
         match tag {
@@ -305,13 +333,17 @@ impl Scanner {
                     b"E" => Status::Failed,
                     _ => Status::Unknown,
                 };
-                if self.login_left.take().is_some() && self.status != Status::Idle {
-                    self.login_fault = Some(LoginFault::Status(body.first().copied().unwrap_or(0)));
+                if !self.logged_in && self.status != Status::Idle {
+                    self.fault = Some(Fault::Status(body.first().copied().unwrap_or(0)));
                 }
+                self.logged_in = true;
                 self.copy_in = false;
                 self.early = Early::Nothing;
                 // Poison, rule 2: an answer to no request.
                 self.poisoned |= self.pending.pop_front().is_none();
+                if self.pending.is_empty() {
+                    self.left = None;
+                }
             }
             b'2' => match self.pending.front_mut() {
                 Some(oldest @ Request::Bind) => *oldest = Request::Batch,
@@ -321,6 +353,8 @@ impl Scanner {
             },
             b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
             b'G' => {
+                // After an error the server skips to the `Sync`. If it does not, nobody knows which `Sync` it ignores.
+                self.poisoned |= self.has_oldest_failed();
                 self.copy_in = true;
                 // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
                 if matches!(self.pending.front(), Some(Request::Batch | Request::Bind)) {
@@ -344,7 +378,14 @@ impl Scanner {
                     None => self.early = Early::Failed,
                 }
                 // `S` may be translated; `V` is not, but PgBouncer and servers before 9.6 have only `S`.
-                if let Some(b"FATAL" | b"PANIC") = field(body, b'V').or_else(|| field(body, b'S')) {
+                // (A field that the end of the prefix cuts off is not read.)
+                let whole = body.iter().rposition(|&byte| byte == 0).map_or(&[][..], |end| &body[..end]);
+                let severity = field(whole, b'V').or_else(|| field(whole, b'S'));
+                // Every error says how bad it is, first of all, and which it is. What does not may be the worst.
+                let is_fatal = matches!(severity, None | Some(b"FATAL" | b"PANIC"));
+                if is_fatal && code.is_none() {
+                    self.ended = true;
+                } else if is_fatal {
                     self.fatal = code;
                     self.fatal_text = field(body, b'M').map(|text| {
                         let is_cut = body.len() == ERROR_PREFIX && body.ends_with(text);
@@ -352,6 +393,8 @@ impl Scanner {
                             if is_cut { (text.len().saturating_sub(CUT.len()), CUT) } else { (text.len(), "") };
                         String::from_utf8_lossy(&text[..kept]).into_owned() + end
                     });
+                } else {
+                    self.poisoned |= unasked;
                 }
             }
             b'S' => {
@@ -365,6 +408,9 @@ impl Scanner {
             }
             _ => {}
         }
+        // Poison, rule 5: the beginning of an answer to no request. These three come unasked; an error may do so if it
+        // ends the connection.
+        self.poisoned |= unasked && !matches!(tag, b'N' | b'A' | b'S' | b'E');
     }
 
     fn stop_reading(&mut self) {
@@ -416,7 +462,13 @@ impl Scanner {
     /// does not count, since it cannot fail.
     pub(super) fn has_unanswered(&self) -> bool {
         let counts = |request: &Request| !matches!(request, Request::Close | Request::FailedClose);
-        self.copy_in || self.frontend.is_inside() || self.pending.iter().any(counts)
+        let begun = self.frontend.is_inside() || matches!(self.batch, Batch::BindFirst | Batch::Other);
+        self.copy_in || begun || self.pending.iter().any(counts)
+    }
+
+    /// The server may have something to answer.
+    fn has_asked(&self) -> bool {
+        self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty || !self.pending.is_empty()
     }
 
     /// The oldest request has failed, perhaps before its end was sent, and its `ReadyForQuery` has not come.
@@ -454,8 +506,8 @@ impl Scanner {
     }
 
     /// The message that came must not be passed on, nor anything after it.
-    pub(super) fn login_fault(&self) -> Option<&LoginFault> {
-        self.login_fault.as_ref()
+    pub(super) fn fault(&self) -> Option<&Fault> {
+        self.fault.as_ref()
     }
 
     /// The SQLSTATE with which the server ended the connection.

@@ -69,7 +69,7 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
         let read = &buf.filled()[before..];
         let mut scanner = self.watched.scanner();
         scanner.received(read);
-        if let Some(fault) = scanner.login_fault().cloned() {
+        if let Some(fault) = scanner.fault().cloned() {
             scanner.ended();
             drop(scanner);
             buf.set_filled(before);

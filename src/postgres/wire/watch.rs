@@ -57,6 +57,11 @@ impl Watch {
         self.scanner.lock().pid()
     }
 
+    /// See [`Scanner::expect_little`].
+    pub(in crate::postgres) fn expect_little(&self) {
+        self.scanner.lock().expect_little();
+    }
+
     /// See [`Scanner::in_copy`].
     pub(in crate::postgres) fn in_copy(&self) -> bool {
         self.scanner.lock().in_copy()

@@ -251,25 +251,25 @@ fn header(tag: u8, length: i32) -> Vec<u8> {
 fn before_the_login_ends_a_message_has_a_greatest_length() {
     let most = LONGEST_LOGIN_MESSAGE as i32 + 4;
     for tag in *b"REKSN" {
-        assert_eq!(logging_in(&header(tag, most)).login_fault(), None);
+        assert_eq!(logging_in(&header(tag, most)).fault(), None);
         for length in [most + 1, i32::MAX] {
             let received = header(tag, length);
             for cut in 0..received.len() {
                 let mut scanner = logging_in(&received[..cut]);
-                assert_eq!(scanner.login_fault(), None);
+                assert_eq!(scanner.fault(), None);
                 scanner.received(&received[cut..]);
-                assert_eq!(scanner.login_fault(), Some(&LoginFault::TooLong(tag, length as usize)));
+                assert_eq!(scanner.fault(), Some(&Fault::TooLong(tag, length as usize)));
                 assert!(scanner.is_lost());
             }
         }
     }
     // A length that cannot be is left to `postgres` to refuse.
-    assert_eq!(logging_in(&header(b'R', 3)).login_fault(), None);
+    assert_eq!(logging_in(&header(b'R', 3)).fault(), None);
     // After the login a row may have any length.
     let mut scanner = logged_in();
     scanner.sent(&message(b'Q', b"select\0"));
     scanner.received(&header(b'D', i32::MAX));
-    assert!(scanner.login_fault().is_none() && !scanner.is_lost());
+    assert!(scanner.fault().is_none() && !scanner.is_lost());
 }
 
 #[test]
@@ -278,14 +278,51 @@ fn before_the_login_ends_all_messages_together_have_a_greatest_length() {
     let mut scanner = logging_in(b"");
     let accepted = (0..).take_while(|_| {
         scanner.received(&notice);
-        scanner.login_fault().is_none()
+        scanner.fault().is_none()
     });
     assert_eq!(accepted.count(), LONGEST_LOGIN / notice.len());
-    assert_eq!(scanner.login_fault(), Some(&LoginFault::TooMuch));
+    assert_eq!(scanner.fault(), Some(&Fault::TooMuch));
     // After the login there is no such limit.
     let mut scanner = logged_in();
     (0..2 * LONGEST_LOGIN / notice.len()).for_each(|_| scanner.received(&notice));
-    assert!(scanner.login_fault().is_none() && !scanner.is_lost());
+    assert!(scanner.fault().is_none() && !scanner.is_lost());
+}
+
+#[test]
+fn the_answer_to_a_question_of_the_pools_has_a_greatest_length() {
+    let asked = || {
+        let mut scanner = logged_in();
+        scanner.expect_little();
+        scanner.sent(&message(b'Q', b"\0"));
+        scanner
+    };
+    // One message.
+    for (tag, length, fault) in [
+        (b'N', LONGEST_ANSWER as i32 + 4, None),
+        (b'N', LONGEST_ANSWER as i32 + 5, Some(&Fault::LongAnswer)),
+        (b'E', i32::MAX, Some(&Fault::LongAnswer)),
+        (b'E', i32::from_be_bytes(*b"text"), Some(&Fault::LongAnswer)),
+    ] {
+        let mut scanner = asked();
+        scanner.received(&header(tag, length));
+        assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
+    }
+    // All together, until the answer has come to its end; that of a dropped statement does not count as one.
+    let notice = message(b'A', &[b'x'; 1000]);
+    let mut scanner = logged_in();
+    scanner.sent(&[message(b'C', b"S\0"), sync()].concat());
+    scanner.expect_little();
+    scanner.sent(&message(b'Q', b"\0"));
+    scanner.received(&[message(b'3', b""), ready(b'I')].concat());
+    scanner.received(&notice.repeat(LONGEST_ANSWER / notice.len() - 1));
+    assert_eq!(scanner.fault(), None);
+    scanner.received(&notice.repeat(2));
+    assert_eq!(scanner.fault(), Some(&Fault::LongAnswer));
+    // What comes then is for a caller.
+    let mut scanner = asked();
+    scanner.received(&[message(b'I', b""), ready(b'I')].concat());
+    scanner.received(&notice.repeat(2 * LONGEST_ANSWER / notice.len()));
+    assert!(scanner.fault().is_none() && scanner.is_idle());
 }
 
 #[test]
@@ -295,26 +332,26 @@ fn an_error_without_a_length_is_read_as_the_text_it_is() {
         (b"Ecould not fork", "could not fork"),
         ("E\u{41d}\u{435}\u{442}\0".as_bytes(), "\u{41d}\u{435}\u{442}"),
     ] {
-        assert_eq!(logging_in(received).login_fault(), Some(&LoginFault::PlainText(text.into())));
+        assert_eq!(logging_in(received).fault(), Some(&Fault::PlainText(text.into())));
     }
     let long = [&b"E"[..], &[b'x'; 5000]].concat();
-    assert_eq!(logging_in(&long).login_fault(), Some(&LoginFault::PlainText("x".repeat(ERROR_PREFIX))));
+    assert_eq!(logging_in(&long).fault(), Some(&Fault::PlainText("x".repeat(ERROR_PREFIX))));
     // Behind another message the letters are read as a length.
     let received = [message(b'R', &[0; 4]), b"Ecould not fork".to_vec()].concat();
-    assert!(matches!(logging_in(&received).login_fault(), Some(LoginFault::TooLong(b'E', _))));
+    assert!(matches!(logging_in(&received).fault(), Some(Fault::TooLong(b'E', _))));
 }
 
 #[test]
 fn no_session_begins_in_a_transaction_or_in_an_unknown_status() {
     let login = |status| [message(b'R', &[0; 4]), key(7), ready(status)].concat();
-    assert_eq!(logging_in(&login(b'I')).login_fault(), None);
+    assert_eq!(logging_in(&login(b'I')).fault(), None);
     for status in *b"TE?\0" {
-        assert_eq!(logging_in(&login(status)).login_fault(), Some(&LoginFault::Status(status)));
+        assert_eq!(logging_in(&login(status)).fault(), Some(&Fault::Status(status)));
     }
     let mut scanner = logged_in();
     scanner.sent(&message(b'Q', b"begin\0"));
     scanner.received(&ready(b'T'));
-    assert_eq!(scanner.login_fault(), None);
+    assert_eq!(scanner.fault(), None);
 }
 
 #[test]
@@ -428,6 +465,7 @@ fn a_fatal_error_leaves_its_code() {
 #[test]
 fn a_refused_write_is_reported_once() {
     let mut scanner = logged_in();
+    scanner.sent(&message(b'Q', b"insert\0"));
     assert!(!scanner.take_refused_write());
     scanner.received(&error("ERROR", "25006"));
     assert!(scanner.take_refused_write());

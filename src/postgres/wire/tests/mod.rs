@@ -2,6 +2,7 @@
 //! with the plain crate ([`real`]).
 
 mod fake;
+mod fuzz;
 mod guards;
 mod real;
 #[path = "../../../../tests/support/mod.rs"]
