@@ -302,8 +302,10 @@ fn a_timeout_of_its_own_may_be_longer_than_the_pools() {
         thread::scope(|s| {
             let patient = s.spawn(|| pool.get_timeout(SOON).map(drop));
             waiting(&pool, 1);
+            let asked = Instant::now();
             let error = pool.get().expect_err("the pool's own timeout is short");
-            assert!(error.is_timeout(), "{error}");
+            let took = asked.elapsed();
+            assert!(error.is_timeout() && (ms(50)..ms(50) + EPSILON).contains(&took), "{error}, after {took:?}");
             assert_eq!(pool.stats().waiting, 1, "and the other waits on");
             drop(in_use);
             patient.join().unwrap().unwrap();
