@@ -3,7 +3,7 @@
 
 use std::thread;
 
-use crate::support::{SOON, Server, beside_others, wait_until, within};
+use crate::support::{SOON, Server, beside_others, wait_until, watched, within};
 use millpond::postgres::{Pool, PostgresManager, Reset};
 use postgres::{Client, NoTls, SimpleQueryMessage};
 
@@ -46,32 +46,33 @@ fn an_identity_taken_on_goes_with_the_reset_however_it_was_taken_on() {
 #[test]
 fn what_is_longer_than_any_buffer_comes_through() {
     const LONG: usize = 300_000;
-    let _beside = beside_others();
-    for observed in [true, false] {
-        let path = "x".repeat(5_000);
-        let params = format!("{} options='-c search_path={path}'", Server::shared().conninfo("long"));
-        let pool = pool(PostgresManager::parse(&params, NoTls).unwrap().observe(observed));
-        let mut client = pool.get().unwrap();
-        let shown: String = client.query_one("SHOW search_path", &[]).unwrap().get(0);
-        assert!(shown == path, "{} bytes", shown.len());
-        let sql = format!("SELECT '{}', $1::text", "1".repeat(LONG));
-        let parameter = "2".repeat(LONG * 10);
-        // Prepared for this once; prepared and kept; taken from the cache.
-        for way in ["query_one", "first", "cached"] {
-            let row = match way {
-                "query_one" => client.query_one(&sql, &[&parameter]).unwrap(),
-                _ => client.query_cached(&sql, &[&parameter]).unwrap().remove(0),
-            };
-            let (literal, echo): (&str, &str) = (row.get(0), row.get(1));
-            assert!(literal.len() == LONG && literal.bytes().all(|b| b == b'1'), "{way}: {} bytes", literal.len());
-            assert!(echo == parameter, "{way}: {} bytes", echo.len());
+    watched(|| {
+        for observed in [true, false] {
+            let path = "x".repeat(5_000);
+            let params = format!("{} options='-c search_path={path}'", Server::shared().conninfo("long"));
+            let pool = pool(PostgresManager::parse(&params, NoTls).unwrap().observe(observed));
+            let mut client = pool.get().unwrap();
+            let shown: String = client.query_one("SHOW search_path", &[]).unwrap().get(0);
+            assert!(shown == path, "{} bytes", shown.len());
+            let sql = format!("SELECT '{}', $1::text", "1".repeat(LONG));
+            let parameter = "2".repeat(LONG * 10);
+            // Prepared for this once; prepared and kept; taken from the cache.
+            for way in ["query_one", "first", "cached"] {
+                let row = match way {
+                    "query_one" => client.query_one(&sql, &[&parameter]).unwrap(),
+                    _ => client.query_cached(&sql, &[&parameter]).unwrap().remove(0),
+                };
+                let (literal, echo): (&str, &str) = (row.get(0), row.get(1));
+                assert!(literal.len() == LONG && literal.bytes().all(|b| b == b'1'), "{way}: {} bytes", literal.len());
+                assert!(echo == parameter, "{way}: {} bytes", echo.len());
+            }
+            drop(client);
+            // Unobserved it is asked first whether it is clean.
+            assert!(wait_until(within(SOON), || pool.state().idle_connections == 1), "{}", pool.stats());
+            assert_eq!(pool.stats().opens, 1, "{}", pool.stats());
+            assert!(pool.close(SOON).is_complete());
         }
-        drop(client);
-        // Unobserved it is asked first whether it is clean.
-        assert!(wait_until(within(SOON), || pool.state().idle_connections == 1), "{}", pool.stats());
-        assert_eq!(pool.stats().opens, 1, "{}", pool.stats());
-        assert!(pool.close(SOON).is_complete());
-    }
+    });
 }
 
 /// A transaction has failed, and before it can be rolled back the connection dies: who waits gets another one.
