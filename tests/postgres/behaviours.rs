@@ -1,5 +1,5 @@
-//! What the tests of other pools check on a real server and no other file here shows. `docs/behaviours.md` lists their
-//! tests, each with the one that shows it of this pool.
+//! What the tests of other pools check on a real server, and what no other file here shows. `docs/behaviours.md` lists
+//! their tests, each with the test that shows the same of this pool.
 
 use std::thread;
 
@@ -19,8 +19,8 @@ fn backend(client: &mut Client) -> i32 {
     client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0)
 }
 
-/// However a session came to be somebody else, or to have another setting: with `Reset::DiscardAll` the next user does
-/// not.
+/// However a session took on another identity or another setting, `Reset::DiscardAll` undoes it before the next caller
+/// gets the connection.
 #[test]
 fn an_identity_taken_on_goes_with_the_reset_however_it_was_taken_on() {
     let _beside = beside_others();
@@ -67,7 +67,7 @@ fn what_is_longer_than_any_buffer_comes_through() {
                 assert!(echo == parameter, "{way}: {} bytes", echo.len());
             }
             drop(client);
-            // Unobserved it is asked first whether it is clean.
+            // A connection that is not observed is asked first whether it is clean.
             assert!(wait_until(within(SOON), || pool.state().idle_connections == 1), "{}", pool.stats());
             assert_eq!(pool.stats().opens, 1, "{}", pool.stats());
             assert!(pool.close(SOON).is_complete());
@@ -75,7 +75,7 @@ fn what_is_longer_than_any_buffer_comes_through() {
     });
 }
 
-/// A transaction has failed, and before it can be rolled back the connection dies: who waits gets another one.
+/// A transaction has failed, and before it can be rolled back the connection dies. The waiter gets another connection.
 #[test]
 fn a_rollback_that_cannot_be_made_costs_the_connection() {
     let _beside = beside_others();

@@ -1,5 +1,5 @@
-//! What the tests of other pools check and no other file here shows. `docs/behaviours.md` lists their tests, each with
-//! the one that shows it of this pool.
+//! What the tests of other pools check, and what no other file here shows. `docs/behaviours.md` lists their tests, each
+//! with the test that shows the same of this pool.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -46,7 +46,7 @@ fn try_get_takes_what_is_idle_and_no_more() {
     ends_well(pool, &fake);
 }
 
-/// A check holds no lock, whichever thread makes it: here it has not ended when others are served.
+/// A check holds no lock, whichever thread makes it: another caller is served before this one has ended.
 #[test]
 fn a_check_that_blocks_keeps_no_caller_from_another_connection() {
     for on_the_caller in [false, true] {
@@ -69,7 +69,7 @@ fn a_check_that_blocks_keeps_no_caller_from_another_connection() {
     }
 }
 
-/// Nothing is opened before somebody asks, and who asks is told why there is none.
+/// No connection is opened before a caller asks for one, and the caller is told why there is none.
 #[test]
 fn a_pool_that_is_built_unchecked_says_what_is_wrong_to_its_first_caller() {
     let _beside = beside_others();
@@ -98,7 +98,8 @@ fn a_hook_that_always_fails_is_the_cause_and_leaves_no_connection() {
     assert_eq!(fake.calls(Call::OnRelease), 0, "what was never acquired is not released");
 }
 
-/// Idle is who is in nobody's hands: what is in use for longer than `max_idle` begins anew when it is returned.
+/// A connection that is in use for longer than `max_idle` is not closed for it. Its idle time begins when it is
+/// returned.
 #[test]
 fn what_is_in_use_does_not_age_as_idle() {
     const MAX_IDLE: Duration = ms(300);
@@ -158,7 +159,7 @@ fn numbers_of_connections_count_up_and_are_never_used_again() {
 
 // ---------------------------------------------------------------------------------------------------- HikariCP
 
-/// The server refuses new connections: what is returned serves those who wait for one.
+/// The server refuses new connections. A connection that is returned serves the waiter.
 #[test]
 fn a_return_serves_a_waiter_while_opens_fail() {
     watched(|| {
@@ -178,7 +179,7 @@ fn a_return_serves_a_waiter_while_opens_fail() {
     });
 }
 
-/// More threads than it can serve in time, until some give up; then as many as it has connections.
+/// First more threads than the pool can serve in time, so that many time out; then as many as it has connections.
 #[test]
 fn after_saturation_every_caller_is_served_at_once() {
     let _alone = alone();
@@ -219,7 +220,7 @@ fn after_saturation_every_caller_is_served_at_once() {
 
 // ---------------------------------------------------------------------------------------------------- psycopg_pool
 
-/// What leaves early by an error gives its connection back; only a panic costs it.
+/// A function that leaves early with an error returns its connection; only a panic costs it.
 #[test]
 fn an_error_that_leaves_a_function_costs_no_connection() {
     fn fails(pool: &Pool<DirectFake>) -> Result<(), Box<dyn std::error::Error>> {
@@ -239,7 +240,7 @@ fn an_error_that_leaves_a_function_costs_no_connection() {
     ends_well(pool, &fake);
 }
 
-/// Each open waits for another beside it: fewer at a time would never end, and more are counted.
+/// Each open waits for another beside it, so that one at a time would never end. The most at a time are counted.
 #[test]
 fn a_floor_is_opened_side_by_side_up_to_parallel_opens() {
     watched(|| {
@@ -262,8 +263,8 @@ fn a_floor_is_opened_side_by_side_up_to_parallel_opens() {
     });
 }
 
-/// Fifty requests of 2 ms at once, five connections, and a server that takes 150 ms for another: the five do nearly
-/// all of it. The opens that began for the first waiters are all that are made.
+/// Fifty requests of 2 ms come at once, the pool has five connections, and the server takes 150 ms for another. The
+/// five serve all of them. The opens that began for the first waiters are the only ones.
 #[test]
 fn a_spike_opens_no_more_than_parallel_opens() {
     const CONNECT: Duration = ms(150);
@@ -287,7 +288,6 @@ fn a_spike_opens_no_more_than_parallel_opens() {
         assert!(wait_until(within(SOON), || pool.stats().opening == 0), "{}", pool.stats());
         let opened = fake.calls(Call::Open) - 5;
         println!("{opened} opened beside five, fifty served in {took:?}, with parallel_opens {parallel}");
-        // The floor is refilled in the middle of it, with as many at a time.
         assert!(opened <= u64::from(parallel), "{opened} opened");
         ends_well(pool, &fake);
     }
@@ -314,7 +314,7 @@ fn a_timeout_of_its_own_may_be_longer_than_the_pools() {
     });
 }
 
-/// Two pools of one kind: whoever drops a connection, and where, it goes back to where it came from.
+/// With two pools of one kind: whichever thread drops a connection, it goes back to its own pool.
 #[test]
 fn a_connection_goes_back_to_the_pool_it_came_from() {
     let _beside = beside_others();
@@ -331,7 +331,7 @@ fn a_connection_goes_back_to_the_pool_it_came_from() {
     ends_well(two, &fake);
 }
 
-/// A hand-off looks at the age as well: the waiter gets another, when the first has made room for it.
+/// A hand-off looks at the age as well. The waiter gets another connection, when the first has made room for it.
 #[test]
 fn what_comes_back_past_its_life_is_not_handed_to_a_waiter() {
     const LIFE: Duration = ms(150);
@@ -356,7 +356,7 @@ fn what_comes_back_past_its_life_is_not_handed_to_a_waiter() {
     });
 }
 
-/// A connection that must be cleaned first is cleaned for the one who waits, or another is opened.
+/// A connection that must be reset is reset before the waiter gets it. If the reset fails, the waiter gets another.
 #[test]
 fn a_waiter_gets_what_was_reset_or_another_where_the_reset_failed() {
     watched(|| {
@@ -388,8 +388,8 @@ fn a_waiter_gets_what_was_reset_or_another_where_the_reset_failed() {
     });
 }
 
-/// All connections of the floor break while the server is away. When it is back, the first caller is served, and the
-/// floor stands again without another.
+/// All connections of the floor break while the server is away. When the server is back, the first caller is served,
+/// and the floor is refilled without another call.
 #[test]
 fn the_floor_is_refilled_after_an_outage() {
     watched(|| {
