@@ -13,6 +13,7 @@ mod tls;
 #[cfg(target_os = "linux")]
 mod at_once;
 mod audit;
+mod behaviours;
 #[cfg(target_os = "linux")]
 mod bouncer;
 mod budget;

@@ -14,6 +14,7 @@ mod stock;
 mod support;
 
 mod at_once;
+mod behaviours;
 mod bound;
 mod broken;
 mod build;
