@@ -7,7 +7,7 @@ use std::fs;
 pub(crate) struct Process {
     pub(crate) threads: usize,
     pub(crate) files: usize,
-    /// In kB.
+    /// Memory of its own, not that of files such as its program, in kB.
     pub(crate) resident: u64,
 }
 
@@ -15,7 +15,7 @@ impl Process {
     pub(crate) fn now() -> Process {
         let entries = |folder: &str| fs::read_dir(folder).expect("/proc").count();
         let status = fs::read_to_string("/proc/self/status").expect("/proc");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("the resident memory");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("the resident memory");
         let resident = line.trim_end_matches("kB").trim().parse().expect("a number");
         Process { threads: entries("/proc/self/task"), files: entries("/proc/self/fd"), resident }
     }
