@@ -1,5 +1,6 @@
 //! What goes wrong, and what operators do.
 
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::Duration;
 
@@ -7,14 +8,14 @@ use postgres::NoTls;
 
 use crate::journal::Dice;
 use crate::lane::Lane;
-use crate::support::ms;
+use crate::support::{Proxy, ms};
 use crate::world::World;
 
 /// Draws one fault or order, does it, and undoes it where it lasts.
 pub(crate) fn strike(world: &World, lanes: &[Lane], dice: &mut Dice) {
     let journal = &world.journal;
     let lane = &lanes[dice.roll(lanes.len() as u64) as usize];
-    match dice.roll(40) {
+    match dice.roll(43) {
         0..5 => {
             let n = world.terminate(&lane.name, true);
             journal.event(format_args!("terminate-one of {}: {n}", lane.name));
@@ -36,7 +37,7 @@ pub(crate) fn strike(world: &World, lanes: &[Lane], dice: &mut Dice) {
         20..23 => {
             let time = dice.between(100, 1500);
             // What was accepted in silence is never answered, not even later.
-            let end = |proxy: &crate::support::Proxy| {
+            let end = |proxy: &Proxy| {
                 proxy.silent(false);
                 proxy.cut();
             };
@@ -64,8 +65,15 @@ pub(crate) fn strike(world: &World, lanes: &[Lane], dice: &mut Dice) {
             lanes.iter().for_each(|lane| lane.recycle(world));
         }
         37..39 => {
-            thread::sleep(dice.between(200, 800));
             journal.event("calm");
+            thread::sleep(dice.between(200, 800));
+        }
+        39..42 => {
+            // Long enough for what is too old, or idle for too long, to be seen.
+            journal.event(format_args!("hush of the users of {}", lane.name));
+            lane.hushed.store(true, SeqCst);
+            thread::sleep(dice.between(500, 2500));
+            lane.hushed.store(false, SeqCst);
         }
         _ => restart(world, dice),
     }
@@ -77,8 +85,8 @@ fn lasts(
     dice: &mut Dice,
     what: &str,
     time: Duration,
-    begin: impl FnOnce(&crate::support::Proxy),
-    end: impl FnOnce(&crate::support::Proxy),
+    begin: impl FnOnce(&Proxy),
+    end: impl FnOnce(&Proxy),
 ) {
     world.journal.event(format_args!("{what} for {time:?}"));
     world.foul();

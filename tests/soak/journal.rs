@@ -125,9 +125,16 @@ fn push(ring: &mut VecDeque<(Duration, String)>, happening: (Duration, String)) 
     ring.push_back(happening);
 }
 
+/// When the machine stood still, and for how long; and the longest of all times.
+#[derive(Default)]
+struct Stops {
+    recent: VecDeque<(Instant, Duration)>,
+    longest: Duration,
+}
+
 /// A thread that sleeps for a moment, again and again: by how much it oversleeps, the machine stood still.
 pub(crate) struct Heart {
-    late: Arc<Mutex<VecDeque<(Instant, Duration)>>>,
+    late: Arc<Mutex<Stops>>,
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -136,7 +143,7 @@ impl Heart {
     pub(crate) fn beat() -> Heart {
         const PERIOD: Duration = ms(10);
         const REMEMBERED: usize = 4096;
-        let (late, over) = (Arc::new(Mutex::new(VecDeque::new())), Arc::new(AtomicBool::new(false)));
+        let (late, over) = (Arc::<Mutex<Stops>>::default(), Arc::new(AtomicBool::new(false)));
         let (notes, enough) = (Arc::clone(&late), Arc::clone(&over));
         let thread = thread::Builder::new().name("heart".into()).spawn(move || {
             let mut before = Instant::now();
@@ -146,11 +153,12 @@ impl Heart {
                 let overslept = (now - before).saturating_sub(PERIOD * 2);
                 before = now;
                 if !overslept.is_zero() {
-                    let mut late: parking_lot::MutexGuard<'_, VecDeque<(Instant, Duration)>> = notes.lock();
-                    if late.len() == REMEMBERED {
-                        late.pop_front();
+                    let mut stops = notes.lock();
+                    if stops.recent.len() == REMEMBERED {
+                        stops.recent.pop_front();
                     }
-                    late.push_back((now, overslept));
+                    stops.recent.push_back((now, overslept));
+                    stops.longest = stops.longest.max(overslept);
                 }
             }
         });
@@ -159,11 +167,11 @@ impl Heart {
 
     /// For how long the machine stood still since then.
     pub(crate) fn stood_still_since(&self, from: Instant) -> Duration {
-        self.late.lock().iter().rev().take_while(|(at, _)| *at >= from).map(|(_, late)| *late).sum()
+        self.late.lock().recent.iter().rev().take_while(|(at, _)| *at >= from).map(|(_, late)| *late).sum()
     }
 
     pub(crate) fn longest(&self) -> Duration {
-        self.late.lock().iter().map(|(_, late)| *late).max().unwrap_or_default()
+        self.late.lock().longest
     }
 }
 

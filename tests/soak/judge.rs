@@ -20,21 +20,32 @@ struct Backend {
     pid: u64,
     lane: String,
     age: Duration,
+    /// Since it last began or ended a query.
+    quiet: Duration,
 }
 
-/// What must not be so for long, by what it is and of whom: since when it is.
+/// What must not be so for long, and of which pool or backend: since when it is, at which look it was seen last.
 #[derive(Default)]
-struct Lasting(HashMap<(String, u64), Instant>);
+struct Lasting {
+    since: HashMap<(&'static str, String), (Instant, u64)>,
+    look: u64,
+}
 
 impl Lasting {
-    /// For how long this has been so, without a break.
-    fn lasts(&mut self, what: &str, of: u64, is_so: bool, now: Instant) -> Duration {
-        let key = (what.to_owned(), of);
+    /// For how long this has been so, at every look.
+    fn lasts(&mut self, what: &'static str, of: impl ToString, is_so: bool, now: Instant) -> Duration {
         if !is_so {
-            self.0.remove(&key);
             return Duration::ZERO;
         }
-        now - *self.0.entry(key).or_insert(now)
+        let (since, look) = self.since.entry((what, of.to_string())).or_insert((now, self.look));
+        *look = self.look;
+        now - *since
+    }
+
+    /// A look is over: what was not seen in it is not so any more.
+    fn looked(&mut self) {
+        self.since.retain(|_, (_, look)| *look == self.look);
+        self.look += 1;
     }
 }
 
@@ -63,11 +74,7 @@ pub(crate) fn watch(world: &World, lanes: &[Lane], over: &AtomicBool) {
             judged.rows(&rows, abandoned >= before.max_size.min(after.max_size));
             judged.backends(&mut lasting, &mine, &rows, abandoned as usize, before.size().max(after.size()) as usize);
         }
-        // Backends that are gone.
-        let limit = Instant::now();
-        lasting.0.retain(|(what, pid), since| {
-            what == "more" || backends.iter().any(|backend| backend.pid == *pid) || limit - *since < PERIOD
-        });
+        lasting.looked();
     }
 }
 
@@ -124,12 +131,13 @@ impl Judged<'_> {
         self.world.journal.count("backends seen", backends.len() as u64);
         // A backend notices its client's end when it is given a processor, and when the network lets it know.
         let bound = slots.max(*self.lane.ceiling.lock() as usize) + abandoned;
-        let more = lasting.lasts("more", self.lane.name.len() as u64 + hash(&self.lane.name), mine > bound, self.asked);
+        let more = lasting.lasts("more", &self.lane.name, mine > bound, self.asked);
         let slack = LATE + self.world.heart.stood_still_since(self.asked - ms(5000));
         self.world.journal.most("more than the bound on the server for", more);
         if more.min(self.world.fair_for()) > slack {
             self.flaw(format_args!("{mine} on the server, at most {bound}, for {more:?}"));
         }
+        let mut too_quiet = 0;
         for backend in backends.iter().filter(|backend| !is_detached(backend)) {
             let row = rows.iter().find(|row| row.server_id == Some(backend.pid));
             // It may be one that is being opened, or abandoned; these end as well.
@@ -145,6 +153,12 @@ impl Judged<'_> {
             if old.min(self.world.fair_for()) > limit {
                 self.flaw(format_args!("backend {} is {:?} old", backend.pid, backend.age));
             }
+            let quiet = drawn.max_idle.is_some_and(|idle| backend.quiet > idle + limit);
+            too_quiet += u32::from(quiet && row.is_some_and(|row| row.state == ConnectionState::Idle));
+        }
+        let quiet = lasting.lasts("quiet", &self.lane.name, too_quiet > drawn.min_idle, self.asked);
+        if quiet.min(self.world.fair_for()) > slack {
+            self.flaw(format_args!("{too_quiet} backends are idle for too long, of which {} may be", drawn.min_idle));
         }
     }
 
@@ -153,25 +167,24 @@ impl Judged<'_> {
     }
 }
 
-/// A number for a name: there are two names at most.
-fn hash(name: &str) -> u64 {
-    name.bytes().fold(0, |hash, byte| hash * 31 % 1_000_003 + u64::from(byte))
-}
-
 /// Asks the server, beside the proxy.
 fn look(world: &World, client: &mut Option<Client>) -> Option<Vec<Backend>> {
     const SQL: &str = "SELECT pid, split_part(application_name, ' ', 1), \
-        extract(epoch FROM clock_timestamp() - backend_start)::float8 \
+        extract(epoch FROM clock_timestamp() - backend_start)::float8, \
+        extract(epoch FROM clock_timestamp() - coalesce(state_change, backend_start))::float8 \
         FROM pg_stat_activity WHERE application_name LIKE 'soak-%' AND backend_type = 'client backend'";
     if client.is_none() {
         *client = world.server.config("judge").connect(NoTls).ok();
     }
     match client.as_mut()?.query(SQL, &[]) {
         Ok(rows) => {
+            // The server's clock may step back.
+            let time = |seconds: f64| Duration::from_secs_f64(seconds.max(0.0));
             let backend = |row: &postgres::Row| Backend {
                 pid: row.get::<_, i32>(0) as u64,
                 lane: row.get(1),
-                age: Duration::from_secs_f64(row.get::<_, f64>(2).max(0.0)),
+                age: time(row.get(2)),
+                quiet: time(row.get(3)),
             };
             Some(rows.iter().map(backend).collect())
         }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -123,6 +124,8 @@ pub(crate) struct Lane {
     pub(crate) ceiling: Mutex<u32>,
     /// Somebody has begun to close it.
     pub(crate) closing: AtomicBool,
+    /// Its users do nothing, so that what is idle stays idle.
+    pub(crate) hushed: AtomicBool,
     /// Its users are to end.
     pub(crate) over: AtomicBool,
     /// The backends of connections that were detached.
@@ -154,6 +157,7 @@ impl Lane {
             drawn,
             pool: Mutex::new(Some(pool)),
             closing: AtomicBool::new(false),
+            hushed: AtomicBool::new(false),
             over: AtomicBool::new(false),
             detached: Mutex::default(),
             kept: Mutex::default(),
@@ -239,6 +243,23 @@ impl Lane {
         if !agrees {
             world.journal.flaw(format_args!("{}: {seen}", self.name));
         }
+        // P1: what nobody uses goes, but for the floor.
+        let Some(idle) = self.drawn.max_idle else { return };
+        let begun = Instant::now();
+        let slack = || LATE + world.heart.stood_still_since(begun);
+        let mut left;
+        loop {
+            left = world.backends(&self.name).len();
+            if left <= self.drawn.min_idle as usize {
+                break;
+            }
+            if begun.elapsed() > idle + slack() {
+                world.journal.flaw(format_args!("{}: {left} backends after {idle:?} of rest", self.name));
+                return;
+            }
+            thread::sleep(ms(5));
+        }
+        world.journal.most("what nobody used went late by", begun.elapsed().saturating_sub(idle));
     }
 
     /// Closes the pool in one of the ways there are. It may be under load, in a fault.

@@ -86,7 +86,6 @@ enum Program {
     Prepare,
     CopyIn,
     CopyInBrokenOff,
-    CopyInForgotten,
     CopyOut,
     HalfRead,
     Slow,
@@ -112,7 +111,6 @@ const PROGRAMS: &[Program] = &[
     Program::Prepare,
     Program::CopyIn,
     Program::CopyInBrokenOff,
-    Program::CopyInForgotten,
     Program::CopyOut,
     Program::HalfRead,
     Program::Slow,
@@ -129,6 +127,10 @@ const PROGRAMS: &[Program] = &[
 impl User<'_> {
     pub(crate) fn work(mut self) {
         while !self.lane.over.load(SeqCst) && !self.world.journal.is_flawed() {
+            if self.lane.hushed.load(SeqCst) {
+                thread::sleep(ms(5));
+                continue;
+            }
             if !self.dice.one_in(3) {
                 thread::sleep(self.dice.pick(&[ms(0), ms(1), ms(5), ms(30)]));
             }
@@ -368,13 +370,12 @@ impl User<'_> {
             Program::CopyInBrokenOff => {
                 let mut writer = connection.copy_in("COPY soak (lane, kind, token) FROM STDIN")?;
                 writeln!(writer, "{lane}\tlost\t{token}")?;
-            }
-            Program::CopyInForgotten => {
-                let mut writer = connection.copy_in("COPY soak (lane, kind, token) FROM STDIN")?;
-                writeln!(writer, "{lane}\tlost\t{token}")?;
-                writer.flush()?;
-                drop(writer);
-                let _ = connection.batch_execute("BEGIN");
+                if self.dice.one_in(2) {
+                    // The server has some of it, and hears of something else after that.
+                    writer.flush()?;
+                    drop(writer);
+                    connection.batch_execute("BEGIN")?;
+                }
             }
             Program::CopyOut => {
                 let mut reader = connection.copy_out("COPY (SELECT generate_series(1, 20000)) TO STDOUT")?;
