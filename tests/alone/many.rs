@@ -26,7 +26,7 @@ fn in_a_process(test: &str) -> bool {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
     // One arena of the allocator's instead of one for each of many threads, which grow for long before they stay.
-    command.env("MALLOC_ARENA_MAX", "1").env("RUST_BACKTRACE", "0");
+    command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_TRIM_THRESHOLD_", "131072").env("RUST_BACKTRACE", "0");
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     eprintln!("{text}");

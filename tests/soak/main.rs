@@ -40,13 +40,13 @@ use world::World;
 
 /// For how long it goes on, unless told.
 const SECONDS: u64 = 45;
-/// After so many rounds all that is kept for good is there: the allocator's arenas, the threads' names.
-const WARM_UP: usize = 2;
-/// By how much the memory may differ between two rounds that leave nothing: what the allocator keeps, in kB.
+/// So much more memory than the most of the first third of the rounds, three at least, means a leak, in kB. Until then all that is kept
+/// for good is there, and the allocator has met most of what it will have to keep.
 const GROWTH: u64 = 2 * 1024;
-/// Has the allocator of the GNU C library keep one arena instead of one for each of many threads: with those the memory
-/// grows for hundreds of rounds before it stays.
-const ONE_ARENA: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
+/// Has the allocator of the GNU C library keep one arena, instead of one for each of many threads, and give back what is
+/// free, whatever was large before. Else the memory grows in steps for hundreds of rounds.
+const FRUGAL: [(&str, &str); 3] =
+    [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 /// Says to the process that soaks that it is that process.
 const CHILD: &str = "MILLPOND_SOAK_CHILD";
 /// A round that takes longer hangs.
@@ -61,7 +61,7 @@ fn pools_under_load_and_faults_keep_every_promise_and_leave_nothing() {
     }
     let _alone = alone();
     let mut command = Command::new(std::env::current_exe().expect("the path of this program"));
-    command.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1").env(ONE_ARENA.0, ONE_ARENA.1);
+    command.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1").envs(FRUGAL);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("this program, once more");
     let lines = BufReader::new(child.stderr.take().expect("its output")).lines();
@@ -153,11 +153,11 @@ fn soak(journal: &Arc<Journal>, length: Duration, progress: &mpsc::Sender<String
         measured.push(now);
         let _ = progress.send(format!("round {n} of {time:.1?}: {now:?}"));
     }
-    if let (Some(warm), Some(last)) = (measured.get(WARM_UP), measured.last()) {
-        journal.event(format_args!("memory {} kB after the warm-up, {} kB at the end", warm.resident, last.resident));
-        let _ = progress.send(format!("at first {before:?}\nwarm {warm:?}\nlast {last:?}"));
-        if last.resident > warm.resident + GROWTH {
-            journal.flaw(format_args!("{} kB of memory, after the warm-up {} kB", last.resident, warm.resident));
+    let warm = measured.iter().take(measured.len().div_ceil(3).max(3)).map(|process| process.resident).max();
+    if let (Some(warm), Some(last)) = (warm, measured.last()) {
+        let _ = progress.send(format!("at first {before:?}, at the end {last:?}, {warm} kB in the first third"));
+        if last.resident > warm + GROWTH {
+            journal.flaw(format_args!("{} kB of memory, in the first third {warm} kB", last.resident));
         }
     }
     journal.most("the machine stood still for", world.heart.longest());
