@@ -70,8 +70,9 @@ pub(crate) fn watch(world: &World, lanes: &[Lane], over: &AtomicBool) {
             let judged = Judged { world, lane, asked };
             let mine: Vec<&Backend> = backends.iter().filter(|backend| backend.lane == lane.name).collect();
             let abandoned = before.abandoned.max(after.abandoned);
-            // P5: with so many abandoned jobs the slot of one more is not freed.
-            judged.rows(&rows, abandoned >= before.max_size.min(after.max_size));
+            // P5: with so many abandoned jobs, or opens that may yet be abandoned, the slot of one more is not freed.
+            let may_be_abandoned = abandoned + before.opening.max(after.opening);
+            judged.rows(&rows, may_be_abandoned >= before.max_size.min(after.max_size));
             judged.backends(&mut lasting, &mine, &rows, abandoned as usize, before.size().max(after.size()) as usize);
         }
         lasting.looked();

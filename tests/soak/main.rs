@@ -40,8 +40,8 @@ use world::World;
 
 /// For how long it goes on, unless told.
 const SECONDS: u64 = 45;
-/// So much more memory than the most of the first third of the rounds, three at least, means a leak, in kB. Until then all that is kept
-/// for good is there, and the allocator has met most of what it will have to keep.
+/// So much more memory than the most of the first third of the rounds, three at least, means a leak, in kB. Until then
+/// all that is kept for good is there, and the allocator has met most of what it will have to keep.
 const GROWTH: u64 = 2 * 1024;
 /// Has the allocator of the GNU C library keep one arena, instead of one for each of many threads, and give back what is
 /// free, whatever was large before. Else the memory grows in steps for hundreds of rounds.
@@ -49,6 +49,8 @@ const FRUGAL: [(&str, &str); 3] =
     [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072"), ("MALLOC_TRIM_THRESHOLD_", "131072")];
 /// Says to the process that soaks that it is that process.
 const CHILD: &str = "MILLPOND_SOAK_CHILD";
+/// How often a long soak says what it has seen so far.
+const ACCOUNT: Duration = Duration::from_secs(600);
 /// A round that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -134,6 +136,7 @@ fn soak(journal: &Arc<Journal>, length: Duration, progress: &mpsc::Sender<String
     let mut measured = Vec::new();
     world.order("SELECT 1");
     let before = Process::now();
+    let mut told = Duration::ZERO;
     while journal.elapsed() < length && !journal.is_flawed() {
         let n = measured.len();
         // Several rounds in a short soak; longer and shorter ones in a long one.
@@ -152,6 +155,10 @@ fn soak(journal: &Arc<Journal>, length: Duration, progress: &mpsc::Sender<String
         }
         measured.push(now);
         let _ = progress.send(format!("round {n} of {time:.1?}: {now:?}"));
+        if journal.elapsed() > told + ACCOUNT {
+            told = journal.elapsed();
+            let _ = progress.send(format!("after {told:.0?}\n{}", journal.account()));
+        }
     }
     let warm = measured.iter().take(measured.len().div_ceil(3).max(3)).map(|process| process.resident).max();
     if let (Some(warm), Some(last)) = (warm, measured.last()) {
