@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Call, Fake, R2d2Fake, run};
-use crate::support::{SOON, Server, alone, ms, threads_named, wait_until, watched, within};
+use crate::support::{SOON, alone, ms, threads_named, wait_until, watched, within};
 use millpond::{Builder, Error, ErrorKind, Pool, PooledConnection, Validate};
 
 /// How long a thread of the executor stays when it has nothing to do, and then some.
@@ -71,7 +71,7 @@ fn two_hundred_pools_are_opened_and_closed_and_nothing_is_left() {
     if !in_a_process("many::two_hundred_pools_are_opened_and_closed_and_nothing_is_left") {
         return;
     }
-    let server = Server::start();
+    let server = crate::support::Server::start();
     let conninfo = server.conninfo("many");
     let batch = |n: usize| {
         let open = |i: usize| {
