@@ -14,6 +14,8 @@ mod burn;
 #[cfg(target_os = "linux")]
 mod fork;
 #[cfg(target_os = "linux")]
+mod many;
+#[cfg(target_os = "linux")]
 mod process;
 mod quiet;
 mod reentrant;
