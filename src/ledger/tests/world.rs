@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::Location;
 
+use super::watch::Beat;
 pub(super) use crate::leaf::clock::Moment;
 pub(super) use crate::ledger::Ledger;
 pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
@@ -199,6 +200,7 @@ pub(super) struct World {
     pub(super) strict: bool,
     /// Whether every job was taken up by a thread as soon as the executor had it.
     pub(super) starts_at_once: bool,
+    beat: Beat,
 }
 
 /// How long a job waits if its thread cannot be started, until it is tried again.
@@ -275,6 +277,7 @@ impl World {
             reaping: false,
             strict: false,
             starts_at_once: true,
+            beat: Beat::new(),
         }
     }
 
@@ -324,6 +327,7 @@ impl World {
 
     /// Applies the effects of the ledger.
     pub(super) fn apply(&mut self) {
+        self.beat.step();
         self.watch_the_bound();
         while !self.ledger.effects.is_empty() {
             self.ledger.effects.wake_reaper = false;
