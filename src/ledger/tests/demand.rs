@@ -412,3 +412,91 @@ fn the_ledger_says_why_the_last_open_failed() {
     w.run(secs(5));
     assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported), "the abandoned open came back with a cause");
 }
+
+#[test]
+fn an_alarm_for_a_slow_open_is_set_only_if_something_waits_for_it() {
+    for (watchers, alarm) in [(0, secs(10)), (1, secs(1))] {
+        let mut w = World::new(Settings { min_idle: 1, ..settings() });
+        w.takes.open = Duration::MAX;
+        w.ledger.watchers = watchers;
+        w.ledger.set_min_idle(w.now, 1);
+        w.apply();
+        w.run(Duration::ZERO);
+        assert_eq!(w.ledger.alarm(), Moment::BIRTH.plus(alarm));
+        w.run(secs(2));
+        assert_eq!(w.dials.len(), 1 + watchers as usize, "`build` has one more open dialled beside one that hangs");
+    }
+}
+
+#[test]
+fn an_ordered_close_that_waits_gets_its_thread_when_those_before_take_long() {
+    let mut w = World::new(Settings { max_idle: Some(secs(2)), ..settings() });
+    w.burst(5);
+    w.takes.close = Duration::MAX;
+    w.run(secs(2));
+    assert_eq!((w.ledger.counted.begun_closes(), w.ledger.counted.ordered_closes()), (4, 1));
+    assert_eq!(w.ledger.alarm(), w.now.plus(CLOSE_PATIENCE));
+    w.run(CLOSE_PATIENCE);
+    assert_eq!(w.ledger.counted.ordered_closes(), 0);
+    w.run(CLOSE_PATIENCE);
+    assert!(w.ledger.alarm() > w.now.plus(secs(4)), "no close waits for another any longer");
+}
+
+#[test]
+fn a_wish_ends_when_a_connection_is_ready() {
+    let mut w = World::new(settings());
+    w.burst(1);
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.get();
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), 1);
+}
+
+#[test]
+fn an_open_for_the_floor_that_waits_long_for_its_thread_is_dialled() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.takes.start = secs(2);
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(ms(1_500));
+    w.ledger.reap(w.now, 0.0); // for whatever reason: the open is slow by now
+    w.apply();
+    assert_eq!(w.ledger.counted.slow_opens(), 1);
+    w.run(ms(500));
+    assert_eq!((w.dials.len(), w.counts().idle), (1, 1));
+}
+
+#[test]
+fn a_failed_check_has_no_connection_opened_that_no_caller_wants() {
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), ..settings() });
+    w.burst(2);
+    w.dead = w.server.keys().copied().collect();
+    w.run(secs(30));
+    assert_eq!((w.dials.len(), w.counts().total()), (2, 0));
+}
+
+#[test]
+fn the_floor_does_not_count_on_what_waiters_need() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(Duration::ZERO);
+    w.takes.open = ms(10);
+    w.get();
+    assert_eq!((w.counts().in_use, w.counts().opening), (1, 1), "for the floor");
+    w.get();
+    assert_eq!((w.counts().waiting, w.counts().opening), (1, 2), "one for the waiter, one for the floor");
+}
+
+#[test]
+fn nothing_is_opened_for_a_waiter_that_is_on_its_way_to_a_connection() {
+    let mut w = World::new(Settings { max_size: 5, fair_after: ms(1), ..settings() });
+    w.wake_time = us(30);
+    let a = w.get();
+    w.takes.open = secs(1);
+    w.get();
+    assert_eq!((w.counts().waiting, w.dials.len()), (1, 2));
+    w.returned(a);
+    assert_eq!((w.counts().waiting, w.awake.len(), w.dials.len()), (1, 1, 2));
+}

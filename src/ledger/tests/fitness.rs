@@ -132,3 +132,83 @@ fn an_own_check_that_began_before_another_was_found_dead_proves_nothing() {
     w.run(ms(10));
     assert!(w.has(a));
 }
+
+#[test]
+fn a_connection_is_in_excess_only_beside_max_size_others_that_are_alive() {
+    let mut w = World::new(Settings { max_size: 3, ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.takes.open = ms(10);
+    w.get();
+    w.ledger.resize(w.now, 2);
+    w.apply();
+    assert_eq!((w.counts().in_use, w.counts().opening), (2, 1));
+    // (The connection under way may never arrive.)
+    w.returned(a);
+    assert!(w.closes.is_empty(), "two are alive, and two may be");
+    let a = w.in_use.keys().copied().find(|thread| *thread != b).expect("it went to the waiter");
+    w.run(ms(10));
+    assert_eq!(w.closed_for(CloseReason::Resized), 1, "the third");
+    assert!(w.has(a) && w.has(b));
+}
+
+#[test]
+fn after_each_failed_check_twice_as_many_are_checked() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.burst(16);
+    w.run(secs(5));
+    w.dead = w.server.keys().copied().collect();
+    (w.takes.check, w.takes.open) = (ms(10), secs(1));
+    w.get();
+    // The first waiter wants one. With the nth check that fails 2^(n - 1) more are checked than are wanted.
+    for checking in [1, 2, 5, 8] {
+        assert_eq!(w.counts().checking, checking);
+        w.run(ms(10));
+    }
+    assert_eq!((w.counts().total(), w.counts().opening), (1, 1), "beside all that one open");
+}
+
+#[test]
+fn after_a_check_that_succeeds_only_what_is_wanted_is_checked() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 9, ..settings() });
+    w.burst(9);
+    w.run(secs(5));
+    w.dead = vec![w.ledger.idle.last().unwrap().1];
+    (w.takes.check, w.takes.open) = (ms(10), secs(1));
+    let first = w.get();
+    w.run(ms(20));
+    assert!(w.has(first));
+    w.run(secs(5));
+    w.get();
+    assert_eq!(w.counts().checking, 1);
+}
+
+#[test]
+fn a_check_of_a_caller_s_own_that_began_before_another_was_found_dead_ends_no_run_of_failures() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 9, ..settings() });
+    w.burst(9);
+    w.run(secs(5));
+    let top = w.ledger.idle.last().unwrap().1;
+    w.takes.check = ms(20);
+    w.get_or_check(true);
+    w.takes.check = ms(10);
+    w.takes.open = secs(1);
+    w.dead = w.server.keys().copied().filter(|conn| *conn != top).collect();
+    w.get();
+    w.run(ms(10));
+    let failures = w.ledger.check_failures;
+    assert!(failures > 0);
+    w.takes.check = secs(1);
+    w.run(ms(10));
+    assert!(w.ledger.check_failures >= failures, "that check proves nothing");
+}
+
+#[test]
+fn a_refusal_is_told_from_a_failure() {
+    for refuse in [None, Some(false), Some(true)] {
+        let mut w = World::new(settings());
+        w.refuse = refuse;
+        assert!(!w.ledger.is_refusing());
+        w.get();
+        assert_eq!(w.ledger.is_refusing(), refuse == Some(true), "{refuse:?}");
+    }
+}
