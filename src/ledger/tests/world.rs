@@ -7,12 +7,12 @@ use std::panic::Location;
 
 use super::watch::Beat;
 pub(super) use crate::leaf::clock::Moment;
-pub(super) use crate::ledger::Ledger;
 pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
 pub(super) use crate::ledger::queue::{HANDED_OFF_AFTER, MAX_BARGES};
 pub(super) use crate::ledger::reports::CLOSE_PATIENCE;
 pub(super) use crate::ledger::slots::{CHECK_PATIENCE, Check, Close, Slot, State, StateCounts};
 pub(super) use crate::ledger::values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
+pub(super) use crate::ledger::{Effects, Ledger};
 pub(super) use crate::settings::{Settings, Validate};
 pub(super) use crate::stats::Counts;
 pub(super) use crate::stats::{CloseReason, ConnectionState};
