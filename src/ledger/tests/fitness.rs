@@ -166,6 +166,8 @@ fn after_each_failed_check_twice_as_many_are_checked() {
         w.run(ms(10));
     }
     assert_eq!((w.counts().total(), w.counts().opening), (1, 1), "beside all that one open");
+    w.run(secs(1));
+    assert_eq!(w.ledger.check_failures, 0, "the server answers");
 }
 
 #[test]
