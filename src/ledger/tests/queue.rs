@@ -368,3 +368,25 @@ fn the_next_first_waiter_was_not_barged_yet() {
     assert_eq!(w.ledger.front.unwrap().barged, 0);
     assert!(!w.has(second));
 }
+
+#[test]
+fn what_is_not_to_be_idle_is_closed_in_the_same_step() {
+    let mut w = World::new(Settings { max_idle: Some(Duration::ZERO), ..settings() });
+    let a = w.get();
+    let (token, conn) = w.in_use.remove(&a).unwrap();
+    w.ledger.returned(w.now, token, conn, Condition::Keep);
+    assert_eq!((w.ledger.counts().idle, w.ledger.counts().closing), (0, 1));
+    w.apply();
+}
+
+#[test]
+fn a_later_waiter_that_leaves_leaves_the_first_in_its_place() {
+    let (mut w, _) = all_in_use(1);
+    w.get();
+    w.run(us(10));
+    let second = w.get();
+    let front = w.ledger.front.unwrap();
+    w.run(us(10));
+    assert!(w.leave(second));
+    assert_eq!(w.ledger.front.unwrap().first_since, front.first_since);
+}

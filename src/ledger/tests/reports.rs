@@ -129,3 +129,106 @@ fn the_reaper_is_to_look_at_the_end_of_a_life_and_not_before() {
     w.run(secs(11)); // past the limits of the jobs
     assert_eq!(w.ledger.alarm(), Moment::BIRTH.plus(secs(40)));
 }
+
+#[test]
+fn a_check_of_a_caller_s_own_that_fails_waits_for_its_close_and_is_counted() {
+    for (reason, suspect) in [(CloseReason::Invalid, true), (CloseReason::Panicked, false)] {
+        let mut w = World::new(Settings { validate: Validate::Always, ..settings() });
+        w.burst(1);
+        let Take::Check(token, _, _) = w.ledger.take(w.now, here(), true) else { panic!() };
+        w.ledger.check_failed(w.now, &token, reason);
+        assert_eq!((w.ledger.counted.ordered_closes(), w.ledger.counted.begun_closes()), (1, 0));
+        assert_eq!(w.ledger.tally.closes[reason as usize], 1);
+        assert_eq!(w.ledger.found_dead, u64::from(suspect), "{reason}");
+        w.ledger.begin_close(w.now, &token);
+        assert_eq!((w.ledger.counted.ordered_closes(), w.ledger.counted.begun_closes()), (0, 1));
+    }
+}
+
+#[test]
+fn a_check_of_the_executor_s_that_fails_is_a_close_while_the_handlers_run() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.burst(1);
+    w.run(secs(2));
+    w.dead = w.server.keys().copied().collect();
+    w.takes.handler = secs(1);
+    w.get();
+    assert_eq!((w.counts().checking, w.counts().closing), (0, 1));
+}
+
+/// An open that was abandoned, and whose slot has another open by now.
+fn abandoned_open() -> (Ledger<Conn, Thread>, Token, Moment) {
+    let mut l: Ledger<Conn, Thread> = Ledger::new(Settings { max_size: 1, ..settings() }, Duration::ZERO);
+    let now = Moment::BIRTH;
+    l.prepare(now);
+    let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
+    let token = l.begin(now, token, 0.0).unwrap();
+    let later = now.plus(secs(10));
+    l.reap(later, 0.0);
+    assert_eq!(l.counts().abandoned, 1);
+    l.effects.orders.clear();
+    let again = later.plus(secs(60));
+    l.prepare(again);
+    let Some(Order::Job(SlotJob::Open(other))) = l.effects.orders.pop() else { panic!() };
+    assert_eq!(other.index, token.index);
+    assert!(l.begin(again, other, 0.0).is_some());
+    (l, token, again)
+}
+
+#[test]
+fn an_abandoned_job_changes_no_slot() {
+    let opening = |l: &Ledger<Conn, Thread>| {
+        assert_eq!((l.counts().opening, l.counts().total(), l.tally.failed_opens), (1, 1, 1));
+    };
+    let (mut l, token, now) = abandoned_open();
+    l.open_failed(now, &token, false, 0.0);
+    opening(&l);
+    l.begin_close(now, &token);
+    opening(&l);
+    l.check_failed(now, &token, CloseReason::Invalid);
+    opening(&l);
+    l.free(now, token);
+    opening(&l);
+    assert_eq!(l.counts().abandoned, 0);
+
+    let (mut l, token, now) = abandoned_open();
+    assert!(l.checked(now, now, token, 1).is_err());
+    opening(&l);
+    let (mut l, token, now) = abandoned_open();
+    assert!(l.opened(now, token, 1).is_err());
+    opening(&l);
+}
+
+#[test]
+fn an_abandoned_check_changes_no_slot_that_is_checked_again() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 1, ..settings() });
+    w.burst(1);
+    w.run(secs(2));
+    w.takes.check = Duration::MAX;
+    let a = w.get();
+    w.suspect = w.event();
+    w.run(secs(3));
+    assert!(w.has(a), "a new connection, in the slot of the abandoned check");
+    w.returned(a);
+    w.run(secs(2));
+    let Take::Check(token, ..) = w.ledger.take(w.now, here(), true) else { panic!() };
+    let (index, old) = (token.index, token.id - 1);
+    w.ledger.check_failed(w.now, &Token { index, id: old }, CloseReason::Invalid);
+    assert!(w.ledger.checked(w.now, w.now, Token { index, id: old }, 1).is_err());
+    assert_eq!(w.ledger.counts().checking, 1);
+}
+
+#[test]
+fn the_reaper_is_to_look_at_the_end_of_the_life_of_what_is_in_use() {
+    for (floor, alarm) in [(0, secs(40)), (1, secs(38))] {
+        let settings = Settings { max_lifetime: Some(secs(40)), max_idle: None, open_timeout: secs(90), ..settings() };
+        let mut l: Ledger<Conn, Thread> = Ledger::new(settings, Duration::ZERO);
+        l.prepare(Moment::BIRTH);
+        let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
+        let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
+        l.alarm = Moment::NEVER;
+        l.settings.min_idle = floor;
+        assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
+        assert_eq!(l.alarm(), Moment::BIRTH.plus(alarm), "a floor of {floor}");
+    }
+}

@@ -87,3 +87,86 @@ fn a_checked_connection_goes_back_to_its_place_in_the_stack() {
     w.run_to(Moment::BIRTH.plus(ms(12_000)));
     assert_eq!(w.closes, [(w.now, order[0], CloseReason::Idle)], "a check is not use");
 }
+
+#[test]
+fn a_checkout_sets_no_alarm_that_is_over() {
+    let mut w = World::new(Settings { max_idle: None, leak_threshold: Some(secs(5)), ..settings() });
+    w.use_once(ms(1));
+    w.run(secs(60));
+    let (token, _) = match w.ledger.take(w.now, here(), false) {
+        Take::Ready(token, conn) => (token, conn),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(w.ledger.alarm(), w.now.plus(secs(5)));
+    w.ledger.detach(w.now, token);
+}
+
+#[test]
+fn what_becomes_idle_during_a_keepalive_sets_no_alarm_for_its_own() {
+    let settings = Settings { keepalive: Some(secs(10)), max_idle: None, validation_timeout: secs(90), ..settings() };
+    let mut w = World::new(settings);
+    let (a, b) = (w.get(), w.get());
+    w.returned(a);
+    w.takes.check = secs(50);
+    w.run(secs(15));
+    assert_eq!(w.counts().checking, 1);
+    w.returned(b);
+    assert!(w.ledger.alarm() > w.now.plus(secs(10)), "they run one at a time");
+}
+
+#[test]
+fn a_keepalive_counts_from_the_last_check() {
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), max_idle: None, ..settings() });
+    w.use_once(ms(1));
+    w.takes.check = secs(1);
+    w.run(ms(10_500));
+    assert_eq!(w.counts().checking, 1);
+    w.ledger.alarm = Moment::NEVER;
+    let (_, (_, job)) = w.jobs.pop_first().unwrap();
+    assert!(w.ledger.checked(w.now, job.begun, job.token, job.conn).is_ok());
+    w.ledger.reap(w.now, 0.0);
+    assert_eq!(w.ledger.alarm(), job.begun.plus(secs(10)));
+    w.over(job.conn);
+}
+
+#[test]
+fn the_end_of_a_keepalive_has_the_reaper_look_and_the_end_of_another_check_does_not() {
+    let settings = Settings { validate: Validate::AfterIdle(secs(1)), max_idle: Some(secs(600)), ..settings() };
+    let mut w = World::new(settings);
+    w.burst(1);
+    w.run(secs(60));
+    w.takes.check = ms(10);
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.run(ms(5));
+    let (_, (_, job)) = w.jobs.pop_first().unwrap();
+    assert!(w.ledger.checked(w.now, job.begun, job.token, job.conn).is_ok());
+    assert!(w.ledger.alarm() > w.now);
+    w.over(job.conn);
+}
+
+#[test]
+fn a_stack_that_changes_at_its_top_only_changes_no_deadline() {
+    let mut w = World::new(Settings { max_idle: Some(secs(10)), ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.returned(a);
+    w.returned(b);
+    assert_eq!(w.ledger.stack_changed_at, Moment::BIRTH);
+    w.run(secs(1));
+    w.use_once(ms(1));
+    assert_eq!(w.ledger.stack_changed_at, Moment::BIRTH);
+}
+
+#[test]
+fn what_is_alive_is_neither_opened_nor_closed() {
+    let mut w = World::new(settings());
+    w.burst(2);
+    w.takes.close = secs(1);
+    let a = w.get();
+    w.returned_as(a, Condition::Discard(CloseReason::Discarded));
+    w.takes.open = secs(1);
+    w.get();
+    w.get();
+    assert_eq!((w.counts().idle, w.counts().in_use, w.counts().opening, w.counts().closing), (0, 1, 1, 1));
+    assert_eq!(w.ledger.counted.alive(), 1);
+}
