@@ -55,7 +55,7 @@ fn validation_follows_its_policy() {
 
 #[test]
 fn a_connection_checked_for_one_try_get_serves_the_next_until_another_is_found_dead() {
-    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_idle: None, ..settings() });
     w.burst(3);
     for found in [false, true] {
         w.run(secs(100));
