@@ -32,7 +32,7 @@ pub(super) struct Front {
     /// When the waiter began to wait.
     pub(super) since: Moment,
     /// When the waiter became the first.
-    first_since: Moment,
+    pub(super) first_since: Moment,
     /// How often other callers got a connection since then.
     pub(super) barged: u32,
 }

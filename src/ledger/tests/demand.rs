@@ -412,3 +412,356 @@ fn the_ledger_says_why_the_last_open_failed() {
     w.run(secs(5));
     assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported), "the abandoned open came back with a cause");
 }
+
+#[test]
+fn an_alarm_for_a_slow_open_is_set_only_if_something_waits_for_it() {
+    for (watchers, alarm) in [(0, secs(10)), (1, secs(1))] {
+        let mut w = World::new(Settings { min_idle: 1, ..settings() });
+        w.takes.open = Duration::MAX;
+        w.ledger.watchers = watchers;
+        w.ledger.set_min_idle(w.now, 1);
+        w.apply();
+        w.run(Duration::ZERO);
+        assert_eq!(w.ledger.alarm(), Moment::BIRTH.plus(alarm));
+        w.run(secs(2));
+        assert_eq!(w.dials.len(), 1 + watchers as usize, "`build` has one more open dialled beside one that hangs");
+    }
+}
+
+#[test]
+fn an_ordered_close_that_waits_gets_its_thread_when_those_before_take_long() {
+    let mut w = World::new(Settings { max_idle: Some(secs(2)), ..settings() });
+    w.burst(5);
+    w.takes.close = Duration::MAX;
+    w.run(secs(2));
+    assert_eq!((w.ledger.counted.begun_closes(), w.ledger.counted.ordered_closes()), (4, 1));
+    assert_eq!(w.ledger.alarm(), w.now.plus(CLOSE_PATIENCE));
+    w.run(CLOSE_PATIENCE);
+    assert_eq!(w.ledger.counted.ordered_closes(), 0);
+    w.run(CLOSE_PATIENCE);
+    assert!(w.ledger.alarm() > w.now.plus(secs(4)), "no close waits for another any longer");
+}
+
+#[test]
+fn a_wish_ends_when_a_connection_is_ready() {
+    let mut w = World::new(settings());
+    w.burst(1);
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.get();
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), 1);
+}
+
+#[test]
+fn an_open_for_the_floor_that_waits_long_for_its_thread_is_dialled() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.takes.start = secs(2);
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(ms(1_500));
+    w.ledger.reap(w.now, 0.0); // for whatever reason: the open is slow by now
+    w.apply();
+    assert_eq!(w.ledger.counted.slow_opens(), 1);
+    w.run(ms(500));
+    assert_eq!((w.dials.len(), w.counts().idle), (1, 1));
+}
+
+#[test]
+fn a_failed_check_has_no_connection_opened_that_no_caller_wants() {
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), ..settings() });
+    w.burst(2);
+    w.dead = w.server.keys().copied().collect();
+    w.run(secs(30));
+    assert_eq!((w.dials.len(), w.counts().total()), (2, 0));
+}
+
+#[test]
+fn the_floor_does_not_count_on_what_waiters_need() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(Duration::ZERO);
+    w.takes.open = ms(10);
+    w.get();
+    assert_eq!((w.counts().in_use, w.counts().opening), (1, 1), "for the floor");
+    w.get();
+    assert_eq!((w.counts().waiting, w.counts().opening), (1, 2), "one for the waiter, one for the floor");
+}
+
+#[test]
+fn nothing_is_opened_for_a_waiter_that_is_on_its_way_to_a_connection() {
+    let mut w = World::new(Settings { max_size: 5, fair_after: ms(1), ..settings() });
+    w.wake_time = us(30);
+    let a = w.get();
+    w.takes.open = secs(1);
+    w.get();
+    assert_eq!((w.counts().waiting, w.dials.len()), (1, 2));
+    w.returned(a);
+    assert_eq!((w.counts().waiting, w.awake.len(), w.dials.len()), (1, 1, 2));
+}
+
+#[test]
+fn beside_a_ready_connection_the_one_below_it_is_checked() {
+    let validate = Validate::AfterIdle(secs(1));
+    let mut w = World::new(Settings { validate, max_size: 3, fair_after: ms(1), ..settings() });
+    w.burst(3);
+    let a = w.get();
+    w.run(secs(5));
+    (w.wake_time, w.takes.check) = (secs(1), secs(1));
+    w.get();
+    w.returned(a);
+    assert_eq!((w.awake.len(), w.counts().idle, w.counts().checking), (1, 2, 1), "left to running threads");
+    w.run(ms(2));
+    w.get();
+    let third = w.get();
+    assert!(!w.has(third));
+    assert_eq!((w.counts().idle, w.counts().checking), (1, 2), "for three waiters: one is ready, two are checked");
+}
+
+#[test]
+fn the_open_that_began_first_is_the_first_not_counted_on() {
+    let mut w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(ms(500));
+    w.get();
+    assert_eq!(w.ledger.alarm(), Moment::BIRTH.plus(secs(1)));
+    w.run(ms(500));
+    assert_eq!(w.dials.len(), 3, "one more beside the first");
+}
+
+#[test]
+fn what_was_ordered_for_a_hurried_caller_that_left_serves_the_next() {
+    for even_now in [true, false] {
+        let mut w = World::new(settings());
+        w.ledger.prepare_for_the_next(w.now, even_now);
+        w.apply();
+        w.run(Duration::ZERO);
+        assert_eq!(w.dials.len(), usize::from(even_now), "it is ordered now only if it is asked for");
+    }
+    // What is checked serves a hurried caller without another check, and no other.
+    for hurried in [true, false] {
+        let mut w = World::new(Settings { validate: Validate::Always, ..settings() });
+        w.burst(1);
+        w.ledger.prepare_for_the_next(w.now, true);
+        w.apply();
+        w.run(ms(1));
+        let (join, _) = w.ledger.join(w.now, here(), None, hurried, 9);
+        assert_eq!(matches!(join, Join::Ready(..)), hurried, "{join:?}");
+    }
+}
+
+#[test]
+fn a_hurried_caller_that_left_shortens_the_back_off() {
+    let mut w = World::new(Settings { min_idle: 1, ..settings() });
+    w.refuse = Some(false);
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(secs(100));
+    let dials = w.dials.len();
+    w.run(ms(100));
+    assert_eq!(w.dials.len(), dials);
+    w.ledger.prepare_for_the_next(w.now, true);
+    w.apply();
+    w.run(Duration::ZERO);
+    assert_eq!(w.dials.len(), dials + 1);
+}
+
+#[test]
+fn a_hurried_caller_that_finds_others_waiting_waits_behind_them() {
+    let mut w = World::new(Settings { validate: Validate::Always, max_size: 2, fair_after: ms(1), ..settings() });
+    w.burst(2);
+    w.ledger.prepare_for_the_next(w.now, true);
+    w.apply();
+    w.run(ms(1));
+    w.takes.check = secs(1);
+    w.get();
+    assert_eq!((w.counts().waiting, w.counts().idle), (1, 1));
+    let (join, _) = w.ledger.join(w.now, here(), None, true, 9);
+    assert!(matches!(join, Join::Queued(_)), "{join:?}");
+}
+
+#[test]
+fn a_hurried_caller_waits_in_place_of_the_wish_before_it() {
+    let mut w = World::new(settings());
+    w.takes.open = secs(1);
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.run(ms(1));
+    let (Join::Queued(ticket), _) = w.ledger.join(w.now, here(), None, true, 9) else { panic!() };
+    w.waiting.push_back((9, ticket, w.now));
+    w.apply();
+    w.run(ms(1));
+    assert_eq!(w.dials.len(), 1);
+}
+
+#[test]
+fn a_caller_that_waits_for_nothing_has_asked_when_what_is_under_way_began() {
+    for open in [true, false] {
+        let mut w = World::new(Settings { validate: Validate::Always, ..settings() });
+        if !open {
+            w.burst(1);
+        }
+        (w.takes.check, w.takes.open) = (ms(10), ms(10));
+        assert_eq!(w.try_get(), None);
+        w.run(ms(5));
+        assert_eq!(w.try_get(), None);
+        w.run(ms(5));
+        assert!(w.try_get().is_some(), "proven well when it began, for both");
+        assert_eq!(w.dials.len(), 1);
+    }
+}
+
+#[test]
+fn a_caller_that_waits_for_nothing_has_asked_when_the_oldest_under_way_began() {
+    let mut w = World::new(Settings { validate: Validate::Always, max_size: 2, ..settings() });
+    w.burst(2);
+    w.takes.check = ms(10);
+    assert_eq!(w.try_get(), None);
+    w.run(ms(4));
+    let waiter = w.get();
+    w.run(ms(2));
+    assert_eq!(w.counts().checking, 2);
+    assert_eq!(w.try_get(), None);
+    assert!(w.leave(waiter));
+    w.run(ms(5));
+    assert_eq!((w.counts().idle, w.counts().checking), (1, 1));
+    assert!(w.try_get().is_some());
+}
+
+#[test]
+fn an_open_that_hangs_leaves_room_for_one_more_than_parallel_opens() {
+    let mut w = World::new(Settings { parallel_opens: 1, ..settings() });
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.get();
+    w.run(ms(999));
+    assert_eq!(w.dials.len(), 1);
+    w.run(ms(1));
+    assert_eq!(w.dials.len(), 2);
+    w.run(secs(5));
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn while_opens_fail_one_is_dialled_at_a_time() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    w.takes.open = ms(10);
+    for _ in 0..3 {
+        w.get();
+    }
+    w.run(ms(20)); // the three that were dialled before the first failed
+    for _ in 0..500 {
+        w.run(ms(10));
+        assert!(w.counts().opening <= 1);
+    }
+    assert!(w.dials.len() > 6);
+}
+
+#[test]
+fn while_opens_fail_one_more_is_dialled_beside_an_open_that_hangs() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    w.get();
+    for _ in 0..2 {
+        w.get();
+    }
+    w.takes.open = Duration::MAX;
+    let dials = w.dials.len();
+    w.run(secs(1));
+    assert_eq!(w.dials.len(), dials + 1);
+    w.run(secs(5));
+    assert_eq!(w.dials.len(), dials + 2);
+}
+
+#[test]
+fn no_probe_is_made_beside_another() {
+    let mut w = World::new(Settings { max_size: 2, open_timeout: secs(100), ..settings() });
+    w.takes.open = Duration::MAX;
+    for _ in 0..2 {
+        w.get();
+    }
+    w.run(secs(101));
+    assert_eq!((w.counts().abandoned, w.dials.len()), (2, 3));
+    w.run(secs(94));
+    assert_eq!(w.dials.len(), 3, "a minute and a half later the probe still hangs");
+}
+
+#[test]
+fn of_the_closes_of_recycled_connections_the_oldest_is_abandoned_first() {
+    let mut w = World::new(Settings { max_size: 2, ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.takes.close = Duration::MAX;
+    w.replaced = w.event();
+    w.ledger.recycle(w.now);
+    w.apply();
+    w.returned(b);
+    w.run(ms(300));
+    w.returned(a);
+    let waiter = w.get();
+    w.run(ms(199));
+    assert!(!w.has(waiter));
+    w.run(ms(1));
+    assert!(w.has(waiter), "a tenth of the limit after the first close began");
+}
+
+#[test]
+fn at_the_end_of_the_back_off_a_refusal_is_tried_again() {
+    let mut w = World::new(settings());
+    w.refuse = Some(true);
+    w.get();
+    w.run(secs(5));
+    assert_eq!(w.dials.len(), 1);
+    w.get();
+    assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn the_back_off_of_a_refusal_does_not_count_the_failures_before_it() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    w.get();
+    w.run(ms(300));
+    w.refuse = Some(true);
+    w.run(ms(100));
+    let dials = w.dials.len();
+    w.run(secs(5));
+    w.get();
+    assert_eq!(w.dials.len(), dials + 1, "five seconds after the first refusal");
+}
+
+#[test]
+fn a_wish_ends_when_an_open_fails() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    w.ledger.prepare(w.now);
+    w.apply();
+    w.run(secs(100));
+    assert_eq!(w.dials.len(), 1);
+}
+
+#[test]
+fn a_wish_does_not_shorten_the_back_off_of_a_refusal() {
+    let mut w = World::new(settings());
+    w.refuse = Some(true);
+    for _ in 0..40 {
+        w.ledger.prepare(w.now);
+        w.apply();
+        w.run(ms(100));
+    }
+    assert_eq!(w.dials.len(), 1);
+}
+
+#[test]
+fn only_the_first_waiter_shortens_the_back_off() {
+    let mut w = World::new(settings());
+    w.refuse = Some(false);
+    for _ in 0..70 {
+        w.get();
+        w.run(ms(10));
+    }
+    // 0, 50, 150, 350, 750.
+    assert_eq!(w.dials.len(), 4);
+}

@@ -267,3 +267,143 @@ fn after_the_grace_an_open_that_hangs_has_no_limit() {
     assert_eq!((w.counts().total(), w.server.len()), (0, 0), "closed when it arrived");
     assert_eq!(w.abandoned, 0);
 }
+
+/// When the reaper is to look next, after it has looked at this moment.
+fn next_look(w: &mut World) -> Duration {
+    w.ledger.reap(w.now, 0.0);
+    assert!(!w.ledger.effects.wake_reaper, "the reaper itself has looked");
+    w.apply();
+    w.ledger.alarm().since(Moment::BIRTH)
+}
+
+#[test]
+fn the_reaper_sleeps_until_what_is_due_first() {
+    let two = |w: &mut World| {
+        let a = w.get();
+        w.run(secs(3));
+        let b = w.get();
+        w.run(secs(1));
+        (a, b)
+    };
+    let max_idle = None;
+    let mut w = World::new(Settings { max_idle, max_lifetime: Some(secs(100)), ..settings() });
+    two(&mut w);
+    assert_eq!(next_look(&mut w), secs(100));
+
+    w = World::new(Settings { max_idle, leak_threshold: Some(secs(5)), ..settings() });
+    two(&mut w);
+    assert_eq!(next_look(&mut w), secs(5));
+
+    w = World::new(Settings { max_idle, keepalive: Some(secs(10)), ..settings() });
+    let (a, b) = two(&mut w);
+    w.returned(a);
+    w.run(secs(1));
+    w.returned(b);
+    assert_eq!(next_look(&mut w), secs(14));
+
+    // While a caller waits: until the open is no longer counted on.
+    w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    assert_eq!(next_look(&mut w), secs(1));
+}
+
+#[test]
+fn a_floor_of_one_is_replaced_a_twentieth_of_its_life_before_its_end_and_at_most_five_seconds() {
+    for (whole, dialled) in [(secs(40), secs(38)), (secs(1_000), secs(995))] {
+        let mut w = World::new(Settings { min_idle: 1, max_lifetime: Some(whole), max_idle: None, ..settings() });
+        w.ledger.set_min_idle(w.now, 1);
+        w.apply();
+        w.run(secs(1));
+        assert_eq!(next_look(&mut w), dialled);
+        w.run_to(Moment::BIRTH.plus(whole));
+        assert_eq!(w.dials, [Moment::BIRTH, Moment::BIRTH.plus(dialled)]);
+    }
+}
+
+#[test]
+fn a_connection_in_use_near_its_end_stays_in_use() {
+    let mut w = World::new(Settings { min_idle: 1, max_lifetime: Some(secs(40)), ..settings() });
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(secs(1));
+    let a = w.get();
+    w.run(secs(38));
+    assert_eq!(w.counts().in_use, 1);
+    w.returned(a);
+}
+
+#[test]
+fn only_what_is_due_is_evicted() {
+    let mut w = World::new(Settings { max_idle: Some(secs(2)), ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.returned(a);
+    w.run(secs(1));
+    w.returned(b);
+    w.run(secs(1));
+    assert_eq!((w.counts().idle, w.closed_for(CloseReason::Idle)), (1, 1));
+    assert_eq!(w.ledger.tally.max_lateness, Duration::ZERO);
+}
+
+#[test]
+fn what_is_abandoned_is_counted() {
+    let mut w = World::new(Settings { leak_threshold: Some(secs(5)), ..settings() });
+    w.takes.open = Duration::MAX;
+    let a = w.get();
+    w.run(ms(10_999));
+    let tally = &w.ledger.tally;
+    assert_eq!((tally.abandonments, tally.failed_opens, tally.leaks), (1, 1, 0));
+    w.takes.open = ms(1);
+    w.run(secs(30));
+    assert!(w.has(a));
+    assert_eq!(w.ledger.tally.leaks, 1);
+}
+
+#[test]
+fn an_abandoned_check_makes_its_siblings_suspect_and_an_abandoned_reset_does_not() {
+    for reset in [true, false] {
+        let validate = Validate::AfterIdle(secs(8));
+        let mut w = World::new(Settings { validate, keepalive: (!reset).then_some(secs(5)), ..settings() });
+        w.burst(2);
+        w.takes.check = Duration::MAX;
+        if reset {
+            let a = w.get();
+            w.returned_as(a, Condition::Reset);
+            w.run(secs(5));
+        } else {
+            w.run(secs(7));
+            w.suspect = w.event();
+        }
+        assert_eq!((w.ledger.tally.abandonments, w.ledger.tally.closes[CloseReason::Abandoned as usize]), (1, 1));
+        let top = w.ledger.idle.last().map(|&(index, _)| w.ledger.is_suspect(&w.ledger.slots[index as usize]));
+        assert!(top.is_none_or(|suspect| suspect != reset), "{top:?}");
+        assert_eq!(w.ledger.check_failures, u32::from(!reset));
+    }
+}
+
+#[test]
+fn after_the_grace_of_a_close_the_reaper_is_told_that_it_is_over() {
+    let mut w = World::new(settings());
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.ledger.close(w.now);
+    w.apply();
+    w.run(secs(1));
+    assert!(!w.ledger.is_over());
+    w.ledger.abandon_opens(w.now);
+    assert_eq!((w.ledger.is_over(), w.ledger.alarm()), (true, w.now));
+}
+
+#[test]
+fn a_connection_that_was_idle_for_too_long_while_it_was_reset_is_kept_for_the_floor_only() {
+    for floor in [0, 1] {
+        let mut w = World::new(Settings { max_idle: Some(secs(1)), min_idle: floor, max_size: 1, ..settings() });
+        let a = w.get();
+        w.takes.check = secs(2);
+        w.returned_as(a, Condition::Reset);
+        w.run(ms(1_999));
+        w.ledger.settings.min_idle = floor;
+        w.run(ms(1));
+        assert_eq!((w.counts().idle, w.closed_for(CloseReason::Idle)), (floor, 1 - floor as usize));
+    }
+}

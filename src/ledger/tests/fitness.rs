@@ -55,7 +55,7 @@ fn validation_follows_its_policy() {
 
 #[test]
 fn a_connection_checked_for_one_try_get_serves_the_next_until_another_is_found_dead() {
-    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_idle: None, ..settings() });
     w.burst(3);
     for found in [false, true] {
         w.run(secs(100));
@@ -131,4 +131,86 @@ fn an_own_check_that_began_before_another_was_found_dead_proves_nothing() {
     assert!(!w.has(a));
     w.run(ms(10));
     assert!(w.has(a));
+}
+
+#[test]
+fn a_connection_is_in_excess_only_beside_max_size_others_that_are_alive() {
+    let mut w = World::new(Settings { max_size: 3, ..settings() });
+    let (a, b) = (w.get(), w.get());
+    w.takes.open = ms(10);
+    w.get();
+    w.ledger.resize(w.now, 2);
+    w.apply();
+    assert_eq!((w.counts().in_use, w.counts().opening), (2, 1));
+    // (The connection under way may never arrive.)
+    w.returned(a);
+    assert!(w.closes.is_empty(), "two are alive, and two may be");
+    let a = w.in_use.keys().copied().find(|thread| *thread != b).expect("it went to the waiter");
+    w.run(ms(10));
+    assert_eq!(w.closed_for(CloseReason::Resized), 1, "the third");
+    assert!(w.has(a) && w.has(b));
+}
+
+#[test]
+fn after_each_failed_check_twice_as_many_are_checked() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), ..settings() });
+    w.burst(16);
+    w.run(secs(5));
+    w.dead = w.server.keys().copied().collect();
+    (w.takes.check, w.takes.open) = (ms(10), secs(1));
+    w.get();
+    // The first waiter wants one. With the nth check that fails 2^(n - 1) more are checked than are wanted.
+    for checking in [1, 2, 5, 8] {
+        // Beside checks that fail there is one open.
+        assert_eq!((w.counts().checking, w.counts().opening), (checking, u32::from(checking > 1)));
+        w.run(ms(10));
+    }
+    assert_eq!((w.counts().total(), w.counts().opening), (1, 1), "beside all that one open");
+    w.run(secs(1));
+    assert_eq!(w.ledger.check_failures, 0, "the server answers");
+}
+
+#[test]
+fn after_a_check_that_succeeds_only_what_is_wanted_is_checked() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 9, ..settings() });
+    w.burst(9);
+    w.run(secs(5));
+    w.dead = vec![w.ledger.idle.last().unwrap().1];
+    (w.takes.check, w.takes.open) = (ms(10), Duration::MAX);
+    let first = w.get();
+    w.run(ms(20));
+    assert!(w.has(first));
+    w.run(secs(5));
+    w.get();
+    assert_eq!(w.counts().checking, 1);
+}
+
+#[test]
+fn a_check_of_a_caller_s_own_that_began_before_another_was_found_dead_ends_no_run_of_failures() {
+    let mut w = World::new(Settings { validate: Validate::AfterIdle(secs(1)), max_size: 9, ..settings() });
+    w.burst(9);
+    w.run(secs(5));
+    let top = w.ledger.idle.last().unwrap().1;
+    w.takes.check = ms(15);
+    w.get_or_check(true);
+    w.takes.check = ms(10);
+    w.takes.open = secs(1);
+    w.dead = w.server.keys().copied().filter(|conn| *conn != top).collect();
+    w.get();
+    w.run(ms(10));
+    let failures = w.ledger.check_failures;
+    assert!(failures > 0);
+    w.run(ms(5));
+    assert_eq!(w.ledger.check_failures, failures, "that check proves nothing");
+}
+
+#[test]
+fn a_refusal_is_told_from_a_failure() {
+    for refuse in [None, Some(false), Some(true)] {
+        let mut w = World::new(settings());
+        w.refuse = refuse;
+        assert!(!w.ledger.is_refusing());
+        w.get();
+        assert_eq!(w.ledger.is_refusing(), refuse == Some(true), "{refuse:?}");
+    }
 }

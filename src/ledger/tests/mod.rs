@@ -10,4 +10,5 @@ mod property;
 mod queue;
 mod reports;
 mod slots;
+mod watch;
 mod world;

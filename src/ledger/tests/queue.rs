@@ -286,3 +286,107 @@ fn a_caller_has_waited_since_its_own_check_began() {
     w.run(ms(1));
     assert_eq!(w.ledger.front.map(|front| front.since), Some(begun), "so it is protected from barging in time");
 }
+
+#[test]
+fn every_wait_is_counted_and_its_time_recorded() {
+    let mut w = World::new(Settings { max_size: 1, ..settings() });
+    let a = w.get();
+    let (b, c, d) = (w.get(), w.get(), w.get());
+    assert_eq!(w.ledger.tally.waits, 1 + 3, "the first waited for an open");
+    let before = w.ledger.tally.wait_time.sum();
+    w.run(ms(2));
+    w.returned(a);
+    assert!(w.has(b));
+    assert_eq!(w.ledger.tally.wait_time.sum(), before + ms(2), "handed off");
+    w.run(ms(2));
+    assert!(w.leave(c));
+    assert_eq!(w.ledger.tally.wait_time.sum(), before + ms(6), "left");
+    w.run(ms(1));
+    w.ledger.close(w.now);
+    w.apply();
+    assert_eq!(w.dismissed, [d]);
+    assert_eq!((w.ledger.tally.wait_time.sum(), w.ledger.tally.wait_time.count()), (before + ms(11), 4), "dismissed");
+
+    let (mut w, threads) = all_in_use(1);
+    let before = w.ledger.tally.wait_time.sum();
+    let first = w.get();
+    w.returned(threads[0]);
+    w.run(us(30));
+    assert!(w.has(first));
+    assert_eq!(w.ledger.tally.wait_time.sum(), before + us(30), "notified");
+}
+
+#[test]
+fn a_refused_caller_does_not_join_the_queue() {
+    let mut w = World::new(settings());
+    w.refuse = Some(true);
+    w.get();
+    let (join, handle) = w.ledger.join(w.now, here(), None, false, 9);
+    assert!(matches!(join, Join::Refused) && handle == Some(9));
+    assert!(w.ledger.effects.served.is_empty());
+}
+
+#[test]
+fn where_no_caller_may_wait_what_was_checked_for_one_serves_the_next() {
+    let mut w = World::new(Settings { validate: Validate::Always, max_waiting: Some(0), ..settings() });
+    let join = |w: &mut World| {
+        let (join, _) = w.ledger.join(w.now, here(), None, false, 9);
+        if let Join::Ready(..) = join {
+            return true;
+        }
+        assert!(matches!(join, Join::TooMany(0)), "{join:?}");
+        w.apply();
+        w.run(ms(1));
+        false
+    };
+    assert!(!join(&mut w), "nothing is open");
+    assert!(join(&mut w), "opened for the one before");
+    assert_eq!((w.dials.len(), w.ledger.tally.rejected), (1, 1));
+}
+
+#[test]
+fn where_all_may_wait_that_may_a_rejected_caller_takes_nothing() {
+    let mut w = World::new(Settings { validate: Validate::Always, max_waiting: Some(1), max_size: 2, ..settings() });
+    w.burst(2);
+    w.takes.check = secs(1);
+    w.get();
+    assert_eq!(w.counts().idle, 1);
+    let asked_at = w.ledger.asked_at;
+    let (join, _) = w.ledger.join(w.now, here(), None, false, 9);
+    assert!(matches!(join, Join::TooMany(1)), "{join:?}");
+    assert_eq!(w.ledger.asked_at, asked_at);
+}
+
+#[test]
+fn the_next_first_waiter_was_not_barged_yet() {
+    let (mut w, threads) = all_in_use(1);
+    let (first, second) = (w.get(), w.get());
+    w.returned(threads[0]);
+    w.get();
+    assert_eq!(w.ledger.front.unwrap().barged, 1);
+    assert!(w.leave(first));
+    assert_eq!(w.ledger.front.unwrap().barged, 0);
+    assert!(!w.has(second));
+}
+
+#[test]
+fn what_is_not_to_be_idle_is_closed_in_the_same_step() {
+    let mut w = World::new(Settings { max_idle: Some(Duration::ZERO), ..settings() });
+    let a = w.get();
+    let (token, conn) = w.in_use.remove(&a).unwrap();
+    w.ledger.returned(w.now, token, conn, Condition::Keep);
+    assert_eq!((w.ledger.counts().idle, w.ledger.counts().closing), (0, 1));
+    w.apply();
+}
+
+#[test]
+fn a_later_waiter_that_leaves_leaves_the_first_in_its_place() {
+    let (mut w, _) = all_in_use(1);
+    w.get();
+    w.run(us(10));
+    let second = w.get();
+    let front = w.ledger.front.unwrap();
+    w.run(us(10));
+    assert!(w.leave(second));
+    assert_eq!(w.ledger.front.unwrap().first_since, front.first_since);
+}

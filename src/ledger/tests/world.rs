@@ -5,13 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::Location;
 
+use super::watch::Beat;
 pub(super) use crate::leaf::clock::Moment;
-pub(super) use crate::ledger::Ledger;
 pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
 pub(super) use crate::ledger::queue::{HANDED_OFF_AFTER, MAX_BARGES};
 pub(super) use crate::ledger::reports::CLOSE_PATIENCE;
 pub(super) use crate::ledger::slots::{CHECK_PATIENCE, Check, Close, Slot, State, StateCounts};
 pub(super) use crate::ledger::values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
+pub(super) use crate::ledger::{Effects, Ledger};
 pub(super) use crate::settings::{Settings, Validate};
 pub(super) use crate::stats::Counts;
 pub(super) use crate::stats::{CloseReason, ConnectionState};
@@ -199,6 +200,7 @@ pub(super) struct World {
     pub(super) strict: bool,
     /// Whether every job was taken up by a thread as soon as the executor had it.
     pub(super) starts_at_once: bool,
+    beat: Beat,
 }
 
 /// How long a job waits if its thread cannot be started, until it is tried again.
@@ -275,6 +277,7 @@ impl World {
             reaping: false,
             strict: false,
             starts_at_once: true,
+            beat: Beat::new(),
         }
     }
 
@@ -324,6 +327,7 @@ impl World {
 
     /// Applies the effects of the ledger.
     pub(super) fn apply(&mut self) {
+        self.beat.step();
         self.watch_the_bound();
         while !self.ledger.effects.is_empty() {
             self.ledger.effects.wake_reaper = false;
