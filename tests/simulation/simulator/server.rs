@@ -309,7 +309,7 @@ impl Manage for Fake {
 
     fn peek(&self, conn: &mut Conn) -> Option<Result<(), Fault>> {
         let alive = self.0.link(conn.id, |link| link.alive);
-        self.0.manager.peeks.then(|| if alive { Ok(()) } else { Err(Fault("dead", false)) })
+        self.0.manager.peeks.then_some(if alive { Ok(()) } else { Err(Fault("dead", false)) })
     }
 
     fn returned(&self, conn: &mut Conn) -> Returned {
