@@ -2,13 +2,12 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Call, Fake, R2d2Fake, run};
-use crate::support::{SOON, alone, ms, threads_named, wait_until, watched, within};
+use crate::support::{SOON, in_a_process, ms, threads_named, wait_until, watched, within};
 use millpond::{Builder, Error, ErrorKind, Pool, PooledConnection, Validate};
 
 /// How long a thread of the executor stays when it has nothing to do, and then some.
@@ -16,22 +15,11 @@ const LINGER: Duration = ms(5_500);
 
 // ---------------------------------------------------------------------------------------------- a process of its own
 
-/// Runs a test of this file again, in a process of its own, whose threads, files and memory are this test's alone.
-/// `true`: this is that process. What it measures is printed with `--nocapture`.
-fn in_a_process(test: &str) -> bool {
-    if std::env::var_os("MILLPOND_TEST_CHILD").is_some() {
-        return true;
-    }
-    let _alone = alone();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
+/// Runs a test of this file again, in a process of its own, whose threads, files and memory are this test's alone. `true`:
+/// this is that process. What it measures is printed with `--nocapture`.
+fn measured(test: &str) -> bool {
     // One arena of the allocator's instead of one for each of many threads, which grow for long before they stay.
-    command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_TRIM_THRESHOLD_", "131072").env("RUST_BACKTRACE", "0");
-    let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    eprintln!("{text}");
-    assert!(output.status.success(), "{:?}: {text}", output.status);
-    false
+    in_a_process(test, &[("MALLOC_ARENA_MAX", "1"), ("MALLOC_TRIM_THRESHOLD_", "131072")])
 }
 
 /// The memory of this process that is not a file's, in kB.
@@ -68,7 +56,7 @@ fn two_hundred_pools_are_opened_and_closed_and_nothing_is_left() {
     const TIMES: usize = 5;
     /// What the allocator may keep of one batch that it did not keep of the one before, in kB.
     const KEPT: u64 = 1024;
-    if !in_a_process("many::two_hundred_pools_are_opened_and_closed_and_nothing_is_left") {
+    if !measured("many::two_hundred_pools_are_opened_and_closed_and_nothing_is_left") {
         return;
     }
     let server = crate::support::Server::start();
@@ -127,7 +115,7 @@ fn a_thousand_idle_pools_are_a_thousand_threads_that_sleep() {
     const POOLS: usize = 1000;
     /// What a pool with one idle connection may take, its thread's stack included, in kB.
     const EACH: u64 = 64;
-    if !in_a_process("many::a_thousand_idle_pools_are_a_thousand_threads_that_sleep") {
+    if !measured("many::a_thousand_idle_pools_are_a_thousand_threads_that_sleep") {
         return;
     }
     let fake = Fake::new();

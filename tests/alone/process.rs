@@ -8,24 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake, take};
-use crate::support::{EPSILON, SOON, alone, beside_others, ms, skipped, threads_named, wait_until, watched_alone};
+use crate::support::{
+    EPSILON, SOON, beside_others, in_a_process, ms, skipped, threads_named, wait_until, watched_alone,
+};
 use millpond::{ManageConnection, Pool, PooledConnection, Validate};
 
 // ---------------------------------------------------------------------------------------------- what ends a process
-
-/// Runs a test of this file again, in a process of its own. `true`: this is that process.
-fn in_a_process(test: &str) -> bool {
-    if std::env::var_os("MILLPOND_TEST_CHILD").is_some() {
-        return true;
-    }
-    let _alone = alone();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
-    let output = command.env("RUST_BACKTRACE", "0").output().unwrap();
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{:?}: {text}", output.status);
-    false
-}
 
 struct Bomb(u32);
 
@@ -98,14 +86,14 @@ fn manager_panics_in_its_drop(payload: fn() -> Box<dyn Any + Send>) {
 
 #[test]
 fn a_manager_that_panics_in_its_drop_ends_no_process() {
-    if in_a_process("process::a_manager_that_panics_in_its_drop_ends_no_process") {
+    if in_a_process("process::a_manager_that_panics_in_its_drop_ends_no_process", &[]) {
         manager_panics_in_its_drop(|| Box::new("on purpose"));
     }
 }
 
 #[test]
 fn a_manager_that_panics_in_its_drop_with_what_panics_in_its_drop_ends_no_process() {
-    if in_a_process("process::a_manager_that_panics_in_its_drop_with_what_panics_in_its_drop_ends_no_process") {
+    if in_a_process("process::a_manager_that_panics_in_its_drop_with_what_panics_in_its_drop_ends_no_process", &[]) {
         manager_panics_in_its_drop(|| Box::new(Bomb(1)));
     }
 }
@@ -123,7 +111,7 @@ impl millpond::event::HandleEvent for TouchyHook {}
 
 #[test]
 fn a_manager_and_a_hook_that_panic_in_their_drops_end_no_process() {
-    if in_a_process("process::a_manager_and_a_hook_that_panic_in_their_drops_end_no_process") {
+    if in_a_process("process::a_manager_and_a_hook_that_panic_in_their_drops_end_no_process", &[]) {
         let builder = Pool::builder().name("touchy").event_handler(Box::new(TouchyHook));
         let pool = builder.build(Touchy { payload: || Box::new("on purpose"), wait: ms(50) }).unwrap();
         drop(take(&pool, 3));

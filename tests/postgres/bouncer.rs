@@ -4,9 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::PoolMode::{Session, Transaction};
-use crate::support::{
-    Bouncer, EPSILON, SEEN, SOON, Server, alone, beside_others, ms, threads_named, wait_until, within,
-};
+use crate::support::{Bouncer, EPSILON, SOON, Server, alone, assert_no_threads, beside_others, ms, wait_until, within};
 use crossbeam_channel::bounded;
 use millpond::postgres::{Error, Pool, PostgresManager, Reset};
 use millpond::{Builder, PooledConnection, Validate};
@@ -68,16 +66,6 @@ fn assert_ends(pool: &Pool, bouncer: &Bouncer) {
     assert!(report.is_complete(), "{report}");
     assert_no_threads(pool.name());
     assert_eq!(bouncer.wait_for(0, within(SOON)), 0);
-}
-
-#[track_caller]
-fn assert_no_threads(pool: &str) {
-    let mut seen = Vec::new();
-    let gone = wait_until(within(SEEN), || {
-        seen = threads_named(&format!("{pool}-"));
-        seen.is_empty()
-    });
-    assert!(gone, "threads are left: {seen:?}");
 }
 
 // ---------------------------------------------------------------------------------------------------- at work

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::support::{Proxy, SEEN, SOON, Server, alone, beside_others, ms, threads_named, wait_until, within};
+use crate::support::{Proxy, SOON, Server, alone, assert_no_threads, beside_others, ms, wait_until, within};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReason};
 use postgres::NoTls;
@@ -102,12 +102,7 @@ fn assert_writes_again(all: &[Writes], from: Instant, by: Instant) {
 fn assert_ends(pool: &Pool, servers: &[&Server]) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
-    let mut seen = Vec::new();
-    let gone = wait_until(within(SEEN), || {
-        seen = threads_named(&format!("{}-", pool.name()));
-        seen.is_empty()
-    });
-    assert!(gone, "threads are left: {seen:?}");
+    assert_no_threads(pool.name());
     for server in servers {
         assert_eq!(server.wait_for(pool.name(), 0, within(SOON)), 0);
     }

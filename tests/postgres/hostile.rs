@@ -1,7 +1,7 @@
 //! Servers that answer with what they should not: the pool gives nothing away, takes no harm, and says what it heard in
 //! a form that does none.
 
-use crate::support::{SEEN, SOON, Server, capture, logged, wait_until};
+use crate::support::{SEEN, SOON, Server, capture, in_a_process, logged, wait_until};
 use crate::tls::Identity;
 use log::Level;
 use millpond::postgres::{Connector, Error, PostgresManager};
@@ -421,21 +421,6 @@ fn asks_again(request: &'static [u8]) -> Running {
     Running::new(move |stream, liar| while liar.hear(stream).is_some() && liar.say(stream, &message(b'R', request)) {})
 }
 
-/// Runs a test of this file again in a process of its own, whose memory is its own as well. `true`: this is that
-/// process.
-#[cfg(target_os = "linux")]
-fn in_a_process(test: &str) -> bool {
-    if std::env::var_os("MILLPOND_TEST_CHILD").is_some() {
-        return true;
-    }
-    let _alone = crate::support::alone();
-    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
-    let output = command.env("RUST_BACKTRACE", "0").output().unwrap();
-    assert!(output.status.success(), "{:?}: {}", output.status, String::from_utf8_lossy(&output.stderr));
-    false
-}
-
 /// The most memory that this process ever had, in bytes.
 #[cfg(target_os = "linux")]
 fn most_memory() -> u64 {
@@ -485,7 +470,7 @@ fn parameters(piece: u64) -> Vec<u8> {
 #[cfg(target_os = "linux")]
 #[test]
 fn what_has_no_end_costs_a_bounded_time_and_memory() {
-    if !in_a_process("hostile::what_has_no_end_costs_a_bounded_time_and_memory") {
+    if !in_a_process("hostile::what_has_no_end_costs_a_bounded_time_and_memory", &[]) {
         return;
     }
     // Each is long enough that a million bytes of them are read in a fraction of an attempt, by a debug build too.

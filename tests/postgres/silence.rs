@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Cable, EPSILON, Proxy, SEEN, SOON, Server, alone, ms, skipped, threads_named, wait_until, within,
+    Cable, EPSILON, Proxy, SOON, Server, alone, assert_no_threads_of, ms, skipped, threads_named, wait_until, within,
 };
 use crossbeam_channel::{Receiver, bounded};
 use millpond::postgres::{Pool, PostgresManager};
@@ -45,14 +45,8 @@ fn assert_at_rest(pool: &Pool, deadline: Instant) {
 
 /// Neither the pool's threads nor those that cancel.
 #[track_caller]
-fn assert_no_threads(name: &str, deadline: Instant) {
-    let mut seen = Vec::new();
-    let gone = wait_until(deadline, || {
-        seen = threads_named(&format!("{name}-"));
-        seen.extend(threads_named("millpond-cance"));
-        seen.is_empty()
-    });
-    assert!(gone, "threads are left: {seen:?}");
+fn assert_no_threads(name: &str) {
+    assert_no_threads_of(&[&format!("{name}-"), "millpond-cance"]);
 }
 
 #[track_caller]
@@ -66,7 +60,7 @@ fn assert_works(pool: &Pool) {
 fn assert_ends(pool: &Pool, server: &Server, app: &str) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
-    assert_no_threads(pool.name(), within(SEEN));
+    assert_no_threads(pool.name());
     assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
 }
 
@@ -161,7 +155,7 @@ fn a_query_ends_when_the_pool_has_closed() {
             let error = sleeper.ended(&report, begun + GRACE + EPSILON);
             assert_eq!(error.code().map(|code| code.code()), Some("57014"), "cancelled before it was cut: {error}");
         }
-        assert_no_threads("silquery", within(SEEN));
+        assert_no_threads("silquery");
         proxy.resume();
         assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
     }
@@ -321,7 +315,7 @@ fn a_stopped_backend_costs_its_connection_only() {
     let report = pool.close(GRACE);
     assert_within(begun.elapsed(), GRACE, GRACE + EPSILON);
     sleeper.ended(&report, begun + GRACE + CANCEL + EPSILON);
-    assert_no_threads("silback", within(SEEN));
+    assert_no_threads("silback");
     drop(stopped);
     assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
 }
@@ -377,7 +371,7 @@ fn a_black_hole() {
         let report = pool.close(GRACE);
         assert_within(begun.elapsed(), GRACE, GRACE + EPSILON);
         sleeper.ended(&report, begun + GRACE + CANCEL + EPSILON);
-        assert_no_threads("hole", within(SEEN));
+        assert_no_threads("hole");
     });
 
     cable.mend();
@@ -385,7 +379,7 @@ fn a_black_hole() {
         let pool = impatient(&params, "hole2").open().unwrap();
         assert_works(&pool);
         assert!(pool.close(SOON).is_complete());
-        assert_no_threads("hole2", within(SEEN));
+        assert_no_threads("hole2");
     });
 }
 
@@ -410,6 +404,6 @@ fn tcp_user_timeout_ends_a_query_in_a_black_hole() {
         assert_at_rest(&pool, within(EPSILON));
         assert_eq!(pool.state().connections, 0);
         assert!(pool.close(SOON).is_complete());
-        assert_no_threads("usertime", within(SEEN));
+        assert_no_threads("usertime");
     });
 }

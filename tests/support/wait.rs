@@ -126,6 +126,39 @@ pub fn threads_named(prefix: &str) -> Vec<String> {
     names
 }
 
+/// Within [`SEEN`] no thread's name begins with the pool's name and a hyphen.
+#[track_caller]
+pub fn assert_no_threads(pool: &str) {
+    assert_no_threads_of(&[&format!("{pool}-")]);
+}
+
+/// Within [`SEEN`] no thread's name begins with one of these.
+#[track_caller]
+pub fn assert_no_threads_of(prefixes: &[&str]) {
+    let mut seen = Vec::new();
+    let gone = wait_until(within(SEEN), || {
+        seen = prefixes.iter().flat_map(|prefix| threads_named(prefix)).collect();
+        seen.is_empty()
+    });
+    assert!(gone, "threads are left: {seen:?}");
+}
+
+/// Runs a test of this program again, in a process of its own, with this in its environment, [`alone`]. `true`: this is
+/// that process. What it prints is printed with `--nocapture`.
+pub fn in_a_process(test: &str, environment: &[(&str, &str)]) -> bool {
+    if std::env::var_os("MILLPOND_TEST_CHILD").is_some() {
+        return true;
+    }
+    let _alone = alone();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env("MILLPOND_TEST_CHILD", "1");
+    let output = command.env("RUST_BACKTRACE", "0").envs(environment.iter().copied()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    eprintln!("{text}");
+    assert!(output.status.success(), "{:?}: {text}", output.status);
+    false
+}
+
 /// Runs a test [`beside_others`], on a thread of its own, and fails if it does not end: for what could deadlock.
 ///
 /// A thread that hangs stays behind, with all that it holds.

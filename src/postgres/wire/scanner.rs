@@ -126,12 +126,20 @@ pub(super) struct Scanner {
     failed_request: bool,
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
-    /// The server has sent its first `ReadyForQuery`.
-    logged_in: bool,
-    /// How many bytes the server may still send until the login is over, or a question of the pool's is answered.
-    /// `None`: what it sends is for a caller.
-    left: Option<usize>,
+    reader: Reader,
     fault: Option<Fault>,
+}
+
+/// For whom the server sends, and how many bytes it still may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reader {
+    /// For the login, which ends with the first `ReadyForQuery`.
+    Login { left: usize },
+    /// For a question of the pool's, a simple query. `answers`: with so many more answers it is answered, the last of
+    /// which is its own; `None`: it was not sent yet.
+    Question { left: usize, answers: Option<usize> },
+    /// For a caller, who may ask for anything.
+    Caller,
 }
 
 /// What is wrong with a message that must not be passed on. But for the last one, it came before the login was over.
@@ -210,8 +218,7 @@ impl Scanner {
             failed_request: false,
             in_hot_standby: None,
             read_only_by_default: None,
-            logged_in: false,
-            left: Some(LONGEST_LOGIN),
+            reader: Reader::Login { left: LONGEST_LOGIN },
             fault: None,
         }
     }
@@ -230,47 +237,45 @@ impl Scanner {
     /// These bytes came from the server.
     pub(super) fn received(&mut self, mut bytes: &[u8]) {
         while !self.unreadable {
-            let longest = match self.left {
-                Some(left) if self.logged_in => left,
-                Some(left) => left.min(LONGEST_LOGIN_MESSAGE),
-                None => usize::MAX,
+            let longest = match self.reader {
+                Reader::Login { left } => left.min(LONGEST_LOGIN_MESSAGE),
+                Reader::Question { left, .. } => left,
+                Reader::Caller => usize::MAX,
             };
             match self.backend.next(&mut bytes, body_prefix, longest) {
                 Ok(Some(tag)) => self.on_backend(tag),
                 Ok(None) => return,
                 Err(BadLength) => {
-                    if let Some(left) = self.left {
-                        self.fault = self.fault_of_length(left, bytes);
-                    }
+                    self.fault = self.fault_of_length(bytes);
                     self.stop_reading();
                 }
             }
         }
     }
 
-    /// What is wrong with the length of the message whose header has just come, where so many bytes are left. `rest`
-    /// came behind it.
-    fn fault_of_length(&self, left: usize, rest: &[u8]) -> Option<Fault> {
+    /// What is wrong with the length of the message whose header has just come. `rest` came behind it.
+    fn fault_of_length(&self, rest: &[u8]) -> Option<Fault> {
         let (tag, length) = self.backend.header();
-        if tag == b'E' && !self.logged_in && left == LONGEST_LOGIN && !length.iter().any(u8::is_ascii_control) {
+        let is_first = self.reader == Reader::Login { left: LONGEST_LOGIN };
+        if tag == b'E' && is_first && !length.iter().any(u8::is_ascii_control) {
             // As in libpq: if the first letters of a text are read as a length, it is longer than any error.
             let text = length.iter().chain(rest).take(ERROR_PREFIX).take_while(|&&byte| byte != 0);
             let text = text.copied().collect::<Vec<_>>();
             return Some(Fault::PlainText(String::from_utf8_lossy(&text).into_owned()));
         }
-        match u32::from_be_bytes(length) as usize {
+        match (self.reader, u32::from_be_bytes(length) as usize) {
             // `postgres` itself refuses such a length.
-            ..4 => None,
-            _ if self.logged_in => Some(Fault::LongAnswer),
-            length if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(Fault::TooMuch),
-            length => Some(Fault::TooLong(tag, length)),
+            (_, ..4) | (Reader::Caller, _) => None,
+            (Reader::Question { .. }, _) => Some(Fault::LongAnswer),
+            (Reader::Login { .. }, length) if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(Fault::TooMuch),
+            (Reader::Login { .. }, length) => Some(Fault::TooLong(tag, length)),
         }
     }
 
-    /// The next request is a question of the pool's. `postgres` keeps notifications and parameters, and would keep any
-    /// number of them; so until the answer has come, no more may come than [`LONGEST_ANSWER`].
+    /// The next simple query is a question of the pool's. `postgres` keeps notifications and parameters, and would keep
+    /// any number of them; so until the answer has come, no more may come than [`LONGEST_ANSWER`].
     pub(super) fn expect_little(&mut self) {
-        self.left = Some(LONGEST_ANSWER);
+        self.reader = Reader::Question { left: LONGEST_ANSWER, answers: None };
     }
 
     /// The stream ended or failed.
@@ -284,6 +289,9 @@ impl Scanner {
             STARTUP | b'Q' | b'F' => {
                 self.push(Request::Simple);
                 self.batch = Batch::Empty;
+                if let Reader::Question { answers: answers @ None, .. } = &mut self.reader {
+                    *answers = Some(self.pending.len());
+                }
             }
             b'S' => {
                 self.push(match self.batch {
@@ -300,8 +308,8 @@ impl Scanner {
             // skips it but answers the `Sync` that follows, and from then on every call gets the answer to the one
             // before it (rust-postgres #789).
             b'd' | b'c' | b'f' => self.poisoned |= !self.copy_in,
-            // A password, which belongs to the login.
-            b'p' => {}
+            // A password, which belongs to the login; and the end of the connection, which nobody answers.
+            b'p' | b'X' => {}
             _ if self.batch == Batch::BindFirst => {}
             _ => self.batch = Batch::Other,
         }
@@ -322,7 +330,7 @@ impl Scanner {
     fn on_backend(&mut self, tag: u8) {
         let unasked = !self.has_asked();
         let body = self.backend.prefix();
-        if let Some(left) = &mut self.left {
+        if let Reader::Login { left } | Reader::Question { left, .. } = &mut self.reader {
             *left = left.saturating_sub(self.backend.length());
         }
         match tag {
@@ -333,17 +341,23 @@ impl Scanner {
                     b"E" => Status::Failed,
                     _ => Status::Unknown,
                 };
-                if !self.logged_in && self.status != Status::Idle {
-                    self.fault = Some(Fault::Status(body.first().copied().unwrap_or(0)));
+                match &mut self.reader {
+                    Reader::Login { .. } => {
+                        if self.status != Status::Idle {
+                            self.fault = Some(Fault::Status(body.first().copied().unwrap_or(0)));
+                        }
+                        self.reader = Reader::Caller;
+                    }
+                    // What was sent behind the question, such as the end of a dropped statement, is not waited for: the
+                    // next answer may be a caller's.
+                    Reader::Question { answers: Some(1), .. } => self.reader = Reader::Caller,
+                    Reader::Question { answers: Some(more), .. } => *more -= 1,
+                    Reader::Question { answers: None, .. } | Reader::Caller => {}
                 }
-                self.logged_in = true;
                 self.copy_in = false;
                 self.early = Early::Nothing;
                 // Poison, rule 2: an answer to no request.
                 self.poisoned |= self.pending.pop_front().is_none();
-                if self.pending.is_empty() {
-                    self.left = None;
-                }
             }
             b'2' => match self.pending.front_mut() {
                 Some(oldest @ Request::Bind) => *oldest = Request::Batch,

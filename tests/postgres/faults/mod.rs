@@ -14,7 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::support::{EPSILON, SEEN, SOON, Server, ms, threads_named, wait_until, within};
+use crate::support::{EPSILON, SOON, Server, assert_no_threads, ms, wait_until, within};
 use millpond::Builder;
 use millpond::postgres::{Pool, PostgresManager};
 use parking_lot::{Mutex, MutexGuard};
@@ -230,10 +230,5 @@ fn assert_ends(pool: &Pool, server: &Server, app: &str) {
 fn assert_closes(pool: &Pool) {
     let report = pool.close(SOON);
     assert!(report.is_complete(), "{report}");
-    let mut seen = Vec::new();
-    let gone = wait_until(within(SEEN), || {
-        seen = threads_named(&format!("{}-", pool.name()));
-        seen.is_empty()
-    });
-    assert!(gone, "threads are left: {seen:?}");
+    assert_no_threads(pool.name());
 }

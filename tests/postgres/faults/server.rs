@@ -233,7 +233,8 @@ fn idle_session_timeout() {
     for (app, pool) in &pools {
         assert_eq!(pool.stats().closed_for(CloseReason::Broken), 0, "{app}: {}", pool.stats());
         let logins = logins(server, app);
-        assert!(logins <= SIZE as usize + 2, "{app}: {logins} logins");
+        // In each round the server ends all of them, and at most so many come again.
+        assert!(logins <= 3 * SIZE as usize, "{app}: {logins} logins");
         assert_closes(pool);
         assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
     }

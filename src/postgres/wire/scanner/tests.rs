@@ -318,7 +318,14 @@ fn the_answer_to_a_question_of_the_pools_has_a_greatest_length() {
     assert_eq!(scanner.fault(), None);
     scanner.received(&notice.repeat(2));
     assert_eq!(scanner.fault(), Some(&Fault::LongAnswer));
-    // What comes then is for a caller.
+    // What comes then is for a caller, also if the end of a dropped statement went out behind the question.
+    let mut scanner = asked();
+    scanner.sent(&[message(b'C', b"S\0"), sync()].concat());
+    scanner.received(&[message(b'I', b""), ready(b'I')].concat());
+    scanner.sent(&message(b'Q', b"SELECT\0"));
+    scanner.received(&[message(b'3', b""), ready(b'I')].concat());
+    scanner.received(&message(b'D', &[b'x'; 1000]).repeat(2 * LONGEST_ANSWER / 1000));
+    assert!(scanner.fault().is_none() && !scanner.is_lost());
     let mut scanner = asked();
     scanner.received(&[message(b'I', b""), ready(b'I')].concat());
     scanner.received(&notice.repeat(2 * LONGEST_ANSWER / notice.len()));
@@ -364,6 +371,15 @@ fn a_half_sent_request_is_busy() {
     scanner.sent(&query[1..]);
     assert!(scanner.is_busy());
     assert_eq!(scanner.outstanding(), 1);
+}
+
+#[test]
+fn the_end_of_a_connection_waits_for_no_answer() {
+    let mut scanner = logged_in();
+    scanner.sent(&message(b'X', b""));
+    assert!(!scanner.has_unanswered() && !scanner.is_busy());
+    scanner.received(&message(b'1', b""));
+    assert!(scanner.is_poisoned(), "nothing was asked");
 }
 
 #[test]
