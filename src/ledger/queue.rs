@@ -71,6 +71,9 @@ impl<C, W: Clone> Ledger<C, W> {
                 return (Join::Refused, Some(handle));
             }
             let waiting = l.waiting();
+            if waiting == 0 {
+                l.shorten_back_off(now);
+            }
             if l.settings.max_waiting.is_some_and(|max| waiting >= max) {
                 if waiting == 0 {
                     // Where no caller may wait, none can wait for a check either.
@@ -83,9 +86,6 @@ impl<C, W: Clone> Ledger<C, W> {
                 l.tally.rejected += 1;
                 l.ask();
                 return (Join::TooMany(waiting), Some(handle));
-            }
-            if waiting == 0 {
-                l.shorten_back_off(now);
             }
             // (A hurried caller waits in place of the wish that an earlier one left. So a caller that comes again and
             // again wants one connection, not one more each time.)

@@ -569,6 +569,21 @@ fn a_hurried_caller_that_left_shortens_the_back_off() {
 }
 
 #[test]
+fn where_no_caller_may_wait_the_one_that_asks_shortens_the_back_off() {
+    let mut w = World::new(Settings { min_idle: 1, max_waiting: Some(0), ..settings() });
+    w.refuse = Some(false);
+    w.ledger.set_min_idle(w.now, 1);
+    w.apply();
+    w.run(secs(100));
+    w.refuse = None;
+    let (join, _) = w.ledger.join(w.now, here(), None, false, 9);
+    assert!(matches!(join, Join::TooMany(0)), "{join:?}");
+    w.apply();
+    w.run(ms(1));
+    assert_eq!(w.counts().idle, 1, "the server is back, and the next caller finds a connection");
+}
+
+#[test]
 fn a_hurried_caller_that_finds_others_waiting_waits_behind_them() {
     let mut w = World::new(Settings { validate: Validate::Always, max_size: 2, fair_after: ms(1), ..settings() });
     w.burst(2);

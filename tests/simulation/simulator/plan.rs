@@ -15,7 +15,7 @@ pub struct Plan {
     pub haste: f64,
     pub limits: Limits,
     pub manager: Manager,
-    pub weather: Weather,
+    pub faults: Faults,
     pub users: usize,
     /// What users and the one who makes trouble do, each in this order.
     pub steps: Vec<Step>,
@@ -68,7 +68,7 @@ pub struct Odds {
 
 /// The faults of a time.
 #[derive(Clone, Debug, Default)]
-pub struct Weather {
+pub struct Faults {
     pub open: Odds,
     pub validate: Odds,
     pub reset: Odds,
@@ -106,7 +106,7 @@ pub enum Act {
         hold: Duration,
     },
     // Trouble's:
-    Weather(Weather),
+    Faults(Faults),
     /// So many of the living connections die, from the oldest.
     Kill(usize),
     /// The server is gone for so long: all connections die, and no connect succeeds.
@@ -174,7 +174,7 @@ impl Plan {
         let crowd = dice.u32(0..5) == 0;
         let users = if crowd { 8 } else { dice.usize(1..=8) };
         let mut steps = Vec::new();
-        let weather = if crowd || dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) };
+        let faults = if crowd || dice.u32(0..3) == 0 { Faults::default() } else { Faults::draw(dice) };
         // Some lives are busy for a moment, and some are long and mostly quiet.
         let paces = [Duration::from_micros(20), ms(2), ms(200), s(10), s(600), s(20_000)];
         let pace = if crowd { paces[0] } else { *dice.choice(paces.iter()).expect("some") };
@@ -215,7 +215,7 @@ impl Plan {
                 events: dice.u32(0..3) == 0,
                 undoes_on_acquire: dice.bool(),
             },
-            weather,
+            faults,
             users,
             steps,
         }
@@ -275,10 +275,10 @@ impl Odds {
     }
 }
 
-impl Weather {
-    fn draw(dice: &mut Rng) -> Weather {
+impl Faults {
+    fn draw(dice: &mut Rng) -> Faults {
         let calm = |dice: &mut Rng| if dice.bool() { Odds::default() } else { Odds::draw(dice) };
-        Weather {
+        Faults {
             open: Odds::draw(dice),
             validate: calm(dice),
             reset: calm(dice),
@@ -315,7 +315,7 @@ impl Act {
 
     fn trouble(dice: &mut Rng, limits: &Limits, close: bool) -> Act {
         match dice.u32(0..22) {
-            0..4 => Act::Weather(if dice.u32(0..3) == 0 { Weather::default() } else { Weather::draw(dice) }),
+            0..4 => Act::Faults(if dice.u32(0..3) == 0 { Faults::default() } else { Faults::draw(dice) }),
             4..7 => Act::Kill(dice.usize(1..4)),
             7 => Act::Kill(usize::MAX),
             8..11 => Act::Down(duration(dice, ms(1), s(600))),
@@ -334,7 +334,7 @@ impl Act {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "  {:?}\n  {:?}\n  {:?}", self.limits, self.manager, self.weather)?;
+        writeln!(f, "  {:?}\n  {:?}\n  {:?}", self.limits, self.manager, self.faults)?;
         writeln!(f, "  {} users; tick {} ns, stay {}, haste {}", self.users, self.tick, self.stay, self.haste)?;
         for Step { number, who, act } in &self.steps {
             let who = if *who == 0 { "trouble".into() } else { format!("user {who}") };

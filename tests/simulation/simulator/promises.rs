@@ -2,11 +2,11 @@
 //! numbers are those of ARCHITECTURE.md.
 
 use super::broken;
-use super::plan::{Limits, Plan};
+use super::plan::{Act, Limits, Plan};
 use super::server::{Conn, Fake, Server};
 use millpond::model::thread;
 use millpond::model::time::{self, Instant, now};
-use millpond::{ConnectionState, Error, Pool, Validate};
+use millpond::{ConnectionInfo, ConnectionState, Error, Pool, Validate};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,9 +21,13 @@ const CROWD: Duration = Duration::from_millis(1);
 const FIRST_FOR: Duration = Duration::from_micros(20);
 
 /// What the users know of each other.
-pub struct Ledger {
+pub struct Judge {
     limits: Limits,
     tick: Duration,
+    /// The server refuses a connect for good, now and then.
+    refuses: bool,
+    /// For a while no thread can be started, so that a job may not begin.
+    without_threads: bool,
     state: Mutex<Known>,
 }
 
@@ -50,10 +54,14 @@ struct Wait {
     passed: u32,
 }
 
-impl Ledger {
-    pub fn new(plan: &Plan) -> Arc<Ledger> {
+impl Judge {
+    pub fn new(plan: &Plan) -> Arc<Judge> {
         let state = Known { most: plan.limits.max_size, ..Known::default() };
-        Arc::new(Ledger {
+        let faults =
+            plan.steps.iter().filter_map(|step| if let Act::Faults(faults) = &step.act { Some(faults) } else { None });
+        Arc::new(Judge {
+            refuses: faults.chain([&plan.faults]).any(|faults| faults.open.refuse > 0),
+            without_threads: plan.steps.iter().any(|step| matches!(step.act, Act::NoThreads(_))),
             limits: plan.limits.clone(),
             tick: Duration::from_nanos(plan.tick),
             state: Mutex::new(state),
@@ -219,6 +227,16 @@ impl Ledger {
             let can_open = stats.size() < stats.max_size;
             broken("P3", format!("{} wait beside {} idle; room: {can_open}", stats.waiting, stats.idle));
         }
+        // P5: what is too many after a resize goes as it is returned.
+        if stats.idle > 0 && stats.idle + stats.in_use + stats.checking > stats.max_size {
+            broken("P5", format!("{} are idle, and they are too many: {stats}", stats.idle));
+        }
+        // P3: an open past its limit is not counted on any more.
+        let limit = self.limits.open_timeout + EPSILON;
+        let is_over = |row: &ConnectionInfo| row.state == ConnectionState::Opening && row.since > limit;
+        if !self.without_threads && !pool.is_closed() && pool.connections().iter().any(is_over) {
+            broken("P3", format!("an open goes on past its limit: {}", pool.connections()));
+        }
         // P1, P2: what is due has gone.
         let (mut over, at) = (0, now());
         for row in pool.connections().iter().filter(|row| row.state == ConnectionState::Idle) {
@@ -236,9 +254,8 @@ impl Ledger {
 
     /// After the faults have stopped: everybody is served, every slot is back, the floor stands.
     pub fn comes_back(&self, pool: &Pool<Fake>) {
-        // An open that was abandoned has come back. A refusal is forgotten after at most 30 s, and while more jobs were
-        // abandoned than there are slots, one dial a minute is made.
-        let bound = Duration::from_secs(60) + 2 * self.limits.open_timeout;
+        // What was abandoned has come back. Then the pause between two opens is at most 1 s, but after a refusal up to 30 s.
+        let bound = Duration::from_secs(if self.refuses { 31 } else { 2 });
         let begun = now();
         let max_size = pool.max_size();
         let mut all = Vec::new();

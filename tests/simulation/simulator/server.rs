@@ -1,7 +1,7 @@
 //! The fake server, and the manager of its connections. It knows the truth that the promises are held against.
 
-use super::plan::{Closer, Manager, Odds, Plan, Weather};
-use super::promises::Ledger;
+use super::plan::{Closer, Faults, Manager, Odds, Plan};
+use super::promises::Judge;
 use super::{broken, note};
 use fastrand::Rng;
 use millpond::event::{AcquireEvent, CheckoutEvent, HandleEvent, ReleaseEvent};
@@ -27,7 +27,7 @@ pub struct Server {
 
 pub struct State {
     dice: Rng,
-    weather: Weather,
+    faults: Faults,
     /// The faults have stopped for good.
     pub calm: bool,
     pub down: bool,
@@ -37,7 +37,7 @@ pub struct State {
     pub told_dead: Option<Instant>,
     /// The pool, for a hook that closes it.
     pub pool: Option<Pool<Fake>>,
-    pub hook_closes: Option<(Duration, Arc<Ledger>)>,
+    pub hook_closes: Option<(Duration, Arc<Judge>)>,
 }
 
 /// The server's end of a connection.
@@ -86,7 +86,7 @@ impl Server {
     pub fn new(plan: &Plan) -> Arc<Server> {
         let state = State {
             dice: Rng::with_seed(plan.seed ^ 0x5e7e7),
-            weather: plan.weather.clone(),
+            faults: plan.faults.clone(),
             calm: false,
             down: false,
             next: 0,
@@ -108,15 +108,15 @@ impl Server {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn set_weather(&self, weather: Weather) {
-        self.state().weather = weather;
+    pub fn set_faults(&self, faults: Faults) {
+        self.state().faults = faults;
     }
 
     /// The faults stop: whatever hangs goes on.
     pub fn calm_down(&self) {
         {
             let mut state = self.state();
-            state.weather = Weather::default();
+            state.faults = Faults::default();
             state.calm = true;
             state.down = false;
         }
@@ -168,14 +168,14 @@ impl Server {
     /// What becomes of a call, after the time that it takes. `limit`: what the call was given; it keeps it if `keeps`.
     fn call(
         &self,
-        which: impl Fn(&Weather) -> &Odds,
+        which: impl Fn(&Faults) -> &Odds,
         aborted: &AtomicBool,
         limit: Duration,
         keeps: bool,
     ) -> Result<(), Fault> {
         let (fate, takes) = {
             let state = &mut *self.state();
-            let odds = which(&state.weather).clone();
+            let odds = which(&state.faults).clone();
             let slow = if odds.slow.is_zero() { Duration::from_micros(50) } else { odds.slow };
             let takes = slow.mul_f64(state.dice.f64());
             let drawn = state.dice.u32(0..1000);
@@ -233,12 +233,12 @@ impl Server {
     fn hook(&self) {
         let (panics, closes) = {
             let state = &mut *self.state();
-            let panics = state.dice.u32(0..1000) < state.weather.hooks.panic;
+            let panics = state.dice.u32(0..1000) < state.faults.hooks.panic;
             (panics, state.hook_closes.take().zip(state.pool.clone()))
         };
-        if let Some(((grace, ledger), pool)) = closes {
+        if let Some(((grace, judge), pool)) = closes {
             note(|| format!("a hook closes the pool, grace {grace:?}"));
-            ledger.is_closing();
+            judge.is_closing();
             super::users::close(&pool, grace, Closer::Hook);
         }
         if panics {
@@ -269,7 +269,7 @@ impl Manage for Fake {
                 }
             });
         }
-        server.call(|weather| &weather.open, &aborted, opening.limit(), false)?;
+        server.call(|faults| &faults.open, &aborted, opening.limit(), false)?;
         let mut state = server.state();
         if state.down {
             return Err(Fault("the server is down", false));
@@ -285,7 +285,7 @@ impl Manage for Fake {
     fn validate(&self, conn: &mut Conn, limit: Duration) -> Result<(), Fault> {
         let (server, begun) = (&self.0, now());
         let aborted = server.link(conn.id, |link| Arc::clone(&link.aborted));
-        let mut result = server.call(|weather| &weather.validate, &aborted, limit, server.manager.keeps_limits);
+        let mut result = server.call(|faults| &faults.validate, &aborted, limit, server.manager.keeps_limits);
         let mut state = server.state();
         let link = state.links.get_mut(&conn.id).expect("a connection that is not closed");
         if !link.alive {
@@ -322,7 +322,7 @@ impl Manage for Fake {
             }
             return Returned::Broken;
         }
-        let [reset, discard, outdated] = state.weather.returned;
+        let [reset, discard, outdated] = state.faults.returned;
         let drawn = state.dice.u32(0..1000);
         if drawn < reset {
             Returned::Reset
@@ -338,7 +338,7 @@ impl Manage for Fake {
     fn reset(&self, conn: &mut Conn, limit: Duration) -> Result<(), Fault> {
         let begun = now();
         let aborted = self.0.link(conn.id, |link| Arc::clone(&link.aborted));
-        let result = self.0.call(|weather| &weather.reset, &aborted, limit, false);
+        let result = self.0.call(|faults| &faults.reset, &aborted, limit, false);
         self.0.link(conn.id, |link| {
             if result.is_ok() && link.alive {
                 link.proven = begun;
@@ -354,7 +354,7 @@ impl Manage for Fake {
 
     fn close(&self, conn: Conn, limit: Duration) {
         let aborted = self.0.link(conn.id, |link| Arc::clone(&link.aborted));
-        let _ = self.0.call(|weather| &weather.close, &aborted, limit, false);
+        let _ = self.0.call(|faults| &faults.close, &aborted, limit, false);
         drop(conn);
     }
 

@@ -1,7 +1,7 @@
 //! Those who use the pool, and the one who makes trouble.
 
 use super::plan::{Act, Closer, End, Plan, Step};
-use super::promises::{Ledger, close_was_in_time};
+use super::promises::{Judge, close_was_in_time};
 use super::server::{Conn, Fake, Hooks, Server};
 use super::{broken, is_broken, note};
 use millpond::model::thread::{self, catch, panic_now};
@@ -31,7 +31,7 @@ pub fn detached() -> usize {
 struct Scene {
     pool: Pool<Fake>,
     server: Arc<Server>,
-    ledger: Arc<Ledger>,
+    judge: Arc<Judge>,
     /// Connections that somebody returns later.
     late: Arc<Mutex<Vec<PooledConnection<Fake>>>>,
 }
@@ -94,10 +94,10 @@ pub fn live(plan: &Plan, server: &Arc<Server>) -> Ends {
         builder = builder.event_handler(Box::new(Hooks(Arc::clone(server))));
     }
     let pool = builder.build_unchecked(Fake(Arc::clone(server)));
-    let scene = Scene { pool, server: Arc::clone(server), ledger: Ledger::new(plan), late: Arc::default() };
+    let scene = Scene { pool, server: Arc::clone(server), judge: Judge::new(plan), late: Arc::default() };
     let (seen, haste) = (scene.clone(), plan.haste > 0.0);
     // The handles that this has are dropped with `at_rest`.
-    let at_rest: Arc<dyn Fn()> = Arc::new(move || seen.ledger.look(&seen.server, &seen.pool, haste));
+    let at_rest: Arc<dyn Fn()> = Arc::new(move || seen.judge.look(&seen.server, &seen.pool, haste));
     millpond::model::world(|world| world.at_rest = Some(at_rest));
     let mut all = Vec::new();
     for who in 0..=plan.users {
@@ -125,11 +125,11 @@ impl Scene {
                 }
             }
             Act::TryGet { hold, end } => {
-                self.ledger.begins_to_wait(who, Duration::ZERO);
+                self.judge.begins_to_wait(who, Duration::ZERO);
                 let conn = self.pool.try_get();
-                let begun = self.ledger.ends_to_wait(who).expect("it began");
+                let begun = self.judge.ends_to_wait(who).expect("it began");
                 if let Some(conn) = conn {
-                    self.ledger.is_handed(&self.server, who, begun, &conn);
+                    self.judge.is_handed(&self.server, who, begun, &conn);
                     self.use_it(who, conn, hold, end);
                 }
             }
@@ -141,7 +141,7 @@ impl Scene {
                     self.use_it(who, first, hold, End::Return);
                 }
             }
-            Act::Weather(weather) => self.server.set_weather(weather),
+            Act::Faults(faults) => self.server.set_faults(faults),
             Act::Kill(n) => self.server.kill(n),
             Act::Down(d) => {
                 self.server.set_down(true);
@@ -150,7 +150,7 @@ impl Scene {
             }
             Act::Resize(n) => {
                 // Told before, since the pool may be seen with either in between.
-                self.ledger.is_resized(n);
+                self.judge.is_resized(n);
                 if self.pool.resize(n).is_err() {
                     broken("P5", format!("resize({n}) was refused"));
                 }
@@ -158,7 +158,7 @@ impl Scene {
             Act::Recycle => {
                 let called = now();
                 self.pool.recycle();
-                self.ledger.was_recycled(called);
+                self.judge.was_recycled(called);
             }
             Act::NoThreads(d) => {
                 millpond::model::world(|world| world.threads = false);
@@ -174,10 +174,10 @@ impl Scene {
             Act::Close { grace, by } => {
                 if let Closer::Hook = by {
                     let mut state = self.server.state();
-                    state.hook_closes = Some((grace, Arc::clone(&self.ledger)));
+                    state.hook_closes = Some((grace, Arc::clone(&self.judge)));
                     state.pool = Some(self.pool.clone());
                 } else {
-                    self.ledger.is_closing();
+                    self.judge.is_closing();
                     close(&self.pool, grace, by);
                 }
             }
@@ -185,18 +185,18 @@ impl Scene {
     }
 
     fn get(&self, who: usize, timeout: Duration) -> Option<PooledConnection<Fake>> {
-        self.ledger.begins_to_wait(who, timeout);
+        self.judge.begins_to_wait(who, timeout);
         let result = self.pool.get_timeout(timeout);
-        let begun = self.ledger.ends_to_wait(who)?;
+        let begun = self.judge.ends_to_wait(who)?;
         match result {
             Ok(conn) => {
                 note(|| format!("{who}: got {}", conn.id));
-                self.ledger.is_handed(&self.server, who, begun, &conn);
+                self.judge.is_handed(&self.server, who, begun, &conn);
                 Some(conn)
             }
             Err(error) => {
                 note(|| format!("{who}: {error}"));
-                self.ledger.is_told(who, begun, &error);
+                self.judge.is_told(who, begun, &error);
                 None
             }
         }
@@ -214,7 +214,7 @@ impl Scene {
         note(|| format!("{who}: returns {}", conn.id));
         match end {
             End::Late => return self.late.lock().unwrap_or_else(PoisonError::into_inner).push(conn),
-            _ => self.ledger.returns(&self.server, &conn),
+            _ => self.judge.returns(&self.server, &conn),
         }
         match end {
             End::Discard => PooledConnection::discard(conn),
@@ -238,7 +238,7 @@ impl Scene {
     fn return_late(&self) {
         let late = std::mem::take(&mut *self.late.lock().unwrap_or_else(PoisonError::into_inner));
         for conn in late {
-            self.ledger.returns(&self.server, &conn);
+            self.judge.returns(&self.server, &conn);
             drop(conn);
         }
     }
@@ -260,7 +260,7 @@ impl Ends {
             drop(pool);
         }
         if !scene.pool.is_closed() && !is_broken() {
-            scene.ledger.comes_back(&scene.pool);
+            scene.judge.comes_back(&scene.pool);
         }
         if is_broken() {
             return;
@@ -268,7 +268,7 @@ impl Ends {
         // What was abandoned or hung has to come back first: its calls take up to 1.5 times their limits.
         let grace = 2 * (plan.limits.open_timeout + plan.limits.close_timeout + plan.limits.validation_timeout)
             + Duration::from_secs(1);
-        scene.ledger.is_closing();
+        scene.judge.is_closing();
         let report = scene.pool.close(grace);
         note(|| report.to_string());
         if !report.is_complete() {

@@ -37,6 +37,10 @@ fn no_life_breaks_a_promise_and_together_they_reach_every_rare_branch() {
             let account = run(&plan, false);
             if let Some(broken) = &account.broken {
                 failed.store(true, Ordering::Relaxed);
+                // (Who tries many mutants wants no more than to know.)
+                if env::var_os("MILLPOND_SIMULATION_BRIEF").is_some() {
+                    panic!("seed {seed}: {broken}");
+                }
                 panic!("{}", report(&plan, broken));
             }
             sum.lock().unwrap().add(&account);
