@@ -225,6 +225,16 @@ impl<C, W: Clone> Ledger<C, W> {
         self.closed && counts.checking + counts.closing == 0 && self.limits.is_empty()
     }
 
+    /// The reaper asks whether it can end. If so, the alarm that woke it is over, so that whatever sets a later one wakes it
+    /// again.
+    pub(crate) fn reaper_ends(&mut self) -> bool {
+        let ends = self.is_over();
+        if ends {
+            self.alarm = Moment::NEVER;
+        }
+        ends
+    }
+
     /// When the reaper is to call [`reap`](Ledger::reap) next.
     pub(crate) fn alarm(&self) -> Moment {
         self.alarm

@@ -412,7 +412,7 @@ impl<M: Manage> Timed for Shared<M> {
         // Both are read before the lock is taken, since nothing but the ledger runs under it.
         let (now, jitter) = (self.time.precise(), self.jitter());
         let mut ledger = self.lock();
-        if ledger.is_over() && !stays {
+        if !stays && ledger.reaper_ends() {
             self.reaper.ends();
             return Next::End;
         }

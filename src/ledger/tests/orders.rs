@@ -135,6 +135,23 @@ fn close_tells_the_reaper_and_who_watches() {
 }
 
 #[test]
+fn a_close_after_the_end_of_the_reaper_has_its_limit() {
+    let mut w = World::new(Settings { close_timeout: secs(5), ..settings() });
+    let a = w.get();
+    w.run(ms(20));
+    assert!(w.has(a));
+    w.ledger.close(w.now);
+    w.apply();
+    // Nothing is due any longer, and the reaper ends.
+    w.run(secs(100));
+    assert_eq!((w.ledger.is_over(), w.sleeps_until), (true, Moment::NEVER));
+    w.takes.close = secs(1_000);
+    w.returned(a);
+    w.run(secs(5));
+    assert_eq!((w.counts().closing, w.counts().abandoned), (0, 1), "the close hangs");
+}
+
+#[test]
 fn a_pool_is_over_when_it_is_closed_and_its_last_close_has_ended() {
     let mut w = World::new(settings());
     w.burst(1);

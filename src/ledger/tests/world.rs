@@ -196,6 +196,8 @@ pub(super) struct World {
     pub(super) slowest_open: Duration,
     /// Whether the world acts for the reaper, whose thread runs no job.
     pub(super) reaping: bool,
+    /// Until when the reaper sleeps: the alarm to which it was woken last. `NEVER`, too, once it has ended.
+    pub(super) sleeps_until: Moment,
     /// Whether the world fails if a waiter is forgotten.
     pub(super) strict: bool,
     /// Whether every job was taken up by a thread as soon as the executor had it.
@@ -275,6 +277,7 @@ impl World {
             seen: 0,
             slowest_open: Duration::ZERO,
             reaping: false,
+            sleeps_until: Moment::BIRTH,
             strict: false,
             starts_at_once: true,
             beat: Beat::new(),
@@ -330,7 +333,9 @@ impl World {
         self.beat.step();
         self.watch_the_bound();
         while !self.ledger.effects.is_empty() {
-            self.ledger.effects.wake_reaper = false;
+            if std::mem::take(&mut self.ledger.effects.wake_reaper) {
+                self.sleeps_until = self.ledger.alarm();
+            }
             self.ledger.effects.changed = false;
             for (thread, outcome) in std::mem::take(&mut self.ledger.effects.served) {
                 // First come, first served, whatever the outcome.
@@ -619,7 +624,7 @@ impl World {
         loop {
             let job = self.jobs.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let own = self.own.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
-            let alarm = self.ledger.alarm();
+            let alarm = self.sleeps_until;
             let wake = self.awake.first_key_value().map_or(Moment::NEVER, |(&(at, _), _)| at);
             let next = job.min(alarm).min(wake).min(own).max(self.now);
             if next > self.now {
@@ -640,11 +645,14 @@ impl World {
             } else if job <= alarm {
                 let (_, (event, job)) = self.jobs.pop_first().unwrap();
                 self.report(event, job);
+            } else if self.ledger.reaper_ends() {
+                self.sleeps_until = Moment::NEVER;
             } else {
                 self.ledger.reap(next, 0.0);
                 self.reaping = true;
                 self.apply();
                 self.reaping = false;
+                self.sleeps_until = self.ledger.alarm();
             }
         }
         self.now = until;

@@ -51,7 +51,7 @@ impl<S: Scheduler> Scheduler for Clocked<S> {
 }
 
 fn schedules() -> usize {
-    std::env::var("MILLPOND_SCHEDULES").map_or(300, |n| n.parse().expect("MILLPOND_SCHEDULES is a number"))
+    std::env::var("MILLPOND_SCHEDULES").map_or(1_500, |n| n.parse().expect("MILLPOND_SCHEDULES is a number"))
 }
 
 /// Runs a scenario in many orders.
@@ -106,6 +106,7 @@ explored! {
     a_resize_and_a_recycle_beside_gets
     two_closes_and_a_guard_at_once
     a_return_after_the_end_of_the_reaper
+    a_close_that_hangs_after_the_end_of_the_reaper_has_its_limit
     an_open_that_hangs_is_abandoned_and_comes_late
     the_last_handle_goes_while_an_open_runs
     no_thread_can_be_started_for_a_while
@@ -114,7 +115,8 @@ explored! {
 
 // -------------------------------------------------------------------------------------------------- the manager
 
-/// Connections that are numbers, and are counted. The first `hangs` opens hang until they are released.
+/// Connections that are numbers, and are counted. The first `hangs` opens hang until they are released, and so do closes if
+/// `closes_hang`.
 struct Numbers(Arc<Counted>);
 
 #[derive(Default)]
@@ -122,6 +124,7 @@ struct Counted {
     alive: AtomicU32,
     opened: AtomicU32,
     hangs: u32,
+    closes_hang: bool,
     keeps_limits: bool,
     dead: Mutex<Vec<u32>>,
     released: Mutex<bool>,
@@ -131,6 +134,13 @@ struct Counted {
 impl Counted {
     fn alive(&self) -> u32 {
         self.alive.load(Ordering::Relaxed)
+    }
+
+    fn hang(&self) {
+        let mut released = self.released.lock();
+        while !*released {
+            released = self.changed.wait(released).unwrap();
+        }
     }
 
     fn release(&self) {
@@ -165,10 +175,7 @@ impl Manage for Numbers {
     fn open(&self, _: &Opening) -> Result<Number, Dead> {
         let number = self.0.opened.fetch_add(1, Ordering::Relaxed) + 1;
         if number <= self.0.hangs {
-            let mut released = self.0.released.lock();
-            while !*released {
-                released = self.0.changed.wait(released).unwrap();
-            }
+            self.0.hang();
         }
         self.0.alive.fetch_add(1, Ordering::Relaxed);
         Ok(Number(Arc::clone(&self.0), number))
@@ -184,6 +191,13 @@ impl Manage for Numbers {
 
     fn returned(&self, _: &mut Number) -> Returned {
         Returned::Keep
+    }
+
+    fn close(&self, conn: Number, _: Duration) {
+        if self.0.closes_hang {
+            self.0.hang();
+        }
+        drop(conn);
     }
 }
 
@@ -321,6 +335,20 @@ fn a_return_after_the_end_of_the_reaper() {
         assert!(now() < patience, "{} are alive", counted.alive());
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+fn a_close_that_hangs_after_the_end_of_the_reaper_has_its_limit() {
+    let counted = Arc::new(Counted { closes_hang: true, ..Counted::default() });
+    let pool = pool(&counted, |b| b.close_timeout(Duration::from_millis(5)));
+    let conn = get(&pool);
+    assert!(!pool.close(Duration::ZERO).is_complete());
+    thread::sleep(LONG);
+    drop(conn);
+    thread::sleep(LONG);
+    assert_eq!((pool.stats().closing, pool.stats().abandoned), (0, 1), "{}", pool.stats());
+    counted.release();
+    is_whole(&pool.close(LONG));
+    assert_eq!((counted.alive(), pool.stats().abandoned), (0, 0));
 }
 
 fn an_open_that_hangs_is_abandoned_and_comes_late() {
