@@ -603,6 +603,68 @@ mod tests {
         drop(go);
     }
 
+    impl TestHost {
+        /// Waits until so many threads linger.
+        fn wait_for_idle(&self, idle: usize) {
+            let deadline = std::time::Instant::now() + SOON;
+            while self.executor.inner.lock().idle != idle {
+                assert!(std::time::Instant::now() < deadline, "{idle} threads do not linger");
+                thread::yield_now();
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_that_lingers_takes_the_next_job() {
+        let (host, gone) = host();
+        for n in 0..3 {
+            post_close(&host, n).recv_timeout(SOON).expect("it runs");
+            host.wait_for_idle(1);
+            assert_eq!(host.executor.threads(), 1);
+        }
+        // The same from the backlog.
+        let (done, seen) = unbounded();
+        for n in 0..3 {
+            let done = done.clone();
+            host.executor.defer(Job(Kind::Check, None, Box::new(move || done.send(n).unwrap())));
+            assert!(host.executor.run_backlog(&host));
+            assert_eq!(seen.recv_timeout(SOON), Ok(n));
+            host.wait_for_idle(1);
+            assert_eq!(host.executor.threads(), 1);
+        }
+        host.executor.close();
+        gone.recv_timeout(SOON).expect("the thread leaves");
+        assert_eq!((host.executor.threads(), host.executor.inner.lock().idle), (0, 0));
+    }
+
+    #[test]
+    fn what_no_thread_was_had_for_keeps_its_turn_and_is_not_counted_as_running() {
+        static SPAWNS: AtomicBool = AtomicBool::new(false);
+        let (left, gone) = unbounded();
+        let executor = Executor::with_spawn("host".into(), |builder, body| {
+            if SPAWNS.load(Ordering::SeqCst) {
+                builder.spawn(body).map(drop)
+            } else {
+                Err(io::ErrorKind::WouldBlock.into())
+            }
+        });
+        let host = Arc::new(TestHost { executor, left });
+        let (done, seen) = unbounded();
+        for n in 0..3 {
+            let done = done.clone();
+            let job = Job(Kind::Record, None, Box::new(move || done.send(n).unwrap()));
+            assert!(host.executor.post(&host, job).is_ok_and(|ok| !ok));
+            assert!(!host.executor.run_backlog(&host));
+            assert!(host.executor.inner.lock().running.is_empty());
+        }
+        SPAWNS.store(true, Ordering::SeqCst);
+        assert!(host.executor.run_backlog(&host));
+        assert_eq!((0..3).map(|_| seen.recv_timeout(SOON).unwrap()).collect::<Vec<_>>(), [0, 1, 2]);
+        host.wait_for_idle(1);
+        host.executor.close();
+        gone.recv_timeout(SOON).expect("the thread leaves");
+    }
+
     static SPAWNS: AtomicBool = AtomicBool::new(true);
     static RUN: AtomicUsize = AtomicUsize::new(0);
 
