@@ -402,6 +402,27 @@ fn flood(questions: usize, piece: impl Fn(u64) -> Vec<u8> + Send + Sync + 'stati
     })
 }
 
+/// A server that answers so many questions, and behind the last answer says `begun`, the beginning of a message. When
+/// the next question has come, it says `rest` and then this without an end. It lets only the first one in.
+#[cfg(target_os = "linux")]
+fn begins_before(questions: usize, begun: Vec<u8>, rest: Vec<u8>, piece: Vec<u8>) -> Running {
+    Running::new(move |stream, liar| {
+        liar.hear(stream);
+        if liar.heard.lock().iter().filter(|said| *said == "startup").count() > 1 {
+            return;
+        }
+        liar.say(stream, &welcome(b'I'));
+        for question in 1..=questions {
+            liar.hear(stream);
+            let more = if question == questions { &begun[..] } else { b"" };
+            liar.say(stream, &[&message(b'I', b""), &message(b'Z', b"I"), more].concat());
+        }
+        liar.hear(stream);
+        liar.say(stream, &rest);
+        while liar.taken.load(Ordering::SeqCst) < FLOOD && liar.say(stream, &piece) {}
+    })
+}
+
 /// A server that asks for a password by SCRAM, to be hashed so many times.
 fn scram(iterations: u64) -> Running {
     Running::new(move |stream, liar| {
@@ -482,6 +503,10 @@ fn what_has_no_end_costs_a_bounded_time_and_memory() {
     let first = |n| if n == 0 { vec![b'N', 0, 0] } else { vec![] };
     let (again, too_much, gone) = (notifications.clone(), "a question of the pool's", "closed");
     let (notices_again, rows_again) = (notices.clone(), rows.clone());
+    let a_gb = [&[b'A'][..], &(1i32 << 30).to_be_bytes(), b"\0\0\0\x07a\0"].concat();
+    // The validation is answered, but half a message is behind the answer, so the pool asks once more.
+    let (half, rest) = (b"A\0\0\0\x11\0\0".to_vec(), b"\0\x07channel\0\0".to_vec());
+    let again_and_again = notifications.clone();
     let cases = [
         ("scram-most", scram(u64::from(u32::MAX)), "iteration count"),
         ("scram-signed", scram(1 << 31), "iteration count"),
@@ -501,6 +526,8 @@ fn what_has_no_end_costs_a_bounded_time_and_memory() {
         ("late-notifications", flood(1, move |_| again.clone()), gone),
         ("late-rows", flood(1, move |_| rows_again.clone()), gone),
         ("late-2-gb", flood(1, endless), gone),
+        ("late-begun-before", begins_before(1, a_gb, vec![], vec![b'x'; 1 << 16]), gone),
+        ("late-asked-again", begins_before(2, half, rest, again_and_again), gone),
     ];
     let (before, worked) = (most_memory(), processor_time());
     for beside in cases.chunks(4) {

@@ -207,6 +207,7 @@ impl Connection {
             Some(watch) if watch.is_mid_message() => {
                 let left = limit.saturating_sub(begun.elapsed());
                 let left = left.max(Duration::from_millis(1)); // zero is never long enough
+                self.expecting_little();
                 self.client.completed(|client| client.is_valid(left))
             }
             _ => Ok(()),

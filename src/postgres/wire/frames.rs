@@ -88,6 +88,11 @@ impl Frames {
         u32::from_be_bytes(length) as usize + 1
     }
 
+    /// How many bytes are still to come of a body whose header is there.
+    pub(super) fn body_left(&self) -> usize {
+        self.body_left
+    }
+
     /// Whether the beginning of a message has come, and its end has not.
     pub(super) fn is_inside(&self) -> bool {
         self.header_filled > 0

@@ -276,6 +276,11 @@ impl Scanner {
     /// any number of them; so until the answer has come, no more may come than [`LONGEST_ANSWER`].
     pub(super) fn expect_little(&mut self) {
         self.reader = Reader::Question { left: LONGEST_ANSWER, answers: None };
+        // The length of a message that has begun was looked at while nobody asked.
+        if self.backend.body_left() > LONGEST_ANSWER {
+            self.fault = Some(Fault::LongAnswer);
+            self.stop_reading();
+        }
     }
 
     /// The stream ended or failed.

@@ -307,6 +307,14 @@ fn the_answer_to_a_question_of_the_pools_has_a_greatest_length() {
         scanner.received(&header(tag, length));
         assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
     }
+    // One that began before it was asked.
+    for (length, fault) in [(LONGEST_ANSWER, None), (LONGEST_ANSWER + 1, Some(&Fault::LongAnswer))] {
+        let mut scanner = logged_in();
+        scanner.received(&[&header(b'A', length as i32 + 4 + 9)[..], b"beginning"].concat());
+        assert_eq!(scanner.fault(), None, "nobody asks");
+        scanner.expect_little();
+        assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
+    }
     // All together, until the answer has come to its end; that of a dropped statement does not count as one.
     let notice = message(b'A', &[b'x'; 1000]);
     let mut scanner = logged_in();
