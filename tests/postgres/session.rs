@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{EPSILON, Proxy, SOON, Server, alone, beside_others, ms, wait_until};
 use millpond::postgres::{Connection, Pool, PostgresManager, Reset};
-use millpond::{CloseReason, CustomizeConnection, PooledConnection};
+use millpond::{CloseReason, CustomizeConnection, PooledConnection, Validate};
 use postgres::fallible_iterator::FallibleIterator;
 use postgres::{Client, NoTls, SimpleQueryMessage};
 
@@ -51,6 +51,35 @@ fn assert_clean(client: &mut Client, what: &str) {
     let answer = client.simple_query("SELECT now() = statement_timestamp()").unwrap();
     let idle = |m: &SimpleQueryMessage| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("t"));
     assert!(answer.iter().any(idle), "{what}: inside a transaction");
+}
+
+// ------------------------------------------------------------------------------------------------ notifications
+
+/// A connection that listens keeps its place, however many notifications have come for it that nobody has read.
+#[test]
+fn a_long_backlog_of_notifications_costs_no_connection() {
+    let _beside = crate::support::beside_others();
+    for way in WAYS {
+        for reset in [Reset::Rollback, Reset::DiscardAll] {
+            let pool = manager("backlog", way).reset(reset).builder().max_size(1).validate(Validate::Always);
+            let pool = pool.connection_timeout(SOON).open().unwrap();
+            let mut client = pool.get().unwrap();
+            let id = PooledConnection::info(&client).id;
+            client.batch_execute("LISTEN backlog").unwrap();
+            let notify = || {
+                let mut other = Client::connect(&Server::shared().conninfo("notifier"), NoTls).unwrap();
+                let many = "SELECT pg_notify('backlog', repeat('x', 50) || n) FROM generate_series(1, 20000) n";
+                other.query(many, &[]).unwrap();
+            };
+            // In use, and idle.
+            notify();
+            drop(client);
+            notify();
+            let mut client = pool.get().unwrap();
+            assert_clean(&mut client, &format!("{way:?}"));
+            assert_eq!(PooledConnection::info(&client).id, id, "{way:?}, {reset:?}: {}", pool.stats());
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------- cancelling

@@ -305,7 +305,9 @@ impl<T: Connector> Manage for PostgresManager<T> {
         connection.ping(limit)
     }
 
-    /// `Client::is_valid` ends in time, whether the connection is observed or not.
+    /// `Client::is_valid` ends in time, whether the connection is observed or not. (A server that never stops sending can
+    /// keep it beyond that: `postgres` looks at the time when nothing has come. If the connection is observed, there is an
+    /// end to what it may send.)
     fn keeps_limits(&self) -> bool {
         true
     }

@@ -323,7 +323,8 @@ impl Connection {
     }
 
     /// Ends the query that runs: reads the rest of its answer for a moment, and if that does not help has the server
-    /// cancel it. Takes three quarters of `limit` at most, and not much more than a second.
+    /// cancel it. Takes three quarters of `limit` at most, and as a rule not much more than a second. (`postgres` looks at
+    /// the time when nothing has come. So an answer that comes faster than it is read is read until the close's limit.)
     ///
     /// `false`: the query was cancelled, or could not be, and the connection can only be closed.
     fn stop(&mut self, limit: Duration) -> bool {

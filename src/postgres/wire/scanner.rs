@@ -25,9 +25,12 @@ mod tests;
 const LONGEST_LOGIN_MESSAGE: usize = 64 * 1024;
 /// The most that a server may send before the login is over, in bytes: its parameters and notices are many, and short.
 const LONGEST_LOGIN: usize = 1024 * 1024;
-/// The most that a server may send before it has answered a question of the pool's, in bytes. The answer is short; the
-/// notifications for a caller that is gone come before it.
-const LONGEST_ANSWER: usize = 1024 * 1024;
+/// The most that a server may send before it has answered a question of the pool's, in bytes. The answer is short. But
+/// once a caller has asked for them, before it come the notifications that nobody has read: of an idle connection as many
+/// as the sockets of both sides hold, which is up to 10 MB (`tcp_rmem`, `tcp_wmem` of Linux as they come).
+const LONGEST_ANSWER: usize = 16 * 1024 * 1024;
+/// The same, as long as nobody but the pool has asked for anything.
+const LONGEST_FIRST_ANSWER: usize = LONGEST_LOGIN;
 /// How much of an error is kept, in bytes. Its severity and SQLSTATE come first.
 const ERROR_PREFIX: usize = 1024;
 
@@ -127,6 +130,8 @@ pub(super) struct Scanner {
     in_hot_standby: Option<bool>,
     read_only_by_default: Option<bool>,
     reader: Reader,
+    /// A caller has asked for something, such as notifications.
+    was_used: bool,
     fault: Option<Fault>,
 }
 
@@ -154,8 +159,8 @@ pub(super) enum Fault {
     PlainText(String),
     /// A transaction status with which no session begins.
     Status(u8),
-    /// The answer to a question of the pool's has too many bytes.
-    LongAnswer,
+    /// The answer to a question of the pool's has more than so many bytes.
+    LongAnswer(usize),
 }
 
 impl fmt::Display for Fault {
@@ -177,7 +182,7 @@ impl fmt::Display for Fault {
                 let status = char::from(*status).escape_default();
                 write!(f, "the login ended in the transaction status '{status}', and no session begins like that")
             }
-            Fault::LongAnswer => write!(f, "more than {LONGEST_ANSWER} bytes in answer to a question of the pool's"),
+            Fault::LongAnswer(most) => write!(f, "more than {most} bytes in answer to a question of the pool's"),
         }
     }
 }
@@ -219,6 +224,7 @@ impl Scanner {
             in_hot_standby: None,
             read_only_by_default: None,
             reader: Reader::Login { left: LONGEST_LOGIN },
+            was_used: false,
             fault: None,
         }
     }
@@ -266,7 +272,7 @@ impl Scanner {
         match (self.reader, u32::from_be_bytes(length) as usize) {
             // `postgres` itself refuses such a length.
             (_, ..4) | (Reader::Caller, _) => None,
-            (Reader::Question { .. }, _) => Some(Fault::LongAnswer),
+            (Reader::Question { .. }, _) => Some(Fault::LongAnswer(self.longest_answer())),
             (Reader::Login { .. }, length) if length - 4 <= LONGEST_LOGIN_MESSAGE => Some(Fault::TooMuch),
             (Reader::Login { .. }, length) => Some(Fault::TooLong(tag, length)),
         }
@@ -275,12 +281,17 @@ impl Scanner {
     /// The next simple query is a question of the pool's. `postgres` keeps notifications and parameters, and would keep
     /// any number of them; so until the answer has come, no more may come than [`LONGEST_ANSWER`].
     pub(super) fn expect_little(&mut self) {
-        self.reader = Reader::Question { left: LONGEST_ANSWER, answers: None };
+        let left = self.longest_answer();
+        self.reader = Reader::Question { left, answers: None };
         // The length of a message that has begun was looked at while nobody asked.
-        if self.backend.body_left() > LONGEST_ANSWER {
-            self.fault = Some(Fault::LongAnswer);
+        if self.backend.body_left() > left {
+            self.fault = Some(Fault::LongAnswer(left));
             self.stop_reading();
         }
+    }
+
+    fn longest_answer(&self) -> usize {
+        if self.was_used { LONGEST_ANSWER } else { LONGEST_FIRST_ANSWER }
     }
 
     /// The stream ended or failed.
@@ -290,6 +301,7 @@ impl Scanner {
 
     /// The frontend has sent a message to its end.
     fn on_frontend(&mut self, tag: u8) {
+        self.was_used |= self.reader == Reader::Caller;
         match tag {
             STARTUP | b'Q' | b'F' => {
                 self.push(Request::Simple);

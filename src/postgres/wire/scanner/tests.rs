@@ -290,54 +290,70 @@ fn before_the_login_ends_all_messages_together_have_a_greatest_length() {
 
 #[test]
 fn the_answer_to_a_question_of_the_pools_has_a_greatest_length() {
-    let asked = || {
+    let used = || {
         let mut scanner = logged_in();
-        scanner.expect_little();
-        scanner.sent(&message(b'Q', b"\0"));
+        scanner.sent(&message(b'Q', b"LISTEN\0"));
+        scanner.received(&[message(b'C', b"LISTEN\0"), ready(b'I')].concat());
         scanner
     };
-    // One message.
-    for (tag, length, fault) in [
-        (b'N', LONGEST_ANSWER as i32 + 4, None),
-        (b'N', LONGEST_ANSWER as i32 + 5, Some(&Fault::LongAnswer)),
-        (b'E', i32::MAX, Some(&Fault::LongAnswer)),
-        (b'E', i32::from_be_bytes(*b"text"), Some(&Fault::LongAnswer)),
-    ] {
-        let mut scanner = asked();
-        scanner.received(&header(tag, length));
-        assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
-    }
-    // One that began before it was asked.
-    for (length, fault) in [(LONGEST_ANSWER, None), (LONGEST_ANSWER + 1, Some(&Fault::LongAnswer))] {
-        let mut scanner = logged_in();
-        scanner.received(&[&header(b'A', length as i32 + 4 + 9)[..], b"beginning"].concat());
-        assert_eq!(scanner.fault(), None, "nobody asks");
-        scanner.expect_little();
-        assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
-    }
-    // All together, until the answer has come to its end; that of a dropped statement does not count as one.
+    let answer = [message(b'I', b""), ready(b'I')].concat();
+    let close = [message(b'C', b"S\0"), sync()].concat();
     let notice = message(b'A', &[b'x'; 1000]);
+    let ways: [(&dyn Fn() -> Scanner, usize); 2] = [(&logged_in, LONGEST_FIRST_ANSWER), (&used, LONGEST_ANSWER)];
+    for (before, longest) in ways {
+        let asked = || {
+            let mut scanner = before();
+            scanner.expect_little();
+            scanner.sent(&message(b'Q', b"\0"));
+            scanner
+        };
+        let fault = Some(&Fault::LongAnswer(longest));
+        // One message.
+        for (tag, length, fault) in [
+            (b'N', longest as i32 + 4, None),
+            (b'N', longest as i32 + 5, fault),
+            (b'E', i32::MAX, fault),
+            (b'E', i32::from_be_bytes(*b"text"), fault),
+        ] {
+            let mut scanner = asked();
+            scanner.received(&header(tag, length));
+            assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
+        }
+        // One that began before it was asked.
+        for (length, fault) in [(longest, None), (longest + 1, fault)] {
+            let mut scanner = before();
+            scanner.received(&[&header(b'A', length as i32 + 4 + 9)[..], b"beginning"].concat());
+            assert_eq!(scanner.fault(), None, "nobody asks");
+            scanner.expect_little();
+            assert_eq!((scanner.fault(), scanner.is_lost()), (fault, fault.is_some()), "{length}");
+        }
+        // All together.
+        let mut scanner = asked();
+        scanner.received(&notice.repeat(longest / notice.len() - 1));
+        assert_eq!(scanner.fault(), None);
+        scanner.received(&notice.repeat(2));
+        assert_eq!(scanner.fault(), fault);
+        // What comes after the answer is for a caller, also if the end of a dropped statement went out behind the question.
+        let mut scanner = asked();
+        scanner.sent(&close);
+        scanner.received(&answer);
+        scanner.sent(&message(b'Q', b"SELECT\0"));
+        scanner.received(&[message(b'3', b""), ready(b'I')].concat());
+        scanner.received(&message(b'D', &[b'x'; 1000]).repeat(2 * longest / 1000));
+        assert!(scanner.fault().is_none() && !scanner.is_lost());
+        let mut scanner = asked();
+        scanner.received(&answer);
+        scanner.received(&notice.repeat(2 * longest / notice.len()));
+        assert!(scanner.fault().is_none() && scanner.is_idle());
+    }
+    // The end of a dropped statement that comes before the answer does not count as one.
     let mut scanner = logged_in();
-    scanner.sent(&[message(b'C', b"S\0"), sync()].concat());
+    scanner.sent(&close);
     scanner.expect_little();
     scanner.sent(&message(b'Q', b"\0"));
     scanner.received(&[message(b'3', b""), ready(b'I')].concat());
-    scanner.received(&notice.repeat(LONGEST_ANSWER / notice.len() - 1));
-    assert_eq!(scanner.fault(), None);
-    scanner.received(&notice.repeat(2));
-    assert_eq!(scanner.fault(), Some(&Fault::LongAnswer));
-    // What comes then is for a caller, also if the end of a dropped statement went out behind the question.
-    let mut scanner = asked();
-    scanner.sent(&[message(b'C', b"S\0"), sync()].concat());
-    scanner.received(&[message(b'I', b""), ready(b'I')].concat());
-    scanner.sent(&message(b'Q', b"SELECT\0"));
-    scanner.received(&[message(b'3', b""), ready(b'I')].concat());
-    scanner.received(&message(b'D', &[b'x'; 1000]).repeat(2 * LONGEST_ANSWER / 1000));
-    assert!(scanner.fault().is_none() && !scanner.is_lost());
-    let mut scanner = asked();
-    scanner.received(&[message(b'I', b""), ready(b'I')].concat());
-    scanner.received(&notice.repeat(2 * LONGEST_ANSWER / notice.len()));
-    assert!(scanner.fault().is_none() && scanner.is_idle());
+    scanner.received(&notice.repeat(LONGEST_ANSWER / notice.len() + 1));
+    assert_eq!(scanner.fault(), Some(&Fault::LongAnswer(LONGEST_ANSWER)));
 }
 
 #[test]
