@@ -291,8 +291,11 @@ fn the_shortest_wait_gets_what_is_ready() {
     let _beside = beside_others();
     let fake = Fake::new();
     let builder = || Pool::builder().connection_timeout(NANOSECOND).validate(Validate::Never);
+    // What has opened before anybody looks would be taken, however short the wait.
+    fake.set(Call::Open, Act::Block);
     let error = refusal(builder().build(fake.direct()));
     assert!(error.is_timeout() && error.to_string().contains("no connection within 1 ns"), "{error}");
+    fake.release(Call::Open);
     let pool = builder().min_idle(1).build_unchecked(fake.direct());
     assert!(wait_until(Instant::now() + SOON, || pool.state().idle_connections == 1));
     drop(pool.get().expect("one is ready"));
