@@ -28,7 +28,7 @@ impl<M: Manage> Pool<M> {
     ///
     /// When the grace is over, the calls of connections in use are cancelled and aborted, where the manager can do
     /// that. All else that is left ends by itself, and the report lists it. Zero: waits for nothing. A second call has
-    /// a grace of its own.
+    /// a grace of its own; what the first one aborted may be gone when the second one reports.
     #[track_caller]
     pub fn close(&self, grace: Duration) -> CloseReport {
         let closer = Closer::new("`close` was called", Location::caller(), grace);

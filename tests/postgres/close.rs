@@ -255,8 +255,15 @@ fn closes_under(trouble: Trouble, way: Way) {
     let own = (way == Way::OwnThread).then_some((ConnectionState::Closing, spare_id));
     let mut expected: Vec<_> = left.into_iter().chain(own).collect();
     expected.sort_by_key(|row| row.1);
+    let rows_of = |report: &CloseReport| report.left.iter().map(|row| (row.state, row.id)).collect::<Vec<_>>();
+    let named = reports.iter().filter(|report| rows_of(report) == expected).count();
     for report in &reports {
-        let rows: Vec<_> = report.left.iter().map(|row| (row.state, row.id)).collect();
+        let rows = rows_of(report);
+        // Of two closes the first one to end aborts what is left: that may be gone when the other one looks.
+        if way == Way::Twice && left.is_some() && rows.is_empty() && named == 1 {
+            assert!(report.elapsed >= GRACE && report.aborted.is_empty(), "{report}");
+            continue;
+        }
         if way == Way::Beside {
             // What the others had opened is there as well.
             assert!(expected.iter().all(|row| rows.contains(row)), "{report}, expected {expected:?}");
