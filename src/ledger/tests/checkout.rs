@@ -170,6 +170,8 @@ fn what_was_used_since_the_last_such_caller_asked_serves_one_more() {
     let (token, conn) = look(&mut w).unwrap();
     assert!(w.ledger.looked_at(w.now, token, conn, here(), false).is_none(), "it was not used since the last asked");
     w.apply();
+    w.run(secs(5));
+    assert!(w.try_get().is_some(), "it was checked for the last one, though not used since");
 }
 
 #[test]

@@ -315,6 +315,7 @@ fn the_close_of_a_recycled_connection_that_hangs_is_abandoned_for_a_waiter() {
     w.run(ms(1));
     assert!(threads.iter().all(|thread| w.has(*thread)), "a tenth of the limit of a close");
     assert_eq!((w.abandoned, w.counts().abandoned, w.counts().closing), (2, 2, 1), "no more than are waited for");
+    assert_eq!(w.abandoned_after, [ms(500); 2], "that long, and not the limit, is what is told");
     // No caller waits for the third.
     w.run(secs(4));
     assert_eq!(w.abandoned, 2);
@@ -657,6 +658,23 @@ fn an_open_that_hangs_leaves_room_for_one_more_than_parallel_opens() {
     assert_eq!(w.dials.len(), 2);
     w.run(secs(5));
     assert_eq!(w.dials.len(), 2);
+}
+
+#[test]
+fn of_several_opens_that_hang_the_first_is_noticed_first() {
+    let mut w = World::new(Settings { parallel_opens: 2, ..settings() });
+    w.takes.open = Duration::MAX;
+    w.get();
+    w.run(ms(100));
+    w.get();
+    w.get();
+    // The reaper looks, and sets its alarm anew.
+    w.ledger.reap(w.now, 0.0);
+    w.apply();
+    w.run(ms(899));
+    assert_eq!(w.dials.len(), 2);
+    w.run(ms(1));
+    assert_eq!(w.dials.len(), 3);
 }
 
 #[test]

@@ -117,6 +117,21 @@ fn no_caller_barges_a_waiter_after_fair_after() {
 }
 
 #[test]
+fn what_would_be_evicted_within_fair_after_is_handed_to_the_first_waiter() {
+    // A connection that lasts lies idle until the waiter has come for it; another thread may be faster.
+    for (max_idle, lasts) in [(None, true), (Some(us(1001)), true), (Some(ms(1)), false), (Some(us(1)), false)] {
+        let mut w = World::new(Settings { max_size: 1, fair_after: ms(1), max_idle, ..settings() });
+        let user = w.get();
+        w.run(ms(1));
+        assert!(w.has(user));
+        w.wake_time = us(30);
+        let first = w.get();
+        w.returned(user);
+        assert_eq!((w.has(first), w.counts().idle == 1), (!lasts, lasts), "{max_idle:?}");
+    }
+}
+
+#[test]
 fn a_waiter_notified_in_vain_keeps_its_place_and_is_notified_again() {
     let (mut w, threads) = all_in_use(1);
     let first = w.get();

@@ -145,6 +145,8 @@ pub(super) struct World {
     pub(super) dismissed: Vec<Thread>,
     pub(super) closes: Vec<(Moment, Conn, CloseReason)>,
     pub(super) abandoned: u32,
+    /// How long each of them had run, as it is told.
+    pub(super) abandoned_after: Vec<Duration>,
     pub(super) leaks: Vec<u64>,
     pub(super) dials: Vec<Moment>,
     pub(super) next_thread: Thread,
@@ -250,6 +252,7 @@ impl World {
             dismissed: Vec::new(),
             closes: Vec::new(),
             abandoned: 0,
+            abandoned_after: vec![],
             leaks: Vec::new(),
             dials: Vec::new(),
             next_thread: 0,
@@ -386,8 +389,9 @@ impl World {
                 self.closes.push((self.now, conn, reason));
                 (Task::Close, token, conn)
             }
-            Order::Abandon { id, .. } => {
+            Order::Abandon { id, limit, .. } => {
                 self.abandoned += 1;
+                self.abandoned_after.push(limit);
                 return self.over(id);
             }
             Order::Slow { id } => {
