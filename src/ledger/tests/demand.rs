@@ -669,8 +669,7 @@ fn of_several_opens_that_hang_the_first_is_noticed_first() {
     w.get();
     w.get();
     // The reaper looks, and sets its alarm anew.
-    w.ledger.reap(w.now, 0.0);
-    w.apply();
+    w.sleeps_until = w.now;
     w.run(ms(899));
     assert_eq!(w.dials.len(), 2);
     w.run(ms(1));

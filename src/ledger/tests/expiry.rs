@@ -407,3 +407,28 @@ fn a_connection_that_was_idle_for_too_long_while_it_was_reset_is_kept_for_the_fl
         assert_eq!((w.counts().idle, w.closed_for(CloseReason::Idle)), (floor, 1 - floor as usize));
     }
 }
+
+#[test]
+fn the_reaper_sleeps_until_a_keepalive_is_due() {
+    let mut w = World::new(Settings { keepalive: Some(secs(10)), max_size: 1, ..settings() });
+    w.burst(1);
+    w.run(secs(1));
+    let woken = w.reaps;
+    for _ in 0..30 {
+        w.use_once(ms(1));
+        w.run(secs(1));
+    }
+    assert!(w.reaps - woken <= 3, "it looks when a keepalive would have been due, and the connection was used since");
+}
+
+#[test]
+fn a_close_does_not_wake_the_reaper_of_a_pool_that_is_open() {
+    let mut w = World::new(Settings { max_size: 2, ..settings() });
+    w.burst(2);
+    w.run(secs(1));
+    let woken = w.reaps;
+    let broken = w.get();
+    w.returned_as(broken, Condition::Broken);
+    w.run(secs(1));
+    assert_eq!((w.reaps, w.counts().idle), (woken, 1));
+}

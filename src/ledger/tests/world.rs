@@ -200,6 +200,8 @@ pub(super) struct World {
     pub(super) reaping: bool,
     /// Until when the reaper sleeps: the alarm to which it was woken last. `NEVER`, too, once it has ended.
     pub(super) sleeps_until: Moment,
+    /// How often it has woken.
+    pub(super) reaps: u32,
     /// Whether the world fails if a waiter is forgotten.
     pub(super) strict: bool,
     /// Whether every job was taken up by a thread as soon as the executor had it.
@@ -281,6 +283,7 @@ impl World {
             slowest_open: Duration::ZERO,
             reaping: false,
             sleeps_until: Moment::BIRTH,
+            reaps: 0,
             strict: false,
             starts_at_once: true,
             beat: Beat::new(),
@@ -653,6 +656,7 @@ impl World {
                 self.sleeps_until = Moment::NEVER;
             } else {
                 self.ledger.reap(next, 0.0);
+                self.reaps += 1;
                 self.reaping = true;
                 self.apply();
                 self.reaping = false;
