@@ -637,17 +637,20 @@ mod tests {
         assert_eq!((host.executor.threads(), host.executor.inner.lock().idle), (0, 0));
     }
 
+    /// Starts a thread, or fails as the system does when there are too many.
+    fn spawn_if(spawns: &AtomicBool, builder: thread::Builder, body: Box<dyn FnOnce() + Send>) -> io::Result<()> {
+        if spawns.load(Ordering::SeqCst) {
+            builder.spawn(body).map(drop)
+        } else {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+    }
+
     #[test]
     fn what_no_thread_was_had_for_keeps_its_turn_and_is_not_counted_as_running() {
         static SPAWNS: AtomicBool = AtomicBool::new(false);
         let (left, gone) = unbounded();
-        let executor = Executor::with_spawn("host".into(), |builder, body| {
-            if SPAWNS.load(Ordering::SeqCst) {
-                builder.spawn(body).map(drop)
-            } else {
-                Err(io::ErrorKind::WouldBlock.into())
-            }
-        });
+        let executor = Executor::with_spawn("host".into(), |builder, body| spawn_if(&SPAWNS, builder, body));
         let host = Arc::new(TestHost { executor, left });
         let (done, seen) = unbounded();
         for n in 0..3 {
@@ -671,13 +674,7 @@ mod tests {
     #[test]
     fn without_a_thread_no_job_is_lost() {
         let (left, gone) = unbounded();
-        let executor = Executor::with_spawn("host".into(), |builder, body| {
-            if SPAWNS.load(Ordering::SeqCst) {
-                builder.spawn(body).map(drop)
-            } else {
-                Err(io::ErrorKind::WouldBlock.into())
-            }
-        });
+        let executor = Executor::with_spawn("host".into(), |builder, body| spawn_if(&SPAWNS, builder, body));
         let host = Arc::new(TestHost { executor, left });
         let run = || {
             RUN.fetch_add(1, Ordering::SeqCst);
