@@ -259,9 +259,10 @@ fn closes_under(trouble: Trouble, way: Way) {
     let named = reports.iter().filter(|report| rows_of(report) == expected).count();
     for report in &reports {
         let rows = rows_of(report);
-        // Of two closes the first one to end aborts what is left: that may be gone when the other one looks.
+        // Of two closes the first one to end aborts what is left: that may be gone when the other one looks, which may
+        // have begun later, and so has not used up its own grace.
         if way == Way::Twice && left.is_some() && rows.is_empty() && named == 1 {
-            assert!(report.elapsed >= GRACE && report.aborted.is_empty(), "{report}");
+            assert!(report.aborted.is_empty(), "{report}");
             continue;
         }
         if way == Way::Beside {
