@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls};
 use support::{
-    Backend, Bouncer, Database, EPSILON, End, Fault, PoolMode, Proxy, SOON, Server, Silent, alone, beside_others, ms,
-    threads_named, wait_until, within,
+    Backend, Bouncer, Database, EPSILON, End, Fault, PoolMode, Proxy, SOON, Server, Silent, Stops, alone,
+    beside_others, ms, slack, threads_named, wait_until, within,
 };
 
 fn connect(conninfo: &str) -> Client {
@@ -705,4 +705,41 @@ fn a_proxy_reorders_the_fates_of_two() {
     assert!(echoes(&mut second, SOON));
     assert_eq!(bytes_of(&mut first, 10), b"hellohello");
     assert!(echoes(&mut first, SOON));
+}
+
+#[test]
+fn what_stands_still_at_once_counts_once() {
+    let (start, at) = (Instant::now(), |ms: u64| Duration::from_millis(ms));
+    let mut stops = Stops::default();
+    stops.note(start + at(10), start + at(20));
+    stops.note(start + at(30), start + at(50));
+    stops.note(start + at(45), start + at(60));
+    assert_eq!((stops.since(start), stops.since(start + at(40)), stops.longest), (at(40), at(20), at(20)));
+    stops.note(start + at(15), start + at(70));
+    assert_eq!((stops.since(start), stops.longest), (at(60), at(55)));
+    assert_eq!(stops.since(start + at(70)), Duration::ZERO);
+}
+
+#[test]
+fn a_deadline_waits_while_the_machine_stands_still() {
+    if !support::in_a_process("a_deadline_waits_while_the_machine_stands_still", &[]) {
+        return;
+    }
+    let _beside = beside_others();
+    // The heart has begun to beat.
+    assert!(wait_until(within(SOON), || !threads_named("heart").is_empty()));
+    std::thread::sleep(ms(20));
+    let stop = format!("sleep 0.1; kill -STOP {0}; sleep 0.5; kill -CONT {0}", std::process::id());
+    let begun = Instant::now();
+    let mut stopping = std::process::Command::new("sh").args(["-c", &stop]).spawn().unwrap();
+    let mut looks = 0;
+    let deadline = begun + ms(400);
+    // Nobody is looking when the deadline is over, and then there are a few looks more.
+    let there = wait_until(deadline, || {
+        looks += usize::from(Instant::now() > deadline);
+        looks == 5
+    });
+    assert!(there, "{looks} looks after the deadline, within {:?}", begun.elapsed());
+    assert!(stopping.wait().unwrap().success());
+    assert!(slack() > EPSILON + ms(300), "{:?}", slack());
 }

@@ -4,7 +4,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::PoolMode::{Session, Transaction};
-use crate::support::{Bouncer, EPSILON, SOON, Server, alone, assert_no_threads, beside_others, ms, wait_until, within};
+use crate::support::{
+    Bouncer, EPSILON, SOON, Server, alone, assert_no_threads, beside_others, ms, slack, wait_until, within,
+};
 use crossbeam_channel::bounded;
 use millpond::postgres::{Error, Pool, PostgresManager, Reset};
 use millpond::{Builder, PooledConnection, Validate};
@@ -172,7 +174,7 @@ fn options_are_refused_but_not_for_good() {
     let begun = Instant::now();
     let builder = manager(&params).builder().name("boptions").connection_timeout(ms(700));
     let error = builder.open().unwrap_err();
-    assert_within(begun.elapsed(), ms(700), ms(700) + EPSILON);
+    assert_within(begun.elapsed(), ms(700), ms(700) + slack());
     assert!(error.is_timeout(), "{error}");
     assert!(error.to_string().contains("unsupported startup parameter: options (SQLSTATE 08P01)"), "{error}");
     assert!(!error.cause().unwrap().downcast_ref::<Error>().unwrap().is_permanent());
@@ -200,7 +202,7 @@ fn a_pause_is_ridden_through() {
 
         let begun = Instant::now();
         let error = pool.get_timeout(ms(1_500)).unwrap_err();
-        assert_within(begun.elapsed(), ms(1_500), ms(1_500) + EPSILON);
+        assert_within(begun.elapsed(), ms(1_500), ms(1_500) + slack());
         assert!(error.is_timeout(), "{error}");
         assert!(error.to_string().contains("no answer"), "{mode:?}: {error}");
         assert_at_rest(&pool, within(OPEN + EPSILON));
@@ -241,7 +243,7 @@ fn a_pause_is_ridden_through_unobserved() {
     bouncer.admin("PAUSE");
     let begun = Instant::now();
     let error = pool.get_timeout(ms(1_500)).unwrap_err();
-    assert_within(begun.elapsed(), ms(1_500), ms(1_500) + EPSILON);
+    assert_within(begun.elapsed(), ms(1_500), ms(1_500) + slack());
     assert!(error.is_timeout(), "{error}");
     bouncer.admin("RESUME");
     assert_works(&pool);
@@ -264,7 +266,7 @@ fn an_exhausted_bouncer_is_ridden_through() {
 
         let begun = Instant::now();
         let error = pool.get_timeout(ms(3_500)).unwrap_err();
-        assert_within(begun.elapsed(), ms(3_500), ms(3_500) + EPSILON);
+        assert_within(begun.elapsed(), ms(3_500), ms(3_500) + slack());
         // The `postgres` crate may see the end of the connection before the reason.
         let says = error.to_string().contains("query_wait_timeout (SQLSTATE 08P01)");
         assert!(says || !observe && error.to_string().contains("connection closed"), "{observe}: {error}");
@@ -272,7 +274,7 @@ fn an_exhausted_bouncer_is_ridden_through() {
         // It says the same to those who were there before.
         let begun = Instant::now();
         early.simple_query("SELECT 1").unwrap_err();
-        assert_within(begun.elapsed(), ms(900), BOUNCER + EPSILON);
+        assert_within(begun.elapsed(), ms(900), BOUNCER + slack());
         drop(early);
         assert!(wait_until(within(EPSILON), || pool.state().connections == 0), "it is of no use to anybody");
 
@@ -296,7 +298,7 @@ fn a_restart_is_ridden_through() {
         bouncer.kill();
         let begun = Instant::now();
         let error = pool.get_timeout(ms(500)).unwrap_err();
-        assert_within(begun.elapsed(), ms(500), ms(500) + EPSILON);
+        assert_within(begun.elapsed(), ms(500), ms(500) + slack());
         assert!(error.to_string().to_lowercase().contains("connection refused"), "{error}");
         checked_out.simple_query("SELECT 1").unwrap_err();
         drop(checked_out);
@@ -332,11 +334,11 @@ fn a_close_leaves_nothing_on_the_bouncer() {
 
         let (begun, grace) = (Instant::now(), ms(300));
         let report = pool.close(grace);
-        assert_within(begun.elapsed(), grace, grace + EPSILON);
+        assert_within(begun.elapsed(), grace, grace + slack());
         assert_eq!((report.left.len(), report.aborted.len()), (1, 1), "{report}");
         let (at, error) = ended.recv_timeout(SOON).expect("the query still runs");
         assert_eq!(error.code().map(|code| code.code()), Some("57014"), "cancelled before it was cut: {error}");
-        assert!(at < begun + grace + CANCEL + EPSILON, "{:?}", at - begun);
+        assert!(at < begun + grace + CANCEL + slack(), "{:?}", at - begun);
         assert_no_threads(app);
         assert_eq!(bouncer.wait_for(0, within(SOON)), 0);
         drop(bouncer);

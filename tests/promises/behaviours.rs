@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, DirectFake, Fake, ends_well, run, take};
-use crate::support::{EPSILON, SOON, alone, beside_others, ms, sleep_until, wait_until, watched, within};
+use crate::support::{SOON, alone, beside_others, ms, slack, sleep_until, wait_until, watched, within};
 use millpond::{CloseReason, Pool, PooledConnection, Returned, Validate};
 
 /// Waits until so many callers wait.
@@ -206,7 +206,7 @@ fn after_saturation_every_caller_is_served_at_once() {
                 for _ in 0..50 {
                     let asked = Instant::now();
                     let conn = pool.get().unwrap();
-                    assert!(asked.elapsed() < EPSILON, "after {:?}", asked.elapsed());
+                    assert!(asked.elapsed() < slack(), "after {:?}", asked.elapsed());
                     thread::sleep(ms(1));
                     drop(conn);
                 }
@@ -305,7 +305,7 @@ fn a_timeout_of_its_own_may_be_longer_than_the_pools() {
             let asked = Instant::now();
             let error = pool.get().expect_err("the pool's own timeout is short");
             let took = asked.elapsed();
-            assert!(error.is_timeout() && (ms(50)..ms(50) + EPSILON).contains(&took), "{error}, after {took:?}");
+            assert!(error.is_timeout() && (ms(50)..ms(50) + slack()).contains(&took), "{error}, after {took:?}");
             assert_eq!(pool.stats().waiting, 1, "and the other waits on");
             drop(in_use);
             patient.join().unwrap().unwrap();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::fake::{Act, Call, Fake};
-use crate::support::{Database, EPSILON, SOON, alone, ms, wait_until, within};
+use crate::support::{Database, SOON, alone, ms, slack, wait_until, within};
 use millpond::{CustomizeConnection, Pool, Validate};
 
 /// Nobody has had the connection: not by the events, nor the manager's, nor the pool's own count.
@@ -80,7 +80,7 @@ fn what_cannot_be_opened_is_tried_again_until_the_deadline() {
     let began = Instant::now();
     let error = builder().build(fake.direct()).unwrap_err();
     let took = began.elapsed();
-    assert!(ms(500) <= took && took <= ms(500) + EPSILON, "{took:?}");
+    assert!(ms(500) <= took && took <= ms(500) + slack(), "{took:?}");
     assert!(error.is_timeout() && error.cause().is_some(), "{error}");
     assert_eq!(
         error.to_string(),
@@ -94,7 +94,7 @@ fn what_cannot_be_opened_is_tried_again_until_the_deadline() {
     fake.set(Call::Open, Act::Refuse);
     let began = Instant::now();
     let error = builder().build(fake.direct()).unwrap_err();
-    assert!(error.is_connect() && began.elapsed() <= EPSILON, "at once: {error}");
+    assert!(error.is_connect() && began.elapsed() <= slack(), "at once: {error}");
 
     fake.next(Call::Open, [Act::Fail, Act::Fail, Act::Succeed]);
     let pool = builder().build(fake.direct()).unwrap();

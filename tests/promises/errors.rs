@@ -7,7 +7,7 @@ use crate::direct::Direct;
 use crate::fake::{Act, Call, DirectFake, Fake};
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
 use crate::support::{
-    EPSILON, Proxy, SEEN, SOON, Server, Silent, alone, beside_others, ms, wait_until, watched, within,
+    EPSILON, Proxy, SEEN, SOON, Server, Silent, alone, beside_others, ms, slack, wait_until, watched, within,
 };
 use crossbeam_channel::{Sender, unbounded};
 use millpond::error::Timeout;
@@ -82,7 +82,7 @@ fn wrong_password_with_the_stock_manager() {
     let began = Instant::now();
     let manager = stock(with_password(server, "errors-stock", "wrong"));
     let error = refusal(Pool::builder().connection_timeout(ms(1_000)).build(manager));
-    assert_within(began.elapsed(), ms(1_000), ms(1_000) + EPSILON);
+    assert_within(began.elapsed(), ms(1_000), ms(1_000) + slack());
     assert!(timeout(&error).cause.is_some() && !error.is_exhausted(), "{error}");
     assert!(error.to_string().contains(WORDS), "{error}");
     assert!(error.cause().is_some_and(|c| c.to_string().contains(WORDS) && !c.is_permanent()), "{error:?}");
@@ -191,7 +191,7 @@ fn a_refusal_is_remembered_and_told_to_all_waiters() {
             })
             .collect();
         let spread = *times.iter().max().unwrap() - *times.iter().min().unwrap();
-        assert!(spread <= EPSILON, "{spread:?} between the first and the last");
+        assert!(spread <= slack(), "{spread:?} between the first and the last");
     });
     assert!(wait_until(within(SOON), || pool.stats().size() == 0));
     let round = refused_logins(server) - before;
@@ -216,7 +216,7 @@ fn a_refusal_is_remembered_and_told_to_all_waiters() {
     pool.recycle();
     let began = Instant::now();
     pool.get().map(drop).unwrap();
-    assert!(began.elapsed() <= ms(100) + EPSILON, "after {:?}", began.elapsed());
+    assert!(began.elapsed() <= ms(100) + slack(), "after {:?}", began.elapsed());
     assert!(pool.close(SOON).is_complete());
     assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
 }
@@ -232,7 +232,7 @@ fn build_says_why_not() {
     let began = Instant::now();
     let builder = Pool::builder().name("nobody").connection_timeout(ms(300));
     let error = refusal(builder.build(stock(nobody.conninfo("errors-nobody").parse().unwrap())));
-    assert_within(began.elapsed(), ms(300), ms(300) + EPSILON);
+    assert_within(began.elapsed(), ms(300), ms(300) + slack());
     let text = error.to_string();
     assert!(text.starts_with("pool 'nobody': no connection within 300 ms: "), "{text}");
     assert!(text.contains("onnection refused"), "{text}");
@@ -243,7 +243,7 @@ fn build_says_why_not() {
     let began = Instant::now();
     let builder = Pool::builder().name("silent").connection_timeout(ms(300));
     let error = refusal(builder.build(stock(silent.conninfo("errors-silent").parse().unwrap())));
-    assert_within(began.elapsed(), ms(300), ms(300) + EPSILON);
+    assert_within(began.elapsed(), ms(300), ms(300) + slack());
     assert_eq!(timeout(&error).opening, 1);
     assert_eq!(masked(&error), "pool 'silent': no connection within T: N of N in use, N being opened");
     assert!(!error.is_exhausted());
@@ -259,7 +259,7 @@ fn build_says_why_not() {
     fake.set(Call::Started, Act::Fail);
     let began = Instant::now();
     let error = refusal(Pool::builder().name("started").build(fake.direct()));
-    assert!(began.elapsed() <= EPSILON, "at once, for it will not change: {:?}", began.elapsed());
+    assert!(began.elapsed() <= slack(), "at once, for it will not change: {:?}", began.elapsed());
     assert_eq!(error.to_string(), "pool 'started' cannot connect: Started failed on purpose");
     fake.wait_alive(0);
 
@@ -270,7 +270,7 @@ fn build_says_why_not() {
     let began = Instant::now();
     let builder = Pool::builder().name("floor").min_idle(3).connection_timeout(ms(300));
     let error = refusal(builder.build(fake.direct()));
-    assert_within(began.elapsed(), ms(300), ms(300) + EPSILON);
+    assert_within(began.elapsed(), ms(300), ms(300) + slack());
     assert!(timeout(&error).cause.as_ref().is_some_and(|c| c.to_string() == "Open failed on purpose"), "{error}");
     fake.wait_alive(0);
     let fake = Fake::new();
@@ -407,7 +407,7 @@ fn a_timeout_names_the_holders() {
     });
     let began = Instant::now();
     let error = refusal(pool.get_timeout(ms(100)));
-    assert_within(began.elapsed(), ms(100), ms(100) + EPSILON);
+    assert_within(began.elapsed(), ms(100), ms(100) + slack());
 
     assert!(error.is_timeout() && error.is_exhausted() && error.cause().is_none());
     let t = timeout(&error);

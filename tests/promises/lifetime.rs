@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::stock::{Manager, SEEN, SOON, assert_gone, burst, finish, manager, pid, take};
-use crate::support::{Database, EPSILON, History, Proxy, Server, alone, beside_others, ms, sleep_until, wait_until};
+use crate::support::{
+    Database, EPSILON, History, Proxy, Server, alone, beside_others, ms, slack, sleep_until, wait_until,
+};
 use millpond::{Builder, CloseReason, ConnectionState, Pool, PooledConnection};
 
 const LIFETIME: Duration = Duration::from_secs(3);
@@ -62,8 +64,7 @@ fn in_silence() {
     let pool = pool(5).max_idle(None).build(manager("old-silence")).unwrap();
     burst(&pool, 5);
     let born = Instant::now();
-    sleep_until(born + LIFETIME + EPSILON);
-    assert_eq!(pool.state().connections, 0);
+    assert!(wait_until(born + LIFETIME + EPSILON, || pool.state().connections == 0), "{}", pool.stats());
     assert_gone("old-silence");
 
     let seen = watch.end();
@@ -73,7 +74,7 @@ fn in_silence() {
     assert!(youngest > LIFETIME - EPSILON, "{youngest:?}");
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closed_for(CloseReason::Lifetime)), (5, 5), "{stats}");
-    assert!(stats.max_lateness < EPSILON, "{stats}");
+    assert!(stats.max_lateness < slack(), "{stats}");
     finish(pool, "old-silence");
 }
 
@@ -95,7 +96,7 @@ fn under_a_trickle() {
     assert_none_older(&seen, LIFETIME + SEEN);
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closed_for(CloseReason::Lifetime)), (3, 2), "{stats}");
-    assert!(stats.max_lateness < EPSILON, "{stats}");
+    assert!(stats.max_lateness < slack(), "{stats}");
     finish(pool, "old-trickle");
 }
 
@@ -121,7 +122,7 @@ fn under_a_steady_load() {
     assert!((3..=12).contains(&seen.pids().len()), "three generations: {}", seen.counts(seen.0[0].asked));
     let stats = pool.stats();
     assert_eq!(stats.closes, stats.closed_for(CloseReason::Lifetime), "{stats}");
-    assert!(stats.max_lateness < EPSILON, "{stats}");
+    assert!(stats.max_lateness < slack(), "{stats}");
     finish(pool, "old-steady");
 }
 
@@ -175,7 +176,7 @@ fn a_floor_is_replaced_before_it_goes() {
     assert!(side_by_side < (LEAD + SEEN) * 2, "{side_by_side:?}: {}", seen.counts(start));
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closed_for(CloseReason::Lifetime), stats.closes), (12, 8, 8), "{stats}");
-    assert!(stats.max_lateness < EPSILON, "{stats}");
+    assert!(stats.max_lateness < slack(), "{stats}");
     finish(pool, "old-floor");
 }
 
@@ -215,8 +216,7 @@ fn jitter_shortens_lives_and_spreads_their_ends() {
     burst(&pool, 20);
     let born = Instant::now();
     let watch = Database::get().watch("jitter");
-    sleep_until(born + SHORT + EPSILON);
-    assert_eq!(pool.state().connections, 0);
+    assert!(wait_until(born + SHORT + EPSILON, || pool.state().connections == 0), "{}", pool.stats());
     assert_gone("jitter");
 
     let seen = watch.end();
@@ -227,7 +227,7 @@ fn jitter_shortens_lives_and_spreads_their_ends() {
     assert!(ages[0] > SHORT / 2 - SEEN, "{ages:?}");
     // Twenty drawn from 500 ms lie within 150 ms of each other about once in a hundred million runs.
     assert!(ages[19] - ages[0] > ms(150), "{ages:?}");
-    assert!(pool.stats().max_lateness < EPSILON, "{}", pool.stats());
+    assert!(pool.stats().max_lateness < slack(), "{}", pool.stats());
     finish(pool, "jitter");
 }
 
@@ -279,7 +279,7 @@ fn one_that_arrives_too_old_is_not_handed_out() {
     let asked = Instant::now();
     let error = pool.get_timeout(ms(1000)).expect_err("an error");
     assert!(error.is_timeout(), "{error}");
-    assert!((ms(1000)..ms(1000) + EPSILON).contains(&asked.elapsed()), "{:?}", asked.elapsed());
+    assert!((ms(1000)..ms(1000) + slack()).contains(&asked.elapsed()), "{:?}", asked.elapsed());
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closes, stats.checkouts), (0, 0, 0), "{stats}");
     assert!(stats.failed_opens >= 2, "{stats}");

@@ -5,7 +5,6 @@ use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -123,65 +122,6 @@ fn push(ring: &mut VecDeque<(Duration, String)>, happening: (Duration, String)) 
         ring.pop_front();
     }
     ring.push_back(happening);
-}
-
-/// When the machine stood still, and for how long; and the longest of all times.
-#[derive(Default)]
-struct Stops {
-    recent: VecDeque<(Instant, Duration)>,
-    longest: Duration,
-}
-
-/// A thread that sleeps for a moment, again and again: by how much it oversleeps, the machine stood still.
-pub(crate) struct Heart {
-    late: Arc<Mutex<Stops>>,
-    over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Heart {
-    pub(crate) fn beat() -> Heart {
-        const PERIOD: Duration = ms(10);
-        const REMEMBERED: usize = 4096;
-        let (late, over) = (Arc::<Mutex<Stops>>::default(), Arc::new(AtomicBool::new(false)));
-        let (notes, enough) = (Arc::clone(&late), Arc::clone(&over));
-        let thread = thread::Builder::new().name("heart".into()).spawn(move || {
-            let mut before = Instant::now();
-            while !enough.load(SeqCst) {
-                thread::sleep(PERIOD);
-                let now = Instant::now();
-                let overslept = (now - before).saturating_sub(PERIOD * 2);
-                before = now;
-                if !overslept.is_zero() {
-                    let mut stops = notes.lock();
-                    if stops.recent.len() == REMEMBERED {
-                        stops.recent.pop_front();
-                    }
-                    stops.recent.push_back((now, overslept));
-                    stops.longest = stops.longest.max(overslept);
-                }
-            }
-        });
-        Heart { late, over, thread: Some(thread.expect("a thread for the heart")) }
-    }
-
-    /// For how long the machine stood still since then.
-    pub(crate) fn stood_still_since(&self, from: Instant) -> Duration {
-        self.late.lock().recent.iter().rev().take_while(|(at, _)| *at >= from).map(|(_, late)| *late).sum()
-    }
-
-    pub(crate) fn longest(&self) -> Duration {
-        self.late.lock().longest
-    }
-}
-
-impl Drop for Heart {
-    fn drop(&mut self) {
-        self.over.store(true, SeqCst);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }
 
 /// Good enough to stir, and the same for the same seed.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use postgres::{Client, NoTls};
 
-use crate::journal::{Heart, Journal};
-use crate::support::{Proxy, Server, ms, wait_until, within};
+use crate::journal::Journal;
+use crate::support::{Heart, Proxy, Server, ms, wait_until, within};
 
 /// What anything may take beyond its limit, on a machine that does other things as well. For how long the machine
 /// stood still altogether comes on top: see [`Heart`].

@@ -13,6 +13,7 @@
 mod again;
 mod bouncer;
 mod database;
+mod heart;
 mod log;
 #[cfg(target_os = "linux")]
 mod netns;
@@ -26,6 +27,7 @@ mod watch;
 pub use again::Again;
 pub use bouncer::{Bouncer, PoolMode};
 pub use database::{Backend, Database};
+pub use heart::{Heart, Stops};
 pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
@@ -33,6 +35,6 @@ pub use proxy::{End, Fault, Proxy, Silent};
 pub use server::Server;
 pub use wait::{
     EPSILON, SEEN, SOON, alone, assert_no_threads, assert_no_threads_of, beside_others, in_a_process, ms, skipped,
-    sleep_until, threads_named, wait_until, watched, watched_alone, within,
+    slack, sleep_until, threads_named, wait_until, watched, watched_alone, within,
 };
 pub use watch::{History, Sample, Watch};

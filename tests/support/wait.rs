@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost.
+use super::heart::Heart;
+
+/// The slack of every assertion on real time: what the scheduler of a loaded two-core machine may cost. See [`slack`].
 pub const EPSILON: Duration = Duration::from_millis(50);
 
 /// Within what time the server shows what is due in the pool at a moment: [`EPSILON`] until the pool begins with it,
@@ -30,21 +32,37 @@ pub fn within(limit: Duration) -> Instant {
     Instant::now() + limit
 }
 
-/// Waits until `fact` holds, and says whether it did before the deadline. It is asked at least once.
+/// [`EPSILON`], and for how long the machine stood still lately, as a [`Heart`] saw it: what was due then is late, and no
+/// pool can help it.
+pub fn slack() -> Duration {
+    /// Longer than what most tests measure.
+    const LATELY: Duration = Duration::from_secs(5);
+    Instant::now().checked_sub(LATELY).map_or(EPSILON, |lately| EPSILON + stood_still_since(lately))
+}
+
+/// For how long the machine stood still since then.
+fn stood_still_since(from: Instant) -> Duration {
+    let users = MACHINE.users.lock();
+    users.heart.as_ref().map_or(Duration::ZERO, |heart| heart.stood_still_since(from))
+}
+
+/// Waits until `fact` holds, and says whether it did before the deadline. It is asked at least once. While the machine
+/// stands still the deadline waits as well, as in [`slack`].
 ///
 /// For facts that nobody can wake us for: what the server sees, what the system counts. What happens inside this
 /// process has a channel or a condition variable.
 #[must_use = "a fact that never came true must fail the test"]
 pub fn wait_until(deadline: Instant, mut fact: impl FnMut() -> bool) -> bool {
+    let begun = Instant::now();
     loop {
         if fact() {
             return true;
         }
         let now = Instant::now();
-        if now >= deadline {
+        if now >= deadline && now >= deadline + stood_still_since(begun) {
             return false;
         }
-        thread::sleep(STEP.min(deadline - now));
+        thread::sleep(deadline.saturating_duration_since(now).clamp(Duration::from_millis(1), STEP));
     }
 }
 
@@ -60,6 +78,8 @@ struct Machine {
 }
 
 struct Users {
+    /// It beats while there is one of them.
+    heart: Option<Heart>,
     alone: bool,
     beside: usize,
     /// Those who would run beside others. They go first, all of them: what mostly sleeps takes the time of its longest
@@ -67,8 +87,10 @@ struct Users {
     wait_beside: usize,
 }
 
-static MACHINE: Machine =
-    Machine { users: Mutex::new(Users { alone: false, beside: 0, wait_beside: 0 }), changed: Condvar::new() };
+static MACHINE: Machine = Machine {
+    users: Mutex::new(Users { heart: None, alone: false, beside: 0, wait_beside: 0 }),
+    changed: Condvar::new(),
+};
 
 /// How many tests run beside each other at most: as many as leave two processors time to be on time.
 const BESIDE: usize = 4;
@@ -84,6 +106,7 @@ pub fn alone() -> Share {
     let mut users = MACHINE.users.lock();
     MACHINE.changed.wait_while(&mut users, |u| u.alone || u.beside + u.wait_beside > 0);
     users.alone = true;
+    users.heart.get_or_insert_with(Heart::beat);
     Share { alone: true }
 }
 
@@ -94,6 +117,7 @@ pub fn beside_others() -> Share {
     MACHINE.changed.wait_while(&mut users, |u| u.alone || u.beside == BESIDE);
     users.wait_beside -= 1;
     users.beside += 1;
+    users.heart.get_or_insert_with(Heart::beat);
     Share { alone: false }
 }
 
@@ -105,7 +129,10 @@ impl Drop for Share {
         } else {
             users.beside -= 1;
         }
+        let heart = if users.beside == 0 { users.heart.take() } else { None };
         MACHINE.changed.notify_all();
+        drop(users);
+        drop(heart);
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     unsettled,
 };
 use crate::support::{
-    Again, Cable, SEEN, SOON, Server, beside_others, ms, skipped, sleep_until, threads_named, wait_until, within,
+    Again, Cable, SEEN, SOON, Server, beside_others, ms, skipped, slack, sleep_until, threads_named, wait_until, within,
 };
 use millpond::PooledConnection;
 use millpond::postgres::PostgresManager;
@@ -184,7 +184,7 @@ fn without_descriptors() {
     let held = [pool.get().unwrap(), pool.get().unwrap()];
     let begun = Instant::now();
     let error = pool.get_timeout(ms(500)).unwrap_err();
-    assert!(begun.elapsed() <= ms(500) + EPSILON, "{:?}", begun.elapsed());
+    assert!(begun.elapsed() <= ms(500) + slack(), "{:?}", begun.elapsed());
     assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::MFILE.raw_os_error()), "{refused}");
     let words = "Too many open files";
     assert!(error.to_string().contains(words), "\"{words}\" is not in: {error}");
