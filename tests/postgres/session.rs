@@ -528,19 +528,25 @@ fn a_little_that_is_left_to_read_costs_no_connection() {
 fn a_return_does_not_wait_for_what_was_left() {
     let _alone = alone();
     let pool = pool("left", Way::Tcp);
-    let mut took: Vec<_> = (0..15)
-        .map(|_| {
+    let round = || {
+        let returned = |_| {
             let mut client = pool.get().unwrap();
             half_read(&mut client, "SELECT generate_series(1, 3000000)");
             thread::sleep(ms(20));
             let begun = Instant::now();
             drop(client);
             begun.elapsed()
-        })
-        .collect();
-    took.sort();
-    // A few may meet a busy machine; to read on took ten times as long in every second one.
-    assert!(took[11] < ms(2), "{took:?}");
+        };
+        let mut took: Vec<_> = (0..15).map(returned).collect();
+        took.sort();
+        took
+    };
+    // A few may meet a busy machine, and so may a round. To read on took ten times as long in every second one.
+    let mut rounds = vec![];
+    while rounds.last().is_none_or(|took: &Vec<_>| took[11] >= ms(2)) {
+        assert!(rounds.len() < 3, "{rounds:?}");
+        rounds.push(round());
+    }
 }
 
 /// Where they do not survive the checkout, what comes with the answer to that does not either.

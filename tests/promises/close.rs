@@ -816,8 +816,9 @@ fn what_is_in_use_is_aborted_after_the_grace() {
     assert!(report.to_string().ends_with(" (aborted)"), "{report}");
     let (at, error) = busy.join().unwrap();
     assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error:?}");
-    assert_within(at - began, ms(200), ms(200) + slack());
-    assert_eq!(server.wait_for(app, 0, began + ms(200) + SEEN), 0);
+    // A process of the server's that is started for it brings the cancel to the one that sleeps.
+    assert_within(at - began, ms(200), SOON);
+    assert_eq!(server.wait_for(app, 0, within(SEEN)), 0);
     assert!(wait_until(within(SEEN), || aborts.load(SeqCst) == 1), "cancelled first, and then aborted");
     assert_threads("cut", &[]);
 }
