@@ -36,7 +36,7 @@ impl Seen {
 }
 
 impl Stops {
-    /// How many are remembered: of the hardest minute, all.
+    /// How many are remembered. Each is longer than 10 ms, so they reach back for 40 s at least.
     const REMEMBERED: usize = 4096;
 
     /// Stops at the same time, of two processors, are one.
