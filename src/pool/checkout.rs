@@ -65,9 +65,19 @@ impl<M: Manage> Pool<M> {
         if shared.time.seems_forked(now) {
             return Err(shared.forked_error());
         }
-        match shared.with_at_home(|l| l.take(now, caller, checks_here)) {
-            Some(Take::Ready(token, conn)) => Ok(self.check_out(token, conn, now, false)),
-            Some(other) => self.get_slowly(other, caller, timeout),
+        let mut other = Take::Nothing;
+        let ready = shared.with_at_home(|l| match l.take(now, caller, checks_here) {
+            // One pointer leaves the lock. A larger answer is copied just before the lock is released, and the
+            // processor would wait for what it has only just written.
+            Take::Ready(token, conn) => Some(conn.checked_out(token)),
+            what => {
+                other = what;
+                None
+            }
+        });
+        match ready {
+            Some(Some(conn)) => Ok(self.check_out(conn, now, false)),
+            Some(None) => self.get_slowly(other, caller, timeout),
             None => Err(shared.forked_error()),
         }
     }
@@ -92,7 +102,7 @@ impl<M: Manage> Pool<M> {
             return None;
         }
         if let Some((token, conn)) = self.take_at_once(now, caller) {
-            return Some(self.check_out(token, conn, now, false));
+            return Some(self.check_out(conn.checked_out(token), now, false));
         }
         if !shared.is_forked() {
             shared.with(|l| l.prepare(now));
@@ -131,18 +141,18 @@ impl<M: Manage> Pool<M> {
 
     /// The last step of every checkout. `asked`: when the caller asked for it. `waited`: that may be a while ago.
     #[inline]
-    fn check_out(&self, token: Token, conn: Box<PoolConn<M>>, asked: Moment, waited: bool) -> PooledConnection<M> {
+    fn check_out(&self, conn: Box<PoolConn<M>>, asked: Moment, waited: bool) -> PooledConnection<M> {
         let shared = self.shared();
         let mut now = asked;
         if let Some(events) = &shared.user.hooks.events {
             if waited {
                 now = shared.time.precise();
             }
-            let (id, duration) = (token.id(), now.since(asked));
+            let (id, duration) = (conn.id, now.since(asked));
             let _in_hand = in_hand::with(shared.address(), id);
             shielded(|| events.handle_checkout(CheckoutEvent { id, duration }));
         }
-        PooledConnection::new(token, conn, now)
+        PooledConnection::new(conn, now)
     }
 
     #[cold]
@@ -165,12 +175,12 @@ impl<M: Manage> Pool<M> {
         let mut place = None;
         if timeout.is_zero() {
             if let Some((token, conn)) = self.take_at_once(begun, caller) {
-                return Ok(self.check_out(token, conn, begun, false));
+                return Ok(self.check_out(conn.checked_out(token), begun, false));
             }
         }
         if let Take::Check(token, conn, ticket) = first {
             if let Some((token, conn)) = self.check_here(token, conn, caller) {
-                return Ok(self.check_out(token, conn, begun, true));
+                return Ok(self.check_out(conn.checked_out(token), begun, true));
             }
             place = Some(ticket);
         }
@@ -206,7 +216,7 @@ impl<M: Manage> Pool<M> {
             },
         };
         match outcome {
-            Outcome::Connection(token, conn) => Ok(self.check_out(token, conn, begun, true)),
+            Outcome::Connection(token, conn) => Ok(self.check_out(conn.checked_out(token), begun, true)),
             Outcome::Closed => Err(shared.closed_error()),
             Outcome::Refused => Err(shared.refused_error()),
         }

@@ -5,9 +5,9 @@ use crate::leaf::clock::Moment;
 use crate::leaf::shield::{catch, shielded};
 use crate::leaf::sync::thread;
 use crate::leaf::{in_hand, kept};
-use crate::ledger::{Condition, Token};
+use crate::ledger::Condition;
 use crate::manage::{Manage, Returned};
-use crate::runtime::conn::{Checkout, Conn};
+use crate::runtime::conn::Conn;
 use crate::runtime::shared::PoolConn;
 use crate::stats::{CloseReason, ConnectionInfo, ConnectionState};
 use r2d2::Extensions;
@@ -33,8 +33,9 @@ const IN_USE: &str = "a connection in use is there until it is dropped";
 
 impl<M: Manage> PooledConnection<M> {
     #[inline]
-    pub(crate) fn new(token: Token, mut conn: Box<PoolConn<M>>, begun: Moment) -> Self {
-        conn.checkout = Checkout { token: Some(token), panicking: thread::panicking(), begun };
+    pub(crate) fn new(mut conn: Box<PoolConn<M>>, begun: Moment) -> Self {
+        conn.checkout.panicking = thread::panicking();
+        conn.checkout.begun = begun;
         PooledConnection { conn: Some(conn) }
     }
 
@@ -117,6 +118,9 @@ impl<M: Manage> PooledConnection<M> {
             // parent.
             return mem::forget((token, conn));
         }
+        // Taken early: the comparison within waits for what it has only just written, which costs nothing where there is
+        // other work to do meanwhile.
+        let core = kept::take(&shared.core);
         let in_hand = in_hand::with(shared.address(), conn.id);
         let condition = match condition {
             Some(condition) => condition,
@@ -137,7 +141,6 @@ impl<M: Manage> PooledConnection<M> {
         drop(in_hand);
         // A connection was found dead at the end of the look above, not at the beginning of the return.
         let now = if condition == Condition::Keep { now } else { shared.time.now() };
-        let core = kept::take(&shared.core);
         core.returned(now, token, conn, condition);
         kept::keep(core);
     }

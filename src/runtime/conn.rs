@@ -34,4 +34,11 @@ impl<M: Manage, O> Conn<M, O> {
         let checkout = Checkout { token: None, panicking: false, begun: Moment::BIRTH };
         Conn { owner, id, born, inner, extensions: Extensions::new(), acquired, checkout }
     }
+
+    /// The connection with its token: a caller has it from now on.
+    #[inline]
+    pub(crate) fn checked_out(mut self: Box<Self>, token: Token) -> Box<Self> {
+        self.checkout.token = Some(token);
+        self
+    }
 }
