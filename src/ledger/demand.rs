@@ -167,7 +167,7 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn demand_beside(&self, ready: usize) -> u32 {
-        self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
+        self.waiting() - self.queue.notified().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
     /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there

@@ -1,6 +1,6 @@
 #![doc = include_str!("README.md")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::leaf::clock::Moment;
@@ -11,7 +11,9 @@ use crate::stats::{Counts, Tally};
 // calls a method of `Ledger`. All files add methods to it, so the struct stands here.
 mod values;
 
+mod effects;
 mod slots;
+mod waiters;
 
 mod queue;
 
@@ -30,44 +32,10 @@ pub(crate) use slots::Slot;
 pub(crate) use values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
-use queue::{Front, Waiter};
+use effects::Effects;
+use queue::Front;
 use slots::StateCounts;
-
-/// What a method of the ledger wants done for others than its caller. The thread that has the lock takes the effects
-/// out before it releases the lock.
-#[derive(Debug)]
-pub(crate) struct Effects<C, W> {
-    /// Waiters that have left the queue, and their outcome, which is to be filled in under the lock.
-    pub(crate) served: Vec<(W, Outcome<C>)>,
-    /// Waiters to be woken, so that they come to [`take_notified`](Ledger::take_notified).
-    pub(crate) notified: Vec<W>,
-    pub(crate) orders: Vec<Order<C>>,
-    /// The reaper is to be woken, since it means to sleep past the alarm.
-    pub(crate) wake_reaper: bool,
-    /// Something has changed that `build` or `close` may be waiting for.
-    pub(crate) changed: bool,
-}
-
-impl<C, W> Default for Effects<C, W> {
-    fn default() -> Self {
-        Effects { served: Vec::new(), notified: Vec::new(), orders: Vec::new(), wake_reaper: false, changed: false }
-    }
-}
-
-impl<C, W> Effects<C, W> {
-    #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        // One test instead of five, since this is asked after every checkout and return. The answer is nearly always
-        // yes.
-        (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
-            == 0
-    }
-
-    #[inline]
-    pub(crate) fn is_empty_but_for_notified(&self) -> bool {
-        (self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed)) == 0
-    }
-}
+use waiters::Waiters;
 
 /// The rules of the pool; see the module. `C` is a connection and `W` the handle by which a waiter is woken. The ledger
 /// looks into neither.
@@ -87,11 +55,9 @@ pub(crate) struct Ledger<C, W> {
     idle: Vec<(u32, C)>,
     /// How many slots are in each state.
     counted: StateCounts,
-    /// The waiters that are not notified.
-    queue: BTreeMap<Ticket, Waiter<W>>,
-    /// The waiters that are notified, and have not come yet.
-    notified: BTreeMap<Ticket, Waiter<W>>,
-    /// The first waiter of both, if there is any.
+    /// The waiters, notified or not.
+    queue: Waiters<W>,
+    /// The first waiter, if there is any.
     front: Option<Front>,
     /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
     /// closed.
@@ -156,8 +122,7 @@ impl<C, W: Clone> Ledger<C, W> {
             free: Vec::new(),
             idle: Vec::new(),
             counted: StateCounts::default(),
-            queue: BTreeMap::new(),
-            notified: BTreeMap::new(),
+            queue: Waiters::new(),
             front: None,
             lifetimes: BTreeSet::new(),
             stack_changed_at: Moment::BIRTH,

@@ -893,7 +893,7 @@ impl World {
             || l.closed
             || ordered
             || self.coming() + l.counted.slow_opens().saturating_sub(1)
-                > l.waiting() - l.notified.len().min(l.ready(l.now)) as u32
+                > l.waiting() - l.queue.notified().min(l.ready(l.now)) as u32
         {
             return;
         }
@@ -940,14 +940,18 @@ impl World {
             self.waiting.front().map(|&(_, ticket, since)| (ticket, since))
         );
         if counts.waiting > 0 && !l.idle.is_empty() {
-            let notified = l.notified.len() as u32;
+            let notified = l.queue.notified() as u32;
             assert!(
                 notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
                 "idle, while a caller waits"
             );
         }
-        for ticket in l.notified.keys() {
-            let thread = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
+        let marked = l.queue.marked();
+        let on_the_way = self.awake.values().filter(|&thread| self.waiting.iter().any(|w| w.0 == *thread)).count();
+        assert_eq!((marked.len(), l.queue.notified()), (on_the_way, on_the_way), "the notified, counted anew");
+        assert!(l.queue.tickets().iter().eq(self.waiting.iter().map(|w| &w.1)), "the queue, in order");
+        for ticket in marked {
+            let thread = self.waiting.iter().find(|w| w.1 == ticket).map(|w| w.0);
             assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and not on the way");
         }
         // For everything that falls due the alarm is set early enough.
