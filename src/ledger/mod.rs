@@ -11,6 +11,7 @@ use crate::stats::{Counts, Tally};
 // calls a method of `Ledger`. All files add methods to it, so the struct stands here.
 mod values;
 
+mod earliest;
 mod effects;
 mod slots;
 mod waiters;
@@ -32,9 +33,10 @@ pub(crate) use slots::Slot;
 pub(crate) use values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
+use earliest::Earliest;
 use effects::Effects;
 use queue::Front;
-use slots::StateCounts;
+use slots::{Slots, StateCounts};
 use waiters::Waiters;
 
 /// The rules of the pool; see the module. `C` is a connection and `W` the handle by which a waiter is woken. The ledger
@@ -48,7 +50,7 @@ pub(crate) struct Ledger<C, W> {
     /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
     /// goes back.
     now: Moment,
-    slots: Vec<Slot>,
+    slots: Slots,
     /// The indexes of the free slots.
     free: Vec<u32>,
     /// The idle connections, the longest unused at the bottom. Sorted by `since`.
@@ -71,6 +73,18 @@ pub(crate) struct Ledger<C, W> {
     limits: BTreeSet<(Moment, u32)>,
     /// Until when each job is counted on. A job that is no longer counted on is not in it.
     patience: BTreeSet<(Moment, u32)>,
+    /// The checks and opens of the executor's that are counted on, and since when they are under way.
+    under_way: BTreeSet<(Moment, u32)>,
+    /// The closes that run, and since when, of connections that `recycle` replaced.
+    replaced: BTreeSet<(Moment, u32)>,
+    /// The slots of stuck jobs.
+    stuck: BTreeSet<u32>,
+    /// Since when each checkout lasts for which no leak was reported. Empty without a `leak_threshold`.
+    in_use_since: Earliest,
+    /// Since when each idle connection was neither used nor known to be well. Empty without `keepalive`.
+    unproven_since: Earliest,
+    /// The least of what one look of the reaper does, if so much is due: see `batch`.
+    least_batch: usize,
     /// How long an open usually takes. `None`: no open has succeeded yet.
     usual_open: Option<Duration>,
     /// A caller that does not wait has asked for a connection to be made ready.
@@ -118,7 +132,7 @@ impl<C, W: Clone> Ledger<C, W> {
             settings: Settings { min_idle: 0, validate, ..settings },
             resolution,
             now: Moment::BIRTH,
-            slots: Vec::new(),
+            slots: Slots::default(),
             free: Vec::new(),
             idle: Vec::new(),
             counted: StateCounts::default(),
@@ -129,6 +143,12 @@ impl<C, W: Clone> Ledger<C, W> {
             marked_until: Moment::BIRTH,
             limits: BTreeSet::new(),
             patience: BTreeSet::new(),
+            under_way: BTreeSet::new(),
+            replaced: BTreeSet::new(),
+            stuck: BTreeSet::new(),
+            in_use_since: Earliest::new(),
+            unproven_since: Earliest::new(),
+            least_batch: expiry::LEAST_BATCH,
             usual_open: None,
             asked: false,
             dirty: false,

@@ -207,9 +207,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more connections
     /// than there are waiters.
     pub(super) fn ready(&self, now: Moment) -> usize {
+        self.ready_from(0, now)
+    }
+
+    /// [`ready`](Ledger::ready), where so many are known to be.
+    pub(super) fn ready_from(&self, known: usize, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
-        let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);
-        slots.take_while(|slot| !self.is_expired(slot, now) && !self.needs_check(slot, now)).count()
+        let slots = self.idle.iter().rev().take(wanted).skip(known).map(|&(index, _)| &self.slots[index as usize]);
+        known + slots.take_while(|slot| !self.is_expired(slot, now) && !self.needs_check(slot, now)).count()
     }
 
     /// Notifies the next waiters, if more connections are ready than waiters are notified.

@@ -942,7 +942,7 @@ impl World {
         if counts.waiting > 0 && !l.idle.is_empty() {
             let notified = l.queue.notified() as u32;
             assert!(
-                notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
+                notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting || l.alarm <= now,
                 "idle, while a caller waits"
             );
         }
@@ -953,6 +953,34 @@ impl World {
         for ticket in marked {
             let thread = self.waiting.iter().find(|w| w.1 == ticket).map(|w| w.0);
             assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and not on the way");
+        }
+        // What would be found by a look at every slot.
+        let of = |pick: &dyn Fn(&Slot) -> Option<Moment>| l.slots().filter_map(pick).min().unwrap_or(Moment::NEVER);
+        let under_way = of(&|slot| match slot.state {
+            State::Checking(Check::Executor | Check::Reset, job) | State::Opening(job) if !job.slow => Some(slot.since),
+            _ => None,
+        });
+        assert_eq!(l.under_way.first().map_or(Moment::NEVER, |&(since, _)| since), under_way);
+        let stuck = (0..l.slots.len() as u32).filter(|&index| is_stuck(&l.slots[index as usize]));
+        assert!(l.stuck.iter().copied().eq(stuck), "the stuck jobs");
+        let replaced = of(&|slot| match slot.state {
+            State::Closing(Close::Runs, _) if slot.generation < l.generation => Some(slot.since),
+            _ => None,
+        });
+        assert_eq!(l.replaced.first().map_or(Moment::NEVER, |&(since, _)| since), replaced);
+        if let Some(period) = l.settings.keepalive.filter(|_| l.keepalive.is_none() && !l.closed) {
+            let due = of(&|slot| match slot.state {
+                State::Idle { .. } => Some(slot.since.max(slot.proven).plus(period)),
+                _ => None,
+            });
+            assert!(l.alarm <= due.max(now), "a keepalive without an alarm");
+        }
+        if let Some(threshold) = l.settings.leak_threshold.filter(|_| !l.closed) {
+            let due = of(&|slot| match slot.state {
+                State::InUse { warned: false, .. } => Some(slot.since.plus(threshold)),
+                _ => None,
+            });
+            assert!(l.alarm <= due.max(now), "a leak without an alarm");
         }
         // For everything that falls due the alarm is set early enough.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
