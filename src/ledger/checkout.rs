@@ -238,7 +238,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether a connection is too old to be handed out. The resolution of the clock counts against it.
     #[inline]
     pub(super) fn is_expired(&self, slot: &Slot, now: Moment) -> bool {
-        slot.dies <= now.plus(self.resolution) && slot.dies != Moment::NEVER
+        slot.dies <= now.plus_nanos(self.resolution) && slot.dies != Moment::NEVER
     }
 
     /// Whether a connection must be checked before it is handed out.

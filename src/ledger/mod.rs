@@ -44,9 +44,9 @@ use waiters::Waiters;
 pub(crate) struct Ledger<C, W> {
     /// The settings as they are now: `resize` and `set_min_idle` change them.
     settings: Settings,
-    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out
-    /// late.
-    resolution: Duration,
+    /// How many nanoseconds behind the true time a `now` may be. Every test of age adds it, so that no connection is
+    /// handed out late.
+    resolution: u64,
     /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
     /// goes back.
     now: Moment,
@@ -130,7 +130,7 @@ impl<C, W: Clone> Ledger<C, W> {
         };
         Ledger {
             settings: Settings { min_idle: 0, validate, ..settings },
-            resolution,
+            resolution: Moment::BIRTH.plus(resolution).nanos_since(Moment::BIRTH),
             now: Moment::BIRTH,
             slots: Slots::default(),
             free: Vec::new(),
