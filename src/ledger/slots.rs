@@ -657,8 +657,9 @@ impl<C, W: Clone> Ledger<C, W> {
             picked[index as usize] = true;
             first = first.min(self.slots[index as usize].since);
         }
-        let mut kept = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since < first);
-        for at in kept..self.idle.len() {
+        let first = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since < first);
+        let mut kept = first;
+        for at in first..self.idle.len() {
             if !picked[self.idle[at].0 as usize] {
                 self.idle.swap(kept, at);
                 kept += 1;

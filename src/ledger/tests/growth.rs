@@ -47,7 +47,7 @@ impl Large {
         };
         for thread in 0..u64::from(n) {
             w.now = w.now.plus(EACH);
-            w.step(|l, now| drop(l.join(now, here(), None, false, thread)));
+            w.step(|l, now| _ = l.join(now, here(), None, false, thread));
             w.do_jobs();
         }
         assert_eq!(w.in_use.len(), n as usize);
@@ -303,7 +303,7 @@ fn a_caller_that_finds_all_expired_closes_a_batch() {
     assert!(matches!(w.step(|l, now| l.take(now, here(), false)), Take::Nothing));
     let closed = w.l.counts().closing;
     assert!(closed > 0 && closed <= n / 16, "{closed}");
-    w.step(|l, now| drop(l.join(now, here(), None, false, 1)));
+    w.step(|l, now| _ = l.join(now, here(), None, false, 1));
     assert!(w.l.counts().closing <= n / 4);
     w.look();
     w.do_jobs();
