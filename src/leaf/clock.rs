@@ -22,6 +22,12 @@ impl Moment {
         Moment(self.0.saturating_add(nanos(d)))
     }
 
+    /// [`plus`](Moment::plus) for a number of nanoseconds.
+    #[inline]
+    pub(crate) fn plus_nanos(self, nanos: u64) -> Moment {
+        Moment(self.0.saturating_add(nanos))
+    }
+
     /// This moment less `d`, but not before the pool's birth; `NEVER` stays `NEVER`.
     #[inline]
     pub(crate) fn minus(self, d: Duration) -> Moment {

@@ -126,17 +126,29 @@ impl<C, W: Clone> Ledger<C, W> {
             if !self.is_expired(slot, now) {
                 return Some((index, self.needs_check(slot, now)));
             }
-            self.expire(at, now);
+            if !self.expire(others, now) {
+                return None;
+            }
         }
     }
 
-    /// Closes the connection at this place of the stack, which has expired before the reaper looked.
+    /// Closes the connections below `others` of the stack that have expired before the reaper looked. `false`: these
+    /// are too many for one step. Then the reaper looks at once, so that the next step follows.
     #[cold]
-    fn expire(&mut self, at: usize, now: Moment) {
-        sometimes!("an expired connection is found before the reaper looks");
-        let (index, conn) = self.idle.remove(at);
-        let due = self.slots[index as usize].dies;
-        self.close_due(index, conn, CloseReason::Lifetime, now, due);
+    fn expire(&mut self, others: usize, now: Moment) -> bool {
+        for _ in 0..self.batch() {
+            let Some(at) = self.idle.len().checked_sub(others + 1) else { return true };
+            let index = self.idle[at].0;
+            if !self.is_expired(&self.slots[index as usize], now) {
+                return true;
+            }
+            sometimes!("an expired connection is found before the reaper looks");
+            let (_, conn) = self.idle.remove(at);
+            let due = self.slots[index as usize].dies;
+            self.close_due(index, conn, CloseReason::Lifetime, now, due);
+        }
+        self.arm(now);
+        false
     }
 
     /// The caller's own check has succeeded. `None`: the caller may not have the connection after all. Either the pool
@@ -226,7 +238,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether a connection is too old to be handed out. The resolution of the clock counts against it.
     #[inline]
     pub(super) fn is_expired(&self, slot: &Slot, now: Moment) -> bool {
-        slot.dies <= now.plus(self.resolution) && slot.dies != Moment::NEVER
+        slot.dies <= now.plus_nanos(self.resolution) && slot.dies != Moment::NEVER
     }
 
     /// Whether a connection must be checked before it is handed out.

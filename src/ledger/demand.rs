@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::Ledger;
-use super::slots::{Check, Close, State};
+use super::slots::{Check, State};
 use super::values::{Order, Outcome, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
@@ -29,6 +29,10 @@ const OPEN_PATIENCE_FIRST: Duration = Duration::from_secs(1);
 /// If a caller waits for the place of a connection that `recycle` replaced, its close may take a tenth of
 /// `close_timeout`. The server that it leads to may be the one that failed.
 const REPLACED_PATIENCE: u32 = 10;
+
+/// How many more connections are checked than are wanted, at most, however many checks have failed: no more run at
+/// once.
+const MOST_AHEAD: u32 = 1024;
 
 /// Protects a server that answers no dial: the least time between two dials while more than `max_size` jobs are
 /// abandoned, or exactly `max_size` and the last open failed.
@@ -100,8 +104,9 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Notifies the waiters for which a connection is ready. For the others it has the idle connections checked that
     /// need a check. Returns how many connections are then wanted beside those that are ready.
     fn plan_checks(&mut self, now: Moment) -> u32 {
+        let mut ready = 0;
         loop {
-            let ready = self.ready(now);
+            ready = self.ready_from(ready, now);
             self.notify(ready);
             self.asked &= ready == 0;
             let demand = self.demand_beside(ready);
@@ -110,7 +115,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let ahead = if self.check_failures == 0 {
                 0
             } else {
-                1u32.checked_shl(self.check_failures - 1).unwrap_or(u32::MAX)
+                1u32.checked_shl(self.check_failures - 1).unwrap_or(u32::MAX).min(MOST_AHEAD)
             };
             sometimes!(ahead > 0 && demand > 0, "more is checked than is wanted, after a failed check");
             let enough = self.counted.quick_checks() >= demand.saturating_add(ahead);
@@ -167,7 +172,7 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     fn demand_beside(&self, ready: usize) -> u32 {
-        self.waiting() - self.notified.len().min(ready) as u32 + u32::from(self.asked && ready == 0)
+        self.waiting() - self.queue.notified().min(ready) as u32 + u32::from(self.asked && ready == 0)
     }
 
     /// Has the executor check the idle connection that would be handed out after those that are `ready`. `false`: there
@@ -254,12 +259,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// A caller that does not wait has found nothing. The checks and opens under way that are counted on will serve the
     /// next such caller, so it counts as having asked when the oldest of them began.
     pub(super) fn note_asked(&mut self, now: Moment) {
-        let under_way = self.slots().filter(|slot| match slot.state {
-            State::Checking(check, job) => !matches!(check, Check::Own(_)) && !job.slow,
-            State::Opening(job) => !job.slow,
-            _ => false,
-        });
-        self.asked_at = under_way.map(|slot| slot.since).min().unwrap_or(now);
+        self.asked_at = self.under_way.first().map_or(now, |&(since, _)| since);
     }
 
     // ---------------------------------------------------------------------------------------------- dialling
@@ -315,19 +315,14 @@ impl<C, W: Clone> Ledger<C, W> {
         {
             return false;
         }
-        let is_stuck = |state| matches!(state, State::Closing(Close::Stuck, _));
-        if let Some(stuck) = self.slots.iter().position(|slot| is_stuck(slot.state)) {
+        if let Some(&stuck) = self.stuck.first() {
             // The slot could not be freed at the job's limit, and can be now.
             sometimes!("the slot of a stuck job makes room");
-            self.release_abandoned(stuck as u32);
+            self.release_abandoned(stuck);
             return true;
         }
-        let generation = self.generation;
-        let slots = self.limits.iter().map(|&(_, index)| (index, &self.slots[index as usize]));
-        let oldest = slots
-            .filter(|(_, slot)| matches!(slot.state, State::Closing(Close::Runs, _)) && slot.generation < generation)
-            .min_by_key(|&(_, slot)| slot.since);
-        match oldest.map(|(index, slot)| (index, slot.since.plus(self.settings.close_timeout / REPLACED_PATIENCE))) {
+        let oldest = self.replaced.first();
+        match oldest.map(|&(since, index)| (index, since.plus(self.settings.close_timeout / REPLACED_PATIENCE))) {
             Some((index, until)) if until <= now => {
                 sometimes!("a replaced connection whose close takes long makes room");
                 self.abandon(index, now, 0.5);

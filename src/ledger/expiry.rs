@@ -1,6 +1,7 @@
 //! What falls due with time: [`reap`](Ledger::reap) closes connections that were idle for too long or are too old, has
 //! idle connections kept alive, reports leaks and abandons jobs past their limits.
 
+use std::ops::Bound;
 use std::time::Duration;
 
 use super::Ledger;
@@ -15,6 +16,13 @@ use crate::stats::{CloseReason, ConnectionState};
 /// rarely takes longer.
 const MAX_REPLACEMENT_LEAD: Duration = Duration::from_secs(5);
 
+/// How many connections one look of the reaper closes, or reports as leaks, at least, if more are due. The rest comes at
+/// the next look, which follows at once. So no caller waits for the lock for much longer than a tenth of a millisecond.
+pub(super) const LEAST_BATCH: usize = 256;
+/// In a stack of many connections one look closes this part of them, since each look moves those that stay: so all looks
+/// together move each connection 32 times at most, and not once for every 256 that are closed.
+const BATCH_PART: usize = 32;
+
 impl<C, W: Clone> Ledger<C, W> {
     /// Does what is due, and sets the next alarm.
     pub(crate) fn reap(&mut self, now: Moment, jitter: f64) {
@@ -24,17 +32,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // closed.
         self.mark_expiring_soon(now);
         self.plan(now);
-        while let Some(&(dies, index)) = self.lifetimes.first() {
-            if dies > now {
-                break;
-            }
-            self.lifetimes.pop_first();
-            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
-                let conn = self.remove_idle(index);
-                sometimes!("a life is over");
-                self.close_due(index, conn, CloseReason::Lifetime, now, dies);
-            }
-        }
+        self.expire_idle(now);
         self.evict_idle(now);
         while let Some(&(limit, index)) = self.limits.first() {
             if limit > now {
@@ -42,36 +40,43 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             self.abandon(index, now, jitter);
         }
-        self.keep_alive(now);
-        self.report_leaks(now);
+        let mut looks = self.least_batch;
+        self.keep_alive(now, &mut looks);
+        self.report_leaks(now, &mut looks);
         self.plan(now);
-        self.alarm = self.alarm.min(self.next_deadline());
+        self.alarm = self.alarm.min(self.next_deadline(&mut looks));
         // The reaper itself calls this, and is going to sleep until the alarm just set.
         self.effects.wake_reaper = false;
     }
 
-    /// When `reap` will next have something to do, apart from the alarms of the plan.
-    fn next_deadline(&self) -> Moment {
+    /// How many connections one step closes at most because they are due. If there are more, the next deadline is over,
+    /// and the reaper looks again at once. Meanwhile no expired connection is handed out: `next_idle` sees to that.
+    pub(super) fn batch(&self) -> usize {
+        self.least_batch.max(self.idle.len() / BATCH_PART)
+    }
+
+    /// When `reap` will next have something to do, apart from the alarms of the plan. `looks`: as for
+    /// [`Earliest::first`](super::earliest::Earliest::first).
+    fn next_deadline(&mut self, looks: &mut usize) -> Moment {
         let mut next = self.idle_deadline();
         if let Some(&(dies, _)) = self.lifetimes.first() {
             next = next.min(dies);
         }
         if self.settings.min_idle > 0 {
-            if let Some(&(dies, _)) =
-                self.lifetimes.range((self.marked_until, 0)..).find(|&&(dies, _)| dies > self.marked_until)
-            {
+            let after = (Bound::Excluded((self.marked_until, u32::MAX)), Bound::Unbounded);
+            if let Some(&(dies, _)) = self.lifetimes.range(after).next() {
                 next = next.min(dies.minus(self.lead()));
             }
         }
         if let Some(&(limit, _)) = self.limits.first() {
             next = next.min(limit);
         }
-        next.min(self.keepalive_due().0).min(self.leak_due())
+        next.min(self.keepalive_due(looks).0).min(self.leak_due(looks).0)
     }
 
     // ---------------------------------------------------------------------------------------------- idle
 
-    /// Evicts all connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay. But
+    /// Evicts the connections that were idle for too long, at once. The `min_idle` at the bottom of the stack stay. But
     /// of those the connections that expire soon go first: their replacements are further up, and would be evicted and
     /// opened anew until the end of such a life.
     pub(super) fn evict_idle(&mut self, now: Moment) {
@@ -81,14 +86,19 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let floor = self.settings.min_idle as usize;
         let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
+        let end = end.min(floor.saturating_add(self.batch()));
         // Each place above the floor falls due, whichever connection goes for it.
         let slot = |&(index, _): &(u32, C)| &self.slots[index as usize];
         let due: Vec<Moment> = self.idle[floor..end].iter().map(|at| slot(at).since.plus(max)).collect();
-        let expiring = (0..floor).filter(|&at| slot(&self.idle[at]).expires_soon());
-        let expiring: Vec<usize> = expiring.take(due.len()).collect();
-        sometimes!(!expiring.is_empty(), "one of the floor goes for its replacement");
+        // (As a rule none expires soon, and the floor is not looked through.)
+        let expiring = due.len().min(self.counted.expiring_soon() as usize);
+        let expiring = self.idle[..floor].iter().filter(|at| slot(at).expires_soon()).take(expiring);
+        let expiring: Vec<u32> = expiring.map(|&(index, _)| index).collect();
         let mut evicted = self.drain_idle(floor + expiring.len(), end);
-        evicted.extend(expiring.into_iter().rev().map(|at| self.idle.remove(at)));
+        if !expiring.is_empty() {
+            sometimes!("one of the floor goes for its replacement");
+            evicted.extend(self.remove_all_idle(&expiring));
+        }
         for ((index, conn), due) in evicted.into_iter().zip(due) {
             self.close_due(index, conn, CloseReason::Idle, now, due.max(self.stack_changed_at));
         }
@@ -99,6 +109,26 @@ impl<C, W: Clone> Ledger<C, W> {
     /// How long before the end of its life a floor connection is replaced.
     pub(super) fn lead(&self) -> Duration {
         self.settings.max_lifetime.map_or(Duration::ZERO, |whole| (whole / 20).min(MAX_REPLACEMENT_LEAD))
+    }
+
+    /// Closes idle connections whose life is over.
+    fn expire_idle(&mut self, now: Moment) {
+        let mut expired = Vec::new();
+        for _ in 0..self.batch() {
+            let Some(&(_, index)) = self.lifetimes.first().filter(|&&(dies, _)| dies <= now) else { break };
+            self.lifetimes.pop_first();
+            if self.slots[index as usize].as_seen() == ConnectionState::Idle {
+                expired.push(index);
+            }
+        }
+        if expired.is_empty() {
+            return;
+        }
+        for (index, conn) in self.remove_all_idle(&expired) {
+            sometimes!("a life is over");
+            let dies = self.slots[index as usize].dies;
+            self.close_due(index, conn, CloseReason::Lifetime, now, dies);
+        }
     }
 
     /// Marks the idle connections that end within the replacement lead.
@@ -122,24 +152,25 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The idle connection whose keepalive is due first, and when. `NEVER` while a keepalive check runs: they run one
     /// at a time.
-    fn keepalive_due(&self) -> (Moment, u32) {
-        let never = (Moment::NEVER, 0);
+    fn keepalive_due(&mut self, looks: &mut usize) -> (Moment, Option<u32>) {
         match self.settings.keepalive {
             Some(period) if self.keepalive.is_none() && !self.closed => {
-                // Among equals the lowest in the stack is the first.
-                let due = |&(index, _): &(u32, C)| {
-                    let slot = &self.slots[index as usize];
-                    (slot.since.max(slot.proven).plus(period), index)
-                };
-                self.idle.iter().map(due).min_by_key(|&(at, _)| at).unwrap_or(never)
+                let slots = &self.slots;
+                let (since, index) = self.unproven_since.first(looks, |index| {
+                    let slot = &slots[index as usize];
+                    matches!(slot.state, State::Idle { .. }).then(|| slot.unproven_since())
+                });
+                (since.plus(period), index)
             }
-            _ => never,
+            _ => (Moment::NEVER, None),
         }
     }
 
-    fn keep_alive(&mut self, now: Moment) {
-        let (due, index) = self.keepalive_due();
-        if due <= now && due != Moment::NEVER {
+    fn keep_alive(&mut self, now: Moment, looks: &mut usize) {
+        if let (due, Some(index)) = self.keepalive_due(looks) {
+            if due > now {
+                return;
+            }
             let conn = self.remove_idle(index);
             self.start_check(index, now, Check::Executor);
             let token = self.token(index);
@@ -151,24 +182,29 @@ impl<C, W: Clone> Ledger<C, W> {
 
     // ---------------------------------------------------------------------------------------------- leaks
 
-    /// When the next checkout will have lasted too long.
-    fn leak_due(&self) -> Moment {
-        let Some(threshold) = self.settings.leak_threshold else { return Moment::NEVER };
-        let in_use = self.slots.iter().filter(|slot| matches!(slot.state, State::InUse { warned: false, .. }));
-        in_use.map(|slot| slot.since.plus(threshold)).min().unwrap_or(Moment::NEVER)
+    /// When the next checkout will have lasted too long, and its slot.
+    fn leak_due(&mut self, looks: &mut usize) -> (Moment, Option<u32>) {
+        let Some(threshold) = self.settings.leak_threshold else { return (Moment::NEVER, None) };
+        let slots = &self.slots;
+        let (since, index) = self.in_use_since.first(looks, |index| {
+            let slot = &slots[index as usize];
+            matches!(slot.state, State::InUse { warned: false, .. }).then_some(slot.since)
+        });
+        (since.plus(threshold), index)
     }
 
-    fn report_leaks(&mut self, now: Moment) {
-        let Some(threshold) = self.settings.leak_threshold else { return };
-        for index in 0..self.slots.len() as u32 {
-            let slot = &self.slots[index as usize];
-            if matches!(slot.state, State::InUse { warned: false, .. }) && slot.since.plus(threshold) <= now {
-                let leak = Order::Leak { id: slot.id, caller: slot.caller(), in_use_for: now.since(slot.since) };
-                self.effects.orders.push(leak);
-                self.tally.leaks += 1;
-                sometimes!("a leak is reported");
-                self.set_warned(index);
+    fn report_leaks(&mut self, now: Moment, looks: &mut usize) {
+        while let (due, Some(index)) = self.leak_due(looks) {
+            // (A checkout that was reported is out of date there, so it costs a look.)
+            if due > now || *looks == 0 {
+                return;
             }
+            let slot = &self.slots[index as usize];
+            let leak = Order::Leak { id: slot.id, caller: slot.caller(), in_use_for: now.since(slot.since) };
+            self.effects.orders.push(leak);
+            self.tally.leaks += 1;
+            sometimes!("a leak is reported");
+            self.set_warned(index);
         }
     }
 

@@ -1,6 +1,6 @@
 #![doc = include_str!("README.md")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::leaf::clock::Moment;
@@ -11,7 +11,10 @@ use crate::stats::{Counts, Tally};
 // calls a method of `Ledger`. All files add methods to it, so the struct stands here.
 mod values;
 
+mod earliest;
+mod effects;
 mod slots;
+mod waiters;
 
 mod queue;
 
@@ -30,68 +33,33 @@ pub(crate) use slots::Slot;
 pub(crate) use values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
-use queue::{Front, Waiter};
-use slots::StateCounts;
-
-/// What a method of the ledger wants done for others than its caller. The thread that has the lock takes the effects
-/// out before it releases the lock.
-#[derive(Debug)]
-pub(crate) struct Effects<C, W> {
-    /// Waiters that have left the queue, and their outcome, which is to be filled in under the lock.
-    pub(crate) served: Vec<(W, Outcome<C>)>,
-    /// Waiters to be woken, so that they come to [`take_notified`](Ledger::take_notified).
-    pub(crate) notified: Vec<W>,
-    pub(crate) orders: Vec<Order<C>>,
-    /// The reaper is to be woken, since it means to sleep past the alarm.
-    pub(crate) wake_reaper: bool,
-    /// Something has changed that `build` or `close` may be waiting for.
-    pub(crate) changed: bool,
-}
-
-impl<C, W> Default for Effects<C, W> {
-    fn default() -> Self {
-        Effects { served: Vec::new(), notified: Vec::new(), orders: Vec::new(), wake_reaper: false, changed: false }
-    }
-}
-
-impl<C, W> Effects<C, W> {
-    #[inline]
-    pub(crate) fn is_empty(&self) -> bool {
-        // One test instead of five, since this is asked after every checkout and return. The answer is nearly always
-        // yes.
-        (self.notified.len() | self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed))
-            == 0
-    }
-
-    #[inline]
-    pub(crate) fn is_empty_but_for_notified(&self) -> bool {
-        (self.served.len() | self.orders.len() | usize::from(self.wake_reaper | self.changed)) == 0
-    }
-}
+use earliest::Earliest;
+use effects::Effects;
+use queue::Front;
+use slots::{Slots, StateCounts};
+use waiters::Waiters;
 
 /// The rules of the pool; see the module. `C` is a connection and `W` the handle by which a waiter is woken. The ledger
 /// looks into neither.
 pub(crate) struct Ledger<C, W> {
     /// The settings as they are now: `resize` and `set_min_idle` change them.
     settings: Settings,
-    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out
-    /// late.
-    resolution: Duration,
+    /// How many nanoseconds behind the true time a `now` may be. Every test of age adds it, so that no connection is
+    /// handed out late.
+    resolution: u64,
     /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
     /// goes back.
     now: Moment,
-    slots: Vec<Slot>,
+    slots: Slots,
     /// The indexes of the free slots.
     free: Vec<u32>,
     /// The idle connections, the longest unused at the bottom. Sorted by `since`.
     idle: Vec<(u32, C)>,
     /// How many slots are in each state.
     counted: StateCounts,
-    /// The waiters that are not notified.
-    queue: BTreeMap<Ticket, Waiter<W>>,
-    /// The waiters that are notified, and have not come yet.
-    notified: BTreeMap<Ticket, Waiter<W>>,
-    /// The first waiter of both, if there is any.
+    /// The waiters, notified or not.
+    queue: Waiters<W>,
+    /// The first waiter, if there is any.
     front: Option<Front>,
     /// The end of life of every connection that has one. Touched only when a connection is opened and when it is
     /// closed.
@@ -105,6 +73,18 @@ pub(crate) struct Ledger<C, W> {
     limits: BTreeSet<(Moment, u32)>,
     /// Until when each job is counted on. A job that is no longer counted on is not in it.
     patience: BTreeSet<(Moment, u32)>,
+    /// The checks and opens of the executor's that are counted on, and since when they are under way.
+    under_way: BTreeSet<(Moment, u32)>,
+    /// The closes that run, and since when, of connections that `recycle` replaced.
+    replaced: BTreeSet<(Moment, u32)>,
+    /// The slots of stuck jobs.
+    stuck: BTreeSet<u32>,
+    /// Since when each checkout lasts for which no leak was reported. Empty without a `leak_threshold`.
+    in_use_since: Earliest,
+    /// Since when each idle connection was neither used nor known to be well. Empty without `keepalive`.
+    unproven_since: Earliest,
+    /// The least of what one look of the reaper does, if so much is due: see `batch`.
+    least_batch: usize,
     /// How long an open usually takes. `None`: no open has succeeded yet.
     usual_open: Option<Duration>,
     /// A caller that does not wait has asked for a connection to be made ready.
@@ -150,20 +130,25 @@ impl<C, W: Clone> Ledger<C, W> {
         };
         Ledger {
             settings: Settings { min_idle: 0, validate, ..settings },
-            resolution,
+            resolution: Moment::BIRTH.plus(resolution).nanos_since(Moment::BIRTH),
             now: Moment::BIRTH,
-            slots: Vec::new(),
+            slots: Slots::default(),
             free: Vec::new(),
             idle: Vec::new(),
             counted: StateCounts::default(),
-            queue: BTreeMap::new(),
-            notified: BTreeMap::new(),
+            queue: Waiters::new(),
             front: None,
             lifetimes: BTreeSet::new(),
             stack_changed_at: Moment::BIRTH,
             marked_until: Moment::BIRTH,
             limits: BTreeSet::new(),
             patience: BTreeSet::new(),
+            under_way: BTreeSet::new(),
+            replaced: BTreeSet::new(),
+            stuck: BTreeSet::new(),
+            in_use_since: Earliest::new(),
+            unproven_since: Earliest::new(),
+            least_batch: expiry::LEAST_BATCH,
             usual_open: None,
             asked: false,
             dirty: false,

@@ -2,6 +2,7 @@
 
 use super::Ledger;
 use super::demand::BACKOFF_FIRST;
+use super::slots::{Close, State};
 use super::values::Outcome;
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
@@ -38,6 +39,12 @@ impl<C, W: Clone> Ledger<C, W> {
 
     pub(super) fn outdate(&mut self, now: Moment) {
         self.generation += 1;
+        for &(_, index) in &self.limits {
+            let slot = &self.slots[index as usize];
+            if let State::Closing(Close::Runs, _) = slot.state {
+                self.replaced.insert((slot.since, index));
+            }
+        }
         for (index, conn) in self.drain_idle(0, self.idle.len()) {
             self.close_connection(index, conn, CloseReason::Recycled, now);
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::values::{Caller, Join, Outcome, Take, Ticket, Token};
+use super::waiters::Waiter;
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 use crate::stats::CloseReason;
@@ -18,12 +19,6 @@ pub(super) const MAX_BARGES: u32 = 4;
 /// ... and has been the first for so long. Protects the running threads: a connection that is handed off to a waiter
 /// lies unused for as long as its thread takes to wake.
 pub(super) const HANDED_OFF_AFTER: Duration = Duration::from_micros(20);
-
-pub(super) struct Waiter<W> {
-    handle: W,
-    caller: Caller,
-    since: Moment,
-}
 
 /// The first waiter.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +35,7 @@ pub(super) struct Front {
 impl<C, W: Clone> Ledger<C, W> {
     /// The number of waiters, notified or not.
     pub(crate) fn waiting(&self) -> u32 {
-        (self.queue.len() + self.notified.len()) as u32
+        self.queue.len() as u32
     }
 
     /// Queues the caller for a connection, at `ticket` if it has had a place before. The plan then checks or opens what
@@ -92,7 +87,7 @@ impl<C, W: Clone> Ledger<C, W> {
             l.asked &= !hurried;
             sometimes!(ticket.is_some(), "a caller takes its place again after a check of its own");
             let ticket = ticket.unwrap_or_else(|| l.ticket(now));
-            l.queue.insert(ticket, Waiter { handle, caller, since: ticket.since });
+            l.queue.insert(Waiter::new(ticket, handle, caller));
             if l.front.is_none_or(|front| ticket < front.ticket) {
                 l.front = Some(Front { ticket, since: ticket.since, first_since: now, barged: 0 });
             }
@@ -111,9 +106,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// waits. A waiter that still waits keeps its place.
     pub(crate) fn take_notified(&mut self, now: Moment, ticket: Ticket) -> Option<(Token, C)> {
         self.step(now, |l, now| {
-            let waiter = l.notified.remove(&ticket)?;
-            let caller = waiter.caller;
-            l.queue.insert(ticket, waiter);
+            let caller = l.queue.has_come(ticket)?;
             let is_first = l.front.is_some_and(|front| front.ticket == ticket);
             // If two connections are idle, one is left for the first waiter, and a later waiter may take the other.
             if !is_first && !l.may_barge(now) && l.idle.len() <= 1 {
@@ -123,12 +116,12 @@ impl<C, W: Clone> Ledger<C, W> {
             sometimes!(l.idle.is_empty(), "another was faster than the notified waiter");
             let Some((index, false)) = l.next_idle(0, now) else { return None };
             let conn = l.pop_idle();
-            let waiter = l.unqueue(now, ticket).expect("the waiter has its place");
+            l.unqueue(now, ticket).expect("the waiter has its place");
             if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
                 sometimes!("a later waiter passes the first");
                 front.barged += 1;
             }
-            l.tally.wait_time.record(now.nanos_since(waiter.since));
+            l.tally.wait_time.record(now.nanos_since(ticket.since));
             l.check_out(index, now, caller);
             Some((l.token(index), conn))
         })
@@ -139,19 +132,17 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let waiter = l.unqueue(now, ticket)?;
             l.tally.timeouts += 1;
-            l.tally.wait_time.record(now.nanos_since(waiter.since));
+            l.tally.wait_time.record(now.nanos_since(ticket.since));
             Some(waiter.handle)
         })
     }
 
     /// Takes a waiter out of the queue. If it was notified, the plan notifies another.
     fn unqueue(&mut self, now: Moment, ticket: Ticket) -> Option<Waiter<W>> {
-        let waiter = self.queue.remove(&ticket).or_else(|| self.notified.remove(&ticket))?;
+        let waiter = self.queue.remove(ticket)?;
         if self.front.is_some_and(|front| front.ticket == ticket) {
-            let first = [self.queue.first_key_value(), self.notified.first_key_value()];
-            let first = first.into_iter().flatten().min_by_key(|&(ticket, _)| ticket);
-            self.front =
-                first.map(|(&ticket, waiter)| Front { ticket, since: waiter.since, first_since: now, barged: 0 });
+            let first = self.queue.first().map(|waiter| waiter.ticket);
+            self.front = first.map(|ticket| Front { ticket, since: ticket.since, first_since: now, barged: 0 });
         }
         Some(waiter)
     }
@@ -159,7 +150,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Empties the queue: all waiters get this outcome.
     pub(super) fn dismiss_queue(&mut self, now: Moment, outcome: impl Fn() -> Outcome<C>) {
         while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
-            self.tally.wait_time.record(now.nanos_since(waiter.since));
+            self.tally.wait_time.record(now.nanos_since(waiter.ticket.since));
             self.effects.served.push((waiter.handle, outcome()));
         }
     }
@@ -204,7 +195,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if well && (fresh || !lasts || self.is_handed_off(front, now)) {
             if let Some(waiter) = self.unqueue(now, front.ticket) {
                 let token = self.token(index);
-                self.tally.wait_time.record(now.nanos_since(waiter.since));
+                self.tally.wait_time.record(now.nanos_since(waiter.ticket.since));
                 self.check_out(index, now, waiter.caller);
                 sometimes!("a waiter is handed a connection");
                 return self.effects.served.push((waiter.handle, Outcome::Connection(token, conn)));
@@ -216,17 +207,21 @@ impl<C, W: Clone> Ledger<C, W> {
     /// How many of the idle connections, from the top, could be handed out as they are. Looks at no more connections
     /// than there are waiters.
     pub(super) fn ready(&self, now: Moment) -> usize {
+        self.ready_from(0, now)
+    }
+
+    /// [`ready`](Ledger::ready), where so many are known to be.
+    pub(super) fn ready_from(&self, known: usize, now: Moment) -> usize {
         let wanted = (self.waiting() as usize).max(1);
-        let slots = self.idle.iter().rev().take(wanted).map(|&(index, _)| &self.slots[index as usize]);
-        slots.take_while(|slot| !self.is_expired(slot, now) && !self.needs_check(slot, now)).count()
+        let slots = self.idle.iter().rev().take(wanted).skip(known).map(|&(index, _)| &self.slots[index as usize]);
+        known + slots.take_while(|slot| !self.is_expired(slot, now) && !self.needs_check(slot, now)).count()
     }
 
     /// Notifies the next waiters, if more connections are ready than waiters are notified.
     pub(super) fn notify(&mut self, ready: usize) {
-        while self.notified.len() < ready {
-            let Some((ticket, waiter)) = self.queue.pop_first() else { return };
-            self.effects.notified.push(waiter.handle.clone());
-            self.notified.insert(ticket, waiter);
+        while self.queue.notified() < ready {
+            let Some(handle) = self.queue.notify_next() else { return };
+            self.effects.notified.push(handle.clone());
         }
     }
 }

@@ -56,8 +56,8 @@ impl<C, W: Clone> Ledger<C, W> {
         };
         let generation = self.generation;
         let slot = &mut self.slots[index as usize];
-        (slot.born, slot.proven, slot.since, slot.dies, slot.generation) = (now, now, now, dies, generation);
-        self.restart_open(index);
+        (slot.born, slot.proven, slot.dies, slot.generation) = (now, now, dies, generation);
+        self.restart_open(index, now);
         self.start_limit(index, now.plus(self.settings.open_timeout));
         self.count_on(index, now.plus(self.open_patience()));
     }

@@ -4,6 +4,7 @@
 //! `README.md`, beside this file, has the table of all transitions. The caller or job that has the slot's [`Token`]
 //! may ask for a transition. So may the reaper for an idle connection, and, at a job's limit, for the slot of that job.
 
+use std::ops::{Index, IndexMut};
 use std::time::Duration;
 
 use super::Ledger;
@@ -68,6 +69,12 @@ impl Slot {
         matches!(self.state, State::Idle { expiring_soon: true })
     }
 
+    /// Since when the idle connection was neither used nor known to be well.
+    #[inline]
+    pub(super) fn unproven_since(&self) -> Moment {
+        self.since.max(self.proven)
+    }
+
     /// The job that has this slot, if one has.
     pub(super) fn job(&self) -> Option<&Job> {
         match &self.state {
@@ -81,6 +88,53 @@ impl Slot {
             State::Opening(job) | State::Checking(_, job) | State::Closing(_, job) => Some(job),
             State::Free | State::Idle { .. } | State::InUse { .. } => None,
         }
+    }
+}
+
+/// The slots, by index. For the tests, which ask how much one step looks at, every look is counted.
+#[derive(Debug, Default)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    #[cfg(test)]
+    pub(super) looks: std::cell::Cell<usize>,
+}
+
+impl Slots {
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn iter(&self) -> std::slice::Iter<'_, Slot> {
+        self.count(self.slots.len());
+        self.slots.iter()
+    }
+
+    fn push(&mut self, slot: Slot) {
+        self.slots.push(slot);
+    }
+
+    #[inline]
+    fn count(&self, _looks: usize) {
+        #[cfg(test)]
+        self.looks.set(self.looks.get() + _looks);
+    }
+}
+
+impl Index<usize> for Slots {
+    type Output = Slot;
+
+    #[inline]
+    fn index(&self, index: usize) -> &Slot {
+        self.count(1);
+        &self.slots[index]
+    }
+}
+
+impl IndexMut<usize> for Slots {
+    #[inline]
+    fn index_mut(&mut self, index: usize) -> &mut Slot {
+        self.count(1);
+        &mut self.slots[index]
     }
 }
 
@@ -181,7 +235,7 @@ impl StateCounts {
 
     /// The counts as they must be, for the tests.
     #[cfg(test)]
-    pub(super) fn recount(slots: &[Slot]) -> StateCounts {
+    pub(super) fn recount(slots: &Slots) -> StateCounts {
         let mut counted = StateCounts::default();
         slots.iter().for_each(|slot| counted.0[StateCounts::of(&slot.state)] += 1);
         counted
@@ -232,6 +286,11 @@ impl StateCounts {
 
     pub(super) fn idle(&self) -> u32 {
         self.lasting() + self.0[Self::EXPIRING_SOON]
+    }
+
+    /// The idle connections that end within the replacement lead.
+    pub(super) fn expiring_soon(&self) -> u32 {
+        self.0[Self::EXPIRING_SOON]
     }
 
     /// The idle connections that do not end within the replacement lead.
@@ -287,6 +346,12 @@ impl<C, W: Clone> Ledger<C, W> {
         self.dirty = true;
         self.end_limit(index);
         self.end_patience(index);
+        let slot = &self.slots[index as usize];
+        match slot.state {
+            State::Closing(Close::Runs, _) => _ = self.replaced.remove(&(slot.since, index)),
+            State::Closing(Close::Stuck, _) => _ = self.stuck.remove(&index),
+            _ => {}
+        }
         if self.keepalive == Some(self.slots[index as usize].id) {
             self.keepalive = None;
             // The next keepalive may be due already: the reaper is to look.
@@ -327,9 +392,10 @@ impl<C, W: Clone> Ledger<C, W> {
     }
 
     /// An ordered open begins: it has no limit yet, and is counted on anew.
-    pub(super) fn restart_open(&mut self, index: u32) {
+    pub(super) fn restart_open(&mut self, index: u32, now: Moment) {
         self.end_limit(index);
         self.end_patience(index);
+        self.slots[index as usize].since = now;
         self.set(index, State::Opening(Job::ordered(self.found_dead)));
     }
 
@@ -433,18 +499,28 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Counts on the job that has the slot until `until`.
     pub(super) fn count_on(&mut self, index: u32, until: Moment) {
         self.end_patience(index);
-        let Some(job) = self.slots[index as usize].job_mut() else { unreachable!("only jobs are counted on") };
+        let slot = &mut self.slots[index as usize];
+        let (since, closes) = (slot.since, matches!(slot.state, State::Closing(..)));
+        let Some(job) = slot.job_mut() else { unreachable!("only jobs are counted on") };
         job.patience = until;
         if until != Moment::NEVER {
             self.patience.insert((until, index));
         }
+        if !closes {
+            self.under_way.insert((since, index));
+        }
     }
 
     pub(super) fn end_patience(&mut self, index: u32) {
-        let Some(job) = self.slots[index as usize].job_mut() else { return };
+        let slot = &mut self.slots[index as usize];
+        let (since, closes) = (slot.since, matches!(slot.state, State::Closing(..)));
+        let Some(job) = slot.job_mut() else { return };
         let until = std::mem::replace(&mut job.patience, Moment::NEVER);
         if until != Moment::NEVER {
             self.patience.remove(&(until, index));
+        }
+        if !closes {
+            self.under_way.remove(&(since, index));
         }
     }
 
@@ -465,7 +541,9 @@ impl<C, W: Clone> Ledger<C, W> {
         self.slots[index as usize].uses += 1;
         self.tally.checkouts += 1;
         if let Some(threshold) = self.settings.leak_threshold {
-            self.arm(now.plus(threshold));
+            if self.in_use_since.note(index, now) {
+                self.arm(now.plus(threshold));
+            }
         }
     }
 
@@ -503,11 +581,15 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The job is past its limit, and its slot cannot be freed.
     pub(super) fn set_stuck(&mut self, index: u32, now: Moment) {
         self.change(index, State::Closing(Close::Stuck, Job::ordered(0)), now);
+        self.stuck.insert(index);
     }
 
     /// A job goes on to close its connection, if it has one, within a new limit.
     pub(super) fn start_closing(&mut self, index: u32, now: Moment) {
         self.change(index, State::Closing(Close::Runs, Job::ordered(0)), now);
+        if self.slots[index as usize].generation < self.generation {
+            self.replaced.insert((now, index));
+        }
         self.start_limit(index, now.plus(self.settings.close_timeout));
     }
 
@@ -533,9 +615,9 @@ impl<C, W: Clone> Ledger<C, W> {
         let due = self.idle_deadline();
         self.arm(due);
         if let Some(period) = self.settings.keepalive {
-            if self.keepalive.is_none() {
-                let slot = &self.slots[index as usize];
-                self.arm(slot.since.max(slot.proven).plus(period));
+            let unproven_since = self.slots[index as usize].unproven_since();
+            if self.unproven_since.note(index, unproven_since) && self.keepalive.is_none() {
+                self.arm(unproven_since.plus(period));
             }
         }
         self.effects.changed |= self.watchers > 0;
@@ -564,6 +646,26 @@ impl<C, W: Clone> Ledger<C, W> {
         let from = self.idle.partition_point(|&(i, _)| self.slots[i as usize].since < since);
         let at = from + self.idle[from..].iter().position(|&(i, _)| i == index).expect("an idle slot is in the stack");
         self.idle.remove(at).1
+    }
+
+    /// Takes the connections in these slots out of the stack, in one pass, whatever the order in which they are named.
+    /// They come in another. The calling function sets the slots' states.
+    pub(super) fn remove_all_idle(&mut self, indexes: &[u32]) -> Vec<(u32, C)> {
+        let mut picked = vec![false; self.slots.len()];
+        let mut first = Moment::NEVER;
+        for &index in indexes {
+            picked[index as usize] = true;
+            first = first.min(self.slots[index as usize].since);
+        }
+        let first = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since < first);
+        let mut kept = first;
+        for at in first..self.idle.len() {
+            if !picked[self.idle[at].0 as usize] {
+                self.idle.swap(kept, at);
+                kept += 1;
+            }
+        }
+        self.idle.split_off(kept)
     }
 
     /// Takes the connections at these places out of the stack. The calling function sets the slots' states.

@@ -18,7 +18,7 @@ use crate::leaf::shield::drop_payload;
 use crate::leaf::sync::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use crate::leaf::sync::{Mutex, sometimes, thread};
 use crate::leaf::threads::thread_name;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -118,6 +118,13 @@ struct Inner<J> {
     idle: usize,
     /// The jobs that run and were not abandoned, in the order in which they were started.
     running: BTreeMap<u64, Running>,
+    /// The running job that has a slot. If there are two, it is the later one: the earlier has handed its slot to the
+    /// ledger, and is about to end.
+    by_slot: HashMap<u64, u64>,
+    /// How many running jobs of each kind count against its limit...
+    counted: [usize; KINDS],
+    /// ... and how many do not any longer.
+    slow: [usize; KINDS],
     started: u64,
     backlog: [VecDeque<J>; KINDS],
     dropped_records: u64,
@@ -136,6 +143,9 @@ impl<J: Task> Executor<J> {
             threads: 0,
             idle: 0,
             running: BTreeMap::new(),
+            by_slot: HashMap::new(),
+            counted: [0; KINDS],
+            slow: [0; KINDS],
             started: 0,
             backlog: std::array::from_fn(|_| VecDeque::new()),
             dropped_records: 0,
@@ -185,7 +195,7 @@ impl<J: Task> Executor<J> {
                 let mut inner = self.inner.lock();
                 sometimes!("no thread could be started");
                 inner.threads -= 1;
-                inner.running.remove(&started.number);
+                inner.end(started.number);
                 match kind {
                     Kind::Open => Err((e, started.job)),
                     Kind::Close if inner.threads == 0 => Err((e, started.job)),
@@ -218,7 +228,7 @@ impl<J: Task> Executor<J> {
                 started
             };
             if !due {
-                inner.running.remove(&started.number);
+                inner.end(started.number);
                 inner.backlog[started.job.kind() as usize].push_front(started.job);
                 return false;
             }
@@ -238,9 +248,7 @@ impl<J: Task> Executor<J> {
     pub(crate) fn stop_counting<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
-            if let Some(number) = inner.find(slot) {
-                inner.running.entry(number).and_modify(|job| job.counts = false);
-            }
+            inner.stop_counting(slot);
         }
         self.run_backlog(host)
     }
@@ -251,8 +259,8 @@ impl<J: Task> Executor<J> {
     pub(crate) fn abandon<S: Host<Job = J>>(&self, host: &Arc<S>, slot: u64) -> bool {
         {
             let mut inner = self.inner.lock();
-            if let Some(number) = inner.find(slot) {
-                inner.running.remove(&number);
+            if let Some(&number) = inner.by_slot.get(&slot) {
+                inner.end(number);
             }
         }
         self.run_backlog(host)
@@ -307,7 +315,7 @@ impl<J: Task> Executor<J> {
                     drop_payload(payload);
                 }
                 let mut inner = self.inner.lock();
-                let Some(Running { kind, .. }) = inner.running.remove(&number) else {
+                let Some(Running { kind, .. }) = inner.end(number) else {
                     sometimes!("the thread of an abandoned job leaves");
                     // The job was abandoned, and another thread has taken its place.
                     inner.threads -= 1;
@@ -331,10 +339,7 @@ impl<J: Task> Inner<J> {
     /// Whether another job of this kind may run. One more may run for each that no longer counts, so that of many jobs
     /// that hang the last one still begins soon.
     fn has_room(&self, kind: Kind) -> bool {
-        let (mut counted, mut slow) = (0, 0);
-        for job in self.running.values().filter(|job| job.kind == kind) {
-            if job.counts { counted += 1 } else { slow += 1 }
-        }
+        let (counted, slow) = (self.counted[kind as usize], self.slow[kind as usize]);
         counted < kind.limit() + slow && counted + slow < MOST
     }
 
@@ -343,13 +348,32 @@ impl<J: Task> Inner<J> {
         let number = self.started;
         self.started += 1;
         self.running.insert(number, Running { kind: job.kind(), slot: job.slot(), counts: true });
+        self.counted[job.kind() as usize] += 1;
+        if let Some(slot) = job.slot() {
+            self.by_slot.insert(slot, number);
+        }
         Started { number, job }
     }
 
-    /// The running job that has this slot. If there are two, it is the later one: the earlier has handed its slot to
-    /// the ledger, and is about to end.
-    fn find(&self, slot: u64) -> Option<u64> {
-        self.running.iter().rev().find(|(_, job)| job.slot == Some(slot)).map(|(&number, _)| number)
+    /// Takes a job off the list of running jobs. `None`: it was abandoned.
+    fn end(&mut self, number: u64) -> Option<Running> {
+        let job = self.running.remove(&number)?;
+        let counts = if job.counts { &mut self.counted } else { &mut self.slow };
+        counts[job.kind as usize] -= 1;
+        if let Some(slot) = job.slot.filter(|slot| self.by_slot.get(slot) == Some(&number)) {
+            self.by_slot.remove(&slot);
+        }
+        Some(job)
+    }
+
+    /// The job that has this slot no longer counts against the limit of its kind.
+    fn stop_counting(&mut self, slot: u64) {
+        let number = self.by_slot.get(&slot);
+        if let Some(job) = number.and_then(|number| self.running.get_mut(number)).filter(|job| job.counts) {
+            job.counts = false;
+            self.counted[job.kind as usize] -= 1;
+            self.slow[job.kind as usize] += 1;
+        }
     }
 
     /// Puts a job in the backlog of its kind.
@@ -478,6 +502,7 @@ mod tests {
         host.post(Kind::Close, 4, move || done.send(()).unwrap());
         assert!(seen.is_empty());
         assert!(host.executor.abandon(&host, 0));
+        host.executor.inner.lock().audit();
         seen.recv_timeout(SOON).expect("the fifth close goes on");
         drop(go); // the stuck jobs end, and the thread of the abandoned one leaves
         host.executor.close();
@@ -509,6 +534,7 @@ mod tests {
         begun.sort();
         assert_eq!(begun, [4, 5], "one in its place, and one more beside it");
         assert!(host.executor.stop_counting(&host, 2), "a second time this changes nothing");
+        host.executor.inner.lock().audit();
         let done = post_close(&host, 6);
         assert!(done.is_empty());
         drop(go);
@@ -603,9 +629,25 @@ mod tests {
         drop(go);
     }
 
+    impl<J> Inner<J> {
+        /// The counts, and the job of each slot, are as the list of running jobs has them.
+        fn audit(&self) {
+            let (mut counted, mut slow) = ([0; KINDS], [0; KINDS]);
+            for job in self.running.values() {
+                if job.counts { counted[job.kind as usize] += 1 } else { slow[job.kind as usize] += 1 }
+            }
+            assert_eq!((self.counted, self.slow), (counted, slow));
+            for (&slot, number) in &self.by_slot {
+                let last = self.running.iter().rev().find(|(_, job)| job.slot == Some(slot));
+                assert_eq!(last.map(|(number, _)| number), Some(number), "the job of slot {slot}");
+            }
+        }
+    }
+
     impl TestHost {
         /// Waits until so many threads linger.
         fn wait_for_idle(&self, idle: usize) {
+            self.executor.inner.lock().audit();
             let deadline = std::time::Instant::now() + SOON;
             while self.executor.inner.lock().idle != idle {
                 assert!(std::time::Instant::now() < deadline, "{idle} threads do not linger");
@@ -658,6 +700,7 @@ mod tests {
             let job = Job(Kind::Record, None, Box::new(move || done.send(n).unwrap()));
             assert!(host.executor.post(&host, job).is_ok_and(|ok| !ok));
             assert!(!host.executor.run_backlog(&host));
+            host.executor.inner.lock().audit();
             assert!(host.executor.inner.lock().running.is_empty());
         }
         SPAWNS.store(true, Ordering::SeqCst);

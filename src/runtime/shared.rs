@@ -182,32 +182,28 @@ impl<M: Manage> Shared<M> {
             drop(ledger);
             return waiter.notify();
         }
-        let notified = std::mem::take(&mut ledger.effects.notified);
-        let served = std::mem::take(&mut ledger.effects.served);
-        let orders = std::mem::take(&mut ledger.effects.orders);
-        let wake_reaper = std::mem::take(&mut ledger.effects.wake_reaper);
-        let changed = std::mem::take(&mut ledger.effects.changed);
-        let mut to_wake = Vec::with_capacity(served.len());
-        for (waiter, outcome) in served {
-            waiter.serve(outcome);
-            to_wake.push(waiter);
+        let mut effects = ledger.effects.take();
+        for (waiter, outcome) in effects.served.iter_mut() {
+            // (The list is freed without the lock, so it keeps something in place of the outcome.)
+            waiter.serve(std::mem::replace(outcome, Outcome::Closed));
         }
         self.note_waiting(&ledger);
         drop(ledger);
-        to_wake.iter().for_each(|waiter| waiter.wake());
-        notified.iter().for_each(|waiter| waiter.notify());
-        if wake_reaper {
+        effects.served.into_iter().for_each(|(waiter, _)| waiter.wake());
+        effects.notified.into_iter().for_each(|waiter| waiter.notify());
+        if effects.wake_reaper {
             Reaper::wake(self, || !self.is_forked());
         }
-        if changed {
+        if effects.changed {
             self.changed.notify();
         }
-        if orders.is_empty() {
+        let mut orders = effects.orders.into_iter().peekable();
+        if orders.peek().is_none() {
             return;
         }
         if self.is_forked() {
             // This is a forked child, and the connections belong to the parent: not even their drop may run here.
-            return orders.into_iter().for_each(std::mem::forget);
+            return orders.for_each(std::mem::forget);
         }
         // If one order panics, the others are carried out all the same.
         for order in orders {

@@ -10,7 +10,9 @@ mod fake;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod allocations;
 mod burn;
+mod crowd;
 #[cfg(target_os = "linux")]
 mod fork;
 #[cfg(target_os = "linux")]

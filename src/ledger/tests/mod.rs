@@ -5,6 +5,7 @@ mod checkout;
 mod demand;
 mod expiry;
 mod fitness;
+mod growth;
 mod orders;
 mod property;
 mod queue;

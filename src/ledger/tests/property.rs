@@ -159,6 +159,8 @@ fn live(settings: Settings, ops: Vec<Op>) {
     let floor = settings.min_idle;
     let mut w = World::with_resolution(settings, ms(4));
     w.strict = true;
+    // So that there are batches at all in so small a pool.
+    w.ledger.least_batch = 1 + ops.len() % 4;
     w.ledger.set_min_idle(w.now, floor);
     w.apply();
     for op in ops {

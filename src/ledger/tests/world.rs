@@ -893,7 +893,7 @@ impl World {
             || l.closed
             || ordered
             || self.coming() + l.counted.slow_opens().saturating_sub(1)
-                > l.waiting() - l.notified.len().min(l.ready(l.now)) as u32
+                > l.waiting() - l.queue.notified().min(l.ready(l.now)) as u32
         {
             return;
         }
@@ -940,15 +940,47 @@ impl World {
             self.waiting.front().map(|&(_, ticket, since)| (ticket, since))
         );
         if counts.waiting > 0 && !l.idle.is_empty() {
-            let notified = l.notified.len() as u32;
+            let notified = l.queue.notified() as u32;
             assert!(
-                notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting,
+                notified > 0 || l.counted.opens() + l.counted.checks() >= counts.waiting || l.alarm <= now,
                 "idle, while a caller waits"
             );
         }
-        for ticket in l.notified.keys() {
-            let thread = self.waiting.iter().find(|w| w.1 == *ticket).map(|w| w.0);
+        let marked = l.queue.marked();
+        let on_the_way = self.awake.values().filter(|&thread| self.waiting.iter().any(|w| w.0 == *thread)).count();
+        assert_eq!((marked.len(), l.queue.notified()), (on_the_way, on_the_way), "the notified, counted anew");
+        assert!(l.queue.tickets().iter().eq(self.waiting.iter().map(|w| &w.1)), "the queue, in order");
+        for ticket in marked {
+            let thread = self.waiting.iter().find(|w| w.1 == ticket).map(|w| w.0);
             assert!(self.awake.values().any(|&s| Some(s) == thread), "notified, and not on the way");
+        }
+        // What would be found by a look at every slot.
+        let of = |pick: &dyn Fn(&Slot) -> Option<Moment>| l.slots().filter_map(pick).min().unwrap_or(Moment::NEVER);
+        let under_way = of(&|slot| match slot.state {
+            State::Checking(Check::Executor | Check::Reset, job) | State::Opening(job) if !job.slow => Some(slot.since),
+            _ => None,
+        });
+        assert_eq!(l.under_way.first().map_or(Moment::NEVER, |&(since, _)| since), under_way);
+        let stuck = (0..l.slots.len() as u32).filter(|&index| is_stuck(&l.slots[index as usize]));
+        assert!(l.stuck.iter().copied().eq(stuck), "the stuck jobs");
+        let replaced = of(&|slot| match slot.state {
+            State::Closing(Close::Runs, _) if slot.generation < l.generation => Some(slot.since),
+            _ => None,
+        });
+        assert_eq!(l.replaced.first().map_or(Moment::NEVER, |&(since, _)| since), replaced);
+        if let Some(period) = l.settings.keepalive.filter(|_| l.keepalive.is_none() && !l.closed) {
+            let due = of(&|slot| match slot.state {
+                State::Idle { .. } => Some(slot.since.max(slot.proven).plus(period)),
+                _ => None,
+            });
+            assert!(l.alarm <= due.max(now), "a keepalive without an alarm");
+        }
+        if let Some(threshold) = l.settings.leak_threshold.filter(|_| !l.closed) {
+            let due = of(&|slot| match slot.state {
+                State::InUse { warned: false, .. } => Some(slot.since.plus(threshold)),
+                _ => None,
+            });
+            assert!(l.alarm <= due.max(now), "a leak without an alarm");
         }
         // For everything that falls due the alarm is set early enough.
         assert!(l.alarm <= l.idle_deadline(), "an idle deadline without an alarm");
