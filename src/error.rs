@@ -4,9 +4,12 @@
 use crate::leaf::shield::Panic;
 use crate::leaf::text::Short;
 use crate::leaf::text::{self, Brief, Escaping};
+use crate::ledger::Reach;
 use crate::stats::ConnectionInfo;
 use std::error::Error as StdError;
 use std::fmt::{self, Write as _};
+use std::io::{self, ErrorKind as IoErrorKind};
+use std::iter::successors;
 use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
@@ -259,7 +262,7 @@ impl fmt::Display for Closed {
 #[derive(Clone)]
 pub struct Cause {
     text: Arc<str>,
-    permanent: bool,
+    reach: Reach,
     error: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
@@ -278,7 +281,8 @@ impl Cause {
             }
             source = next.source();
         }
-        Cause::shown(text.finish())
+        let reach = if nobody_listens(error) { Reach::Nobody } else { Reach::Server };
+        Cause { reach, ..Cause::shown(text.finish()) }
     }
 
     /// A cause in the manager's own words.
@@ -287,7 +291,7 @@ impl Cause {
     }
 
     fn shown(text: String) -> Cause {
-        Cause { text: text.into(), permanent: false, error: None }
+        Cause { text: text.into(), reach: Reach::Server, error: None }
     }
 
     /// A cause with the error itself, for [`downcast_ref`](Cause::downcast_ref).
@@ -302,27 +306,47 @@ impl Cause {
 
     fn with_own_text(mut self) -> Cause {
         if let Some(error) = &self.error {
-            self.text = Cause::text(&**error).text;
+            Cause { text: self.text, reach: self.reach, .. } = Cause::text(&**error);
         }
         self
+    }
+
+    /// How far the attempt got that failed with this cause.
+    pub(crate) fn reach(&self) -> Reach {
+        self.reach
+    }
+
+    /// The same cause, of an attempt that got so far.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn reaching(self, reach: Reach) -> Cause {
+        Cause { reach, ..self }
     }
 
     /// The same cause, marked as one that will not go away by trying again soon: it fails all waiters at once.
     #[must_use]
     pub fn permanent(mut self) -> Cause {
-        self.permanent = true;
+        self.reach = Reach::Refusal;
         self
     }
 
     /// Whether trying again soon is useless.
     pub fn is_permanent(&self) -> bool {
-        self.permanent
+        self.reach == Reach::Refusal
     }
 
     /// The error itself, if the manager handed it on and it is an `E`.
     pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
         self.error.as_ref().and_then(|e| e.downcast_ref())
     }
+}
+
+/// Whether the attempt that ended with this error was refused by the system, since nobody listens there: by the first
+/// error of the system's in the chain of sources.
+pub(crate) fn nobody_listens(error: &(dyn StdError + 'static)) -> bool {
+    let mut chain = successors(Some(error), |&error| error.source());
+    let system = chain.find_map(|error| error.downcast_ref::<io::Error>());
+    // (A unix socket that is missing is not found; one that is left behind refuses.)
+    system.is_some_and(|error| matches!(error.kind(), IoErrorKind::ConnectionRefused | IoErrorKind::NotFound))
 }
 
 impl From<Panic> for Cause {
@@ -339,7 +363,7 @@ impl fmt::Display for Cause {
 
 impl fmt::Debug for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cause").field("text", &self.text).field("permanent", &self.permanent).finish()
+        f.debug_struct("Cause").field("text", &self.text).field("permanent", &self.is_permanent()).finish()
     }
 }
 
@@ -379,5 +403,33 @@ mod tests {
         assert_eq!(cause.to_string(), "db error: FATAL: no");
         assert!(cause.is_permanent() && cause.downcast_ref::<Layer>().is_some());
         assert!(cause.downcast_ref::<fmt::Error>().is_none());
+    }
+
+    #[test]
+    fn where_nobody_listens() {
+        #[derive(Debug)]
+        struct Wrapped(io::Error);
+
+        impl fmt::Display for Wrapped {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("wrapped")
+            }
+        }
+
+        impl StdError for Wrapped {
+            fn source(&self) -> Option<&(dyn StdError + 'static)> {
+                Some(&self.0)
+            }
+        }
+
+        let of = |kind: IoErrorKind| Cause::of(Wrapped(kind.into())).reach();
+        assert_eq!(of(IoErrorKind::ConnectionRefused), Reach::Nobody);
+        assert_eq!(of(IoErrorKind::NotFound), Reach::Nobody);
+        assert_eq!(of(IoErrorKind::ConnectionReset), Reach::Server);
+        assert_eq!(of(IoErrorKind::TimedOut), Reach::Server);
+        assert_eq!(Cause::text(&io::Error::from(IoErrorKind::ConnectionRefused)).reach(), Reach::Nobody);
+        assert_eq!(Cause::text(&Layer("refused", None)).reach(), Reach::Server);
+        assert_eq!(Cause::message("refused").reach(), Reach::Server);
+        assert_eq!(Cause::message("refused").permanent().reach(), Reach::Refusal);
     }
 }

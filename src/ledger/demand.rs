@@ -4,14 +4,17 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::slots::{Check, State};
-use super::values::{Order, Outcome, SlotJob};
+use super::values::{Order, Outcome, Reach, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 
 /// The shortest pause after a failed open, and the first of those that double.
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-/// The longest pause between opens while a caller waits.
+/// The longest pause between opens while a caller waits, after one that may have reached a login.
 const BACKOFF_WAITED_FOR: Duration = Duration::from_secs(1);
+/// The same while nobody listens: such an attempt costs the server nothing, and the first one that does not fail ends the
+/// outage for all who wait.
+const BACKOFF_NOBODY: Duration = Duration::from_millis(200);
 /// The longest pause between opens while no caller waits.
 const BACKOFF_LONGEST: Duration = Duration::from_secs(30);
 /// The first pause after a permanent refusal. Nobody repairs a password in milliseconds, and a server may lock an
@@ -41,9 +44,12 @@ pub(super) const PROBE_PERIOD: Duration = Duration::from_secs(60);
 /// A run of failed opens.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Failure {
+    /// How many of them got as far as the last one.
     count: u32,
+    /// How many of them got to the server, or to nobody: the other of the two.
+    other: u32,
     pub(super) last: Moment,
-    pub(super) permanent: bool,
+    pub(super) reach: Reach,
     /// The server is not dialled before this moment.
     pub(super) retry: Moment,
     why: FailedOpen,
@@ -75,7 +81,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether the server has refused for good, as far as is known.
     pub(crate) fn is_refusing(&self) -> bool {
-        self.failure.is_some_and(|failure| failure.permanent)
+        self.failure.is_some_and(|failure| failure.reach == Reach::Refusal)
     }
 
     // ---------------------------------------------------------------------------------------------- the plan
@@ -340,25 +346,34 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether it is useless to wait: the server refuses for good, and no connection is alive that could be returned.
     pub(super) fn is_refused(&self, now: Moment) -> bool {
-        let refused = self.failure.is_some_and(|failure| failure.permanent && now < failure.retry);
+        let refused = self.failure.is_some_and(|failure| failure.reach == Reach::Refusal && now < failure.retry);
         refused && self.counted.alive() == 0
     }
 
-    /// Notes a failed open, and when to try again.
-    pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, permanent: bool, jitter: f64) {
-        let count = match self.failure {
+    /// Notes a failed open, and when to try again: after 50 ms, and twice as long after each further one that got as far,
+    /// up to 200 ms while nobody listens and 1 s otherwise (30 s while no caller waits); after a refusal 5 s to 30 s.
+    pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, reach: Reach, jitter: f64) {
+        // A refusal begins a run of its own, and so does what follows it. Otherwise a server that is sometimes there is
+        // not logged in to more often for the attempts at which it was not, nor less often.
+        let (before, other) = match self.failure {
             // The open was dialled before the last one failed: its failure says nothing new.
-            Some(f) if f.permanent == permanent && begun < f.last => f.count,
-            Some(f) if f.permanent == permanent => f.count.saturating_add(1),
-            _ => 1,
+            Some(f) if f.reach == reach && begun < f.last => (f.count - 1, f.other),
+            Some(f) if f.reach == reach => (f.count, f.other),
+            Some(f) if f.reach != Reach::Refusal && reach != Reach::Refusal => (f.other, f.count),
+            _ => (0, 0),
         };
-        let first = if permanent { BACKOFF_REFUSED } else { BACKOFF_FIRST };
+        let count = before.saturating_add(1);
         // (`build` waits too, though not in the queue.)
         let waited_for = self.front.is_some() || self.watchers > 0;
-        let longest = if permanent || !waited_for { BACKOFF_LONGEST } else { BACKOFF_WAITED_FOR };
+        let (first, longest) = match reach {
+            Reach::Refusal => (BACKOFF_REFUSED, BACKOFF_LONGEST),
+            _ if !waited_for => (BACKOFF_FIRST, BACKOFF_LONGEST),
+            Reach::Server => (BACKOFF_FIRST, BACKOFF_WAITED_FOR),
+            Reach::Nobody => (BACKOFF_FIRST, BACKOFF_NOBODY),
+        };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
         let retry = now.plus(whole.mul_f64(1.0 - BACKOFF_JITTER * jitter.clamp(0.0, 1.0)).max(first));
-        self.failure = Some(Failure { count, last: now, permanent, retry, why });
+        self.failure = Some(Failure { count, other, last: now, reach, retry, why });
         self.asked = false;
         self.effects.changed |= self.watchers > 0;
     }
@@ -366,7 +381,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The first waiter does not sit out a back-off that began when no caller waited, unless the refusal was permanent.
     pub(super) fn shorten_back_off(&mut self, now: Moment) {
         if let Some(failure) = &mut self.failure {
-            if !failure.permanent {
+            if failure.reach != Reach::Refusal {
                 sometimes!(
                     failure.retry > now.max(failure.last.plus(BACKOFF_FIRST)),
                     "the first waiter shortens a back-off"

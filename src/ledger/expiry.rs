@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Ledger;
 use super::demand::FailedOpen;
 use super::slots::{Check, State};
-use super::values::{Order, SlotJob};
+use super::values::{Order, Reach, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
@@ -234,7 +234,7 @@ impl<C, W: Clone> Ledger<C, W> {
             State::Opening(_) => {
                 self.tally.failed_opens += 1;
                 sometimes!("an open is abandoned");
-                self.failed(now, born, FailedOpen::NoAnswer, false, jitter);
+                self.failed(now, born, FailedOpen::NoAnswer, Reach::Server, jitter);
                 self.settings.open_timeout
             }
             State::Checking(check, _) => {

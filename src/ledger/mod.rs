@@ -30,7 +30,7 @@ mod tests;
 
 pub(crate) use demand::FailedOpen;
 pub(crate) use slots::Slot;
-pub(crate) use values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
+pub(crate) use values::{Caller, Condition, Join, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
 use earliest::Earliest;

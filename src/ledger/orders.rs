@@ -3,7 +3,7 @@
 use super::Ledger;
 use super::demand::BACKOFF_FIRST;
 use super::slots::{Close, State};
-use super::values::Outcome;
+use super::values::{Outcome, Reach};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 use crate::stats::CloseReason;
@@ -52,7 +52,9 @@ impl<C, W: Clone> Ledger<C, W> {
         if let Some(failure) = &mut self.failure {
             failure.retry = now.max(failure.last.plus(BACKOFF_FIRST));
             sometimes!("a recycle ends a back-off");
-            failure.permanent = false;
+            if failure.reach == Reach::Refusal {
+                failure.reach = Reach::Server;
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 use super::Ledger;
 use super::demand::FailedOpen;
 use super::slots::{CHECK_PATIENCE, Check, Close, State};
-use super::values::Token;
+use super::values::{Reach, Token};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
@@ -103,7 +103,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.is_expired(&l.slots[index as usize], now) {
                 sometimes!("a connection arrives when its life is over");
                 l.tally.failed_opens += 1;
-                l.failed(now, born, FailedOpen::TooOld { took }, false, 0.5);
+                l.failed(now, born, FailedOpen::TooOld { took }, Reach::Server, 0.5);
                 // It is not counted as closed, since it was not counted as opened.
                 l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
                 return Ok(false);
@@ -128,7 +128,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// An open has failed, with a cause that the runtime noted before. The slot stays taken until
     /// [`free`](Ledger::free), since the job still has handlers to run.
-    pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, permanent: bool, jitter: f64) {
+    pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, reach: Reach, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
@@ -139,7 +139,7 @@ impl<C, W: Clone> Ledger<C, W> {
             let born = l.slots[index as usize].born;
             l.start_closing(index, now);
             l.tally.failed_opens += 1;
-            l.failed(now, born, FailedOpen::AsReported, permanent, jitter);
+            l.failed(now, born, FailedOpen::AsReported, reach, jitter);
         });
     }
 

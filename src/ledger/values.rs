@@ -68,6 +68,17 @@ impl<C> SlotJob<C> {
     }
 }
 
+/// How far a failed open got: the next is dialled the sooner the less this one cost the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Nobody listens there: a refused connect, or a missing socket.
+    Nobody,
+    /// A server, or no one knows what: it failed or said nothing.
+    Server,
+    /// The server refuses for a reason that waiting does not change.
+    Refusal,
+}
+
 /// What the ledger wants done about jobs, or reported.
 #[derive(Debug)]
 pub(crate) enum Order<C> {

@@ -9,7 +9,7 @@ use crate::leaf::in_hand;
 use crate::leaf::shield::{Panic, catch, drop_payload, shielded};
 use crate::leaf::sync::atomic::Ordering;
 use crate::leaf::text::{CAUSE, Short, brief};
-use crate::ledger::{Caller, SlotJob};
+use crate::ledger::{Caller, Reach, SlotJob};
 use crate::manage::{Manage, Opening, Start};
 use crate::runtime::conn::Conn;
 use crate::runtime::executor::{Executor, Host, Task};
@@ -106,7 +106,7 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
         let verdict = catch(|| shared.user.manager.started(&mut conn.inner, &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
             shared.set_cause(cause);
-            permit.report_open_failed(true);
+            permit.report_open_failed(Reach::Refusal);
             return close(shared, permit, *conn, CloseReason::Discarded);
         }
         shared.life.is_starting.store(false, Ordering::Release);
@@ -144,12 +144,13 @@ fn open_panicked<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, panic: P
 }
 
 fn report<M: Manage>(shared: &Arc<Shared<M>>, permit: &Permit<M>, cause: Cause) {
-    let (id, permanent) = (permit.id(), cause.is_permanent());
+    let (id, reach) = (permit.id(), cause.reach());
     shared.record(Level::Warn, || {
-        format!("cannot open #{id}: {cause}{}", if permanent { " (will not be tried again soon)" } else { "" })
+        let note = if reach == Reach::Refusal { " (will not be tried again soon)" } else { "" };
+        format!("cannot open #{id}: {cause}{note}")
     });
     shared.set_cause(cause);
-    permit.report_open_failed(permanent);
+    permit.report_open_failed(reach);
 }
 
 // -------------------------------------------------------------------------------------------------- check and close

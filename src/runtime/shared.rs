@@ -12,7 +12,7 @@ use crate::leaf::sync::{self, Instant, Mutex, MutexGuard};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::time::PoolTime;
 use crate::leaf::{defect, threads};
-use crate::ledger::{Caller, Condition, Ledger, Order, Outcome, Slot, SlotJob, Token};
+use crate::ledger::{Caller, Condition, Ledger, Order, Outcome, Reach, Slot, SlotJob, Token};
 use crate::manage::Manage;
 use crate::runtime::conn::Conn;
 use crate::runtime::event_count::EventCount;
@@ -281,7 +281,7 @@ impl<M: Manage> Shared<M> {
             Err((error, Job::Slot(SlotJob::Open(token)))) => {
                 self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
                 let (now, jitter) = (self.time.precise(), self.jitter());
-                self.with(|l| l.open_failed(now, &token, false, jitter));
+                self.with(|l| l.open_failed(now, &token, Reach::Server, jitter));
                 self.with(|l| l.free(now, token));
             }
             // The reaper runs no job: it leaves this one in the backlog. Another thread runs it itself.

@@ -72,7 +72,7 @@ fn an_ordered_open_may_serve_a_caller_that_does_not_wait() {
 #[test]
 fn after_transient_failures_opens_back_off_and_recover() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     let a = w.get();
     w.run(secs(10));
     // 0, 50, 150, 350, 750, then every second.
@@ -87,7 +87,7 @@ fn after_transient_failures_opens_back_off_and_recover() {
 fn whatever_the_jitter_no_pause_is_longer_than_a_second_while_a_caller_waits() {
     for jitter in [0.0, 0.5, 1.0] {
         let mut w = World::new(settings());
-        w.refuse = Some(false);
+        w.refuse = Some(Reach::Server);
         w.jitter = jitter;
         w.get();
         w.run(secs(60));
@@ -98,9 +98,62 @@ fn whatever_the_jitter_no_pause_is_longer_than_a_second_while_a_caller_waits() {
 }
 
 #[test]
+fn where_nobody_listens_opens_are_tried_every_200_ms_while_a_caller_waits() {
+    for jitter in [0.0, 1.0] {
+        let mut w = World::new(settings());
+        (w.refuse, w.jitter) = (Some(Reach::Nobody), jitter);
+        let a = w.get();
+        w.run(secs(60));
+        let pauses: Vec<Duration> = w.dials.windows(2).map(|d| d[1].since(d[0])).collect();
+        let longest = ms(200 - (40.0 * jitter) as u64);
+        assert!(pauses.iter().all(|pause| (BACKOFF_FIRST..=longest).contains(pause)), "{jitter}");
+        assert!(pauses[5..].iter().all(|&pause| pause == longest), "{jitter}");
+        w.refuse = None;
+        w.run(longest);
+        assert!(w.has(a), "{jitter}");
+    }
+}
+
+#[test]
+fn a_server_that_begins_to_answer_is_logged_in_to_slower_and_slower() {
+    let mut w = World::new(settings());
+    w.refuse = Some(Reach::Nobody);
+    w.get();
+    w.run(secs(60));
+    let away = w.dials.len();
+    w.refuse = Some(Reach::Server);
+    w.run(secs(10));
+    let pauses: Vec<Duration> = w.dials[away..].windows(2).map(|d| d[1].since(d[0])).collect();
+    assert_eq!(pauses[..6], [50, 100, 200, 400, 800, 1_000].map(ms));
+}
+
+#[test]
+fn a_server_that_is_sometimes_there_is_not_logged_in_to_more_often() {
+    let mut w = World::new(settings());
+    w.refuse = Some(Reach::Nobody);
+    w.get();
+    let mut logins = 0;
+    for n in 0..2_000 {
+        let reach = if n % 2 == 0 { Reach::Server } else { Reach::Nobody };
+        let before = w.dials.len();
+        w.refuse = Some(reach);
+        while w.dials.len() == before && w.now < Moment::BIRTH.plus(secs(60)) {
+            w.run(ms(1));
+        }
+        logins += usize::from(reach == Reach::Server);
+        if w.now >= Moment::BIRTH.plus(secs(60)) {
+            // 50, 100, 200, 400, 800, then every second, and as long as the attempts between them take.
+            assert!((45..=60).contains(&logins), "{logins} logins in a minute");
+            return;
+        }
+    }
+    panic!("{logins} logins in {:?}", w.now);
+}
+
+#[test]
 fn while_no_caller_waits_the_pause_grows_and_the_first_waiter_ends_it() {
     let mut w = World::new(Settings { min_idle: 1, ..settings() });
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.ledger.set_min_idle(w.now, 1);
     w.apply();
     w.run(secs(300));
@@ -114,7 +167,7 @@ fn while_no_caller_waits_the_pause_grows_and_the_first_waiter_ends_it() {
 #[test]
 fn build_counts_as_a_waiter_for_the_back_off() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.ledger.watchers = 1;
     w.ledger.set_min_idle(w.now, 1);
     w.apply();
@@ -126,7 +179,7 @@ fn build_counts_as_a_waiter_for_the_back_off() {
 #[test]
 fn a_back_off_that_is_shortened_keeps_its_least_pause() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     for _ in 0..100 {
         let thread = w.get();
         w.run(ms(1));
@@ -139,7 +192,7 @@ fn a_back_off_that_is_shortened_keeps_its_least_pause() {
 #[test]
 fn a_permanent_refusal_fails_all_waiters_at_once_and_is_remembered() {
     let mut w = World::new(Settings { min_idle: 1, ..settings() });
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.takes.open = ms(3);
     let threads: Vec<_> = (0..8).map(|_| w.get()).collect();
     w.run(ms(3));
@@ -165,7 +218,7 @@ fn while_a_connection_is_alive_waiters_keep_waiting() {
     let mut w = World::new(settings());
     w.burst(1);
     let alive = w.get();
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     let b = w.get();
     w.run(secs(1));
     assert!(w.refused.is_empty());
@@ -330,7 +383,7 @@ fn no_close_is_abandoned_for_a_place_that_cannot_be_dialled() {
         w.takes.close = secs(2);
         let kept = w.get();
         if fails {
-            w.refuse = Some(false);
+            w.refuse = Some(Reach::Server);
             w.ledger.prepare(w.now);
             w.apply();
         }
@@ -367,7 +420,7 @@ fn a_reset_that_hangs_does_not_block_a_pool_of_one_for_a_minute() {
 #[test]
 fn a_wish_that_shortens_the_pause_is_carried_out() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     for _ in 0..6 {
         w.run(secs(60));
         w.ledger.prepare(w.now);
@@ -386,7 +439,7 @@ fn a_wish_that_shortens_the_pause_is_carried_out() {
 fn the_ledger_says_why_the_last_open_failed() {
     let mut w = World::new(settings());
     assert_eq!(w.ledger.failing(), None);
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.get();
     assert_eq!(w.ledger.failing(), Some(FailedOpen::AsReported));
     w.refuse = None;
@@ -406,7 +459,7 @@ fn the_ledger_says_why_the_last_open_failed() {
     assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
 
     w = World::new(Settings { max_size: 1, ..settings() });
-    (w.takes.open, w.refuse) = (secs(15), Some(false));
+    (w.takes.open, w.refuse) = (secs(15), Some(Reach::Server));
     w.get();
     w.run(secs(10));
     assert_eq!(w.ledger.failing(), Some(FailedOpen::NoAnswer));
@@ -556,7 +609,7 @@ fn what_was_ordered_for_a_hurried_caller_that_left_serves_the_next() {
 #[test]
 fn a_hurried_caller_that_left_shortens_the_back_off() {
     let mut w = World::new(Settings { min_idle: 1, ..settings() });
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.ledger.set_min_idle(w.now, 1);
     w.apply();
     w.run(secs(100));
@@ -572,7 +625,7 @@ fn a_hurried_caller_that_left_shortens_the_back_off() {
 #[test]
 fn where_no_caller_may_wait_the_one_that_asks_shortens_the_back_off() {
     let mut w = World::new(Settings { min_idle: 1, max_waiting: Some(0), ..settings() });
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.ledger.set_min_idle(w.now, 1);
     w.apply();
     w.run(secs(100));
@@ -679,7 +732,7 @@ fn of_several_opens_that_hang_the_first_is_noticed_first() {
 #[test]
 fn while_opens_fail_one_is_dialled_at_a_time() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.takes.open = ms(10);
     for _ in 0..3 {
         w.get();
@@ -695,7 +748,7 @@ fn while_opens_fail_one_is_dialled_at_a_time() {
 #[test]
 fn while_opens_fail_one_more_is_dialled_beside_an_open_that_hangs() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.get();
     for _ in 0..2 {
         w.get();
@@ -742,7 +795,7 @@ fn of_the_closes_of_recycled_connections_the_oldest_is_abandoned_first() {
 #[test]
 fn at_the_end_of_the_back_off_a_refusal_is_tried_again() {
     let mut w = World::new(settings());
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.get();
     w.run(secs(5));
     assert_eq!(w.dials.len(), 1);
@@ -753,10 +806,10 @@ fn at_the_end_of_the_back_off_a_refusal_is_tried_again() {
 #[test]
 fn the_back_off_of_a_refusal_does_not_count_the_failures_before_it() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.get();
     w.run(ms(300));
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.run(ms(100));
     let dials = w.dials.len();
     w.run(secs(5));
@@ -767,7 +820,7 @@ fn the_back_off_of_a_refusal_does_not_count_the_failures_before_it() {
 #[test]
 fn a_wish_ends_when_an_open_fails() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     w.ledger.prepare(w.now);
     w.apply();
     w.run(secs(100));
@@ -777,7 +830,7 @@ fn a_wish_ends_when_an_open_fails() {
 #[test]
 fn a_wish_does_not_shorten_the_back_off_of_a_refusal() {
     let mut w = World::new(settings());
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     for _ in 0..40 {
         w.ledger.prepare(w.now);
         w.apply();
@@ -789,7 +842,7 @@ fn a_wish_does_not_shorten_the_back_off_of_a_refusal() {
 #[test]
 fn only_the_first_waiter_shortens_the_back_off() {
     let mut w = World::new(settings());
-    w.refuse = Some(false);
+    w.refuse = Some(Reach::Server);
     for _ in 0..70 {
         w.get();
         w.run(ms(10));

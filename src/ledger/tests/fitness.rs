@@ -206,11 +206,11 @@ fn a_check_of_a_caller_s_own_that_began_before_another_was_found_dead_ends_no_ru
 
 #[test]
 fn a_refusal_is_told_from_a_failure() {
-    for refuse in [None, Some(false), Some(true)] {
+    for refuse in [None, Some(Reach::Nobody), Some(Reach::Server), Some(Reach::Refusal)] {
         let mut w = World::new(settings());
         w.refuse = refuse;
         assert!(!w.ledger.is_refusing());
         w.get();
-        assert_eq!(w.ledger.is_refusing(), refuse == Some(true), "{refuse:?}");
+        assert_eq!(w.ledger.is_refusing(), refuse == Some(Reach::Refusal), "{refuse:?}");
     }
 }

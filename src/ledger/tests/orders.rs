@@ -104,7 +104,7 @@ fn what_a_lower_floor_no_longer_keeps_is_closed_at_once() {
 #[test]
 fn recycle_ends_a_refusal_and_its_back_off() {
     let mut w = World::new(settings());
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.get();
     w.run(ms(10));
     w.replaced = w.event();
@@ -119,7 +119,7 @@ fn recycle_ends_a_refusal_and_its_back_off() {
     assert!(w.has(a));
     // And long after the failure at once, but not before now.
     w = World::new(settings());
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.get();
     w.run(secs(3));
     w.ledger.recycle(w.now);
@@ -243,7 +243,7 @@ fn who_watches_is_told_of_changes_and_nothing_is_told_if_no_thread_watches() {
             l.begin(now, token, 0.0).unwrap()
         };
         let token = open(&mut l);
-        l.open_failed(now, &token, false, 0.0);
+        l.open_failed(now, &token, Reach::Server, 0.0);
         changed(&mut l, "an open has failed");
         l.free(now, token);
         changed(&mut l, "a slot is free");

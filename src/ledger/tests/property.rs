@@ -24,8 +24,8 @@ enum Op {
     Close,
     /// The grace of a close is over.
     Abandon,
-    /// From now on the server accepts connections, is away, or refuses.
-    Server(Option<bool>),
+    /// From now on the server accepts connections, or attempts to connect to it get so far.
+    Server(Option<Reach>),
     /// Whether an open that fails leaves a connection behind, for its job to close.
     Leaves(bool),
     /// How long the parts of a job take, if they begin from now on.
@@ -60,7 +60,7 @@ fn op() -> impl Strategy<Value = Op> {
     let one_of_each = prop_oneof![
         1 => (1u32..8).prop_map(Op::Resize),
         1 => Just(Op::Recycle),
-        1 => prop_oneof![4 => Just(None), 1 => Just(Some(false)), 1 => Just(Some(true))].prop_map(Op::Server),
+        1 => prop_oneof![6 => Just(None), 1 => Just(Some(Reach::Nobody)), 1 => Just(Some(Reach::Server)), 1 => Just(Some(Reach::Refusal))].prop_map(Op::Server),
         1 => any::<bool>().prop_map(Op::Leaves),
         1 => (0u64..4_000).prop_map(Op::Skew),
         1 => (0u64..3_000).prop_map(Op::Sleepy),

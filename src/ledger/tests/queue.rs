@@ -334,7 +334,7 @@ fn every_wait_is_counted_and_its_time_recorded() {
 #[test]
 fn a_refused_caller_does_not_join_the_queue() {
     let mut w = World::new(settings());
-    w.refuse = Some(true);
+    w.refuse = Some(Reach::Refusal);
     w.get();
     let (join, handle) = w.ledger.join(w.now, here(), None, false, 9);
     assert!(matches!(join, Join::Refused) && handle == Some(9));

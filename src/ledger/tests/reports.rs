@@ -85,7 +85,7 @@ fn the_jitter_takes_its_part_off_a_life() {
 #[test]
 fn a_close_after_a_failure_has_its_whole_limit_after_the_handlers() {
     let mut w = World::new(settings());
-    (w.refuse, w.leaves_one) = (Some(false), true);
+    (w.refuse, w.leaves_one) = (Some(Reach::Server), true);
     (w.takes.handler, w.takes.close) = (secs(3), secs(4));
     let a = w.get();
     assert_eq!((w.counts().opening, w.counts().closing), (0, 1), "the handlers run");
@@ -181,7 +181,7 @@ fn an_abandoned_job_changes_no_slot() {
         assert_eq!((l.counts().opening, l.counts().total(), l.tally.failed_opens), (1, 1, 1));
     };
     let (mut l, token, now) = abandoned_open();
-    l.open_failed(now, &token, false, 0.0);
+    l.open_failed(now, &token, Reach::Server, 0.0);
     opening(&l);
     l.begin_close(now, &token);
     opening(&l);

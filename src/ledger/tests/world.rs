@@ -11,7 +11,7 @@ pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
 pub(super) use crate::ledger::queue::{HANDED_OFF_AFTER, MAX_BARGES};
 pub(super) use crate::ledger::reports::CLOSE_PATIENCE;
 pub(super) use crate::ledger::slots::{CHECK_PATIENCE, Check, Close, Slot, State, StateCounts};
-pub(super) use crate::ledger::values::{Caller, Condition, Join, Order, Outcome, SlotJob, Take, Ticket, Token};
+pub(super) use crate::ledger::values::{Caller, Condition, Join, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
 pub(super) use crate::ledger::{Effects, Ledger};
 pub(super) use crate::settings::{Settings, Validate};
 pub(super) use crate::stats::Counts;
@@ -159,7 +159,7 @@ pub(super) struct World {
     /// Whether a thread can be started.
     pub(super) spawns: bool,
     /// `Some(permanent)`: opens fail.
-    pub(super) refuse: Option<bool>,
+    pub(super) refuse: Option<Reach>,
     /// An open that fails leaves a connection behind, which its own job closes. So it is if a customizer refuses a
     /// connection, or `started` the first.
     pub(super) leaves_one: bool,
@@ -420,7 +420,7 @@ impl World {
         } else {
             match task {
                 Task::Open => {
-                    self.ledger.open_failed(self.read(), &job.token, false, self.jitter);
+                    self.ledger.open_failed(self.read(), &job.token, Reach::Server, self.jitter);
                     self.watch_the_bound();
                     self.ledger.free(self.read(), job.token);
                     return self.watch_the_bound();
@@ -526,7 +526,7 @@ impl World {
                 if !self.leaves_one {
                     self.server.remove(&conn);
                 }
-                self.ledger.open_failed(now, &job.token, self.refuse == Some(true), self.jitter);
+                self.ledger.open_failed(now, &job.token, self.refuse.expect("it is refused"), self.jitter);
                 self.apply();
                 self.next(self.takes.handler, Event::Handled(self.leaves_one), job);
             }

@@ -3,7 +3,9 @@
 use super::budget::{self, Budget};
 use super::guards::ServerGuards;
 use super::names::application_name;
+use crate::error::nobody_listens;
 use crate::leaf::text::{CAUSE, Short, brief};
+use crate::ledger::Reach;
 use crate::postgres::error::{Error, parse_error};
 use crate::postgres::session::{
     CANCEL_LIMIT, Canceller, Connection, DEFAULT_CAPACITY, Opened, Reset, SendCancel, cancel_within, send_within,
@@ -357,7 +359,13 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn explain(&self, error: &Error) -> Cause {
         let cause = Cause::of(error.clone());
-        if error.is_permanent() { cause.permanent() } else { cause }
+        if error.is_permanent() {
+            return cause.permanent();
+        }
+        // Of several hosts the error is the last one's, and another may have been logged in to.
+        let hosts = self.config.get_hosts().len().max(self.config.get_hostaddrs().len());
+        let nobody = hosts == 1 && error.as_postgres().is_some_and(|error| nobody_listens(error));
+        cause.reaching(if nobody { Reach::Nobody } else { Reach::Server })
     }
 }
 

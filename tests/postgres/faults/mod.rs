@@ -20,8 +20,10 @@ use millpond::postgres::{Pool, PostgresManager};
 use parking_lot::{Mutex, MutexGuard};
 use postgres::NoTls;
 
-/// The pool looks for a server at least this often while a user waits.
+/// The pool tries to log in at least this often while a user waits.
 const BACKOFF: Duration = Duration::from_secs(1);
+/// The same while nobody listens, and once more as soon as the server, which starts, has said so.
+const NOBODY: Duration = ms(200 + 50);
 /// How long a connect with its first queries takes at most, beside other tests that load the machine.
 const CONNECT: Duration = Duration::from_secs(1);
 /// Within what time every user is served again once the server can be reached.
@@ -63,10 +65,10 @@ fn logins(server: &Server, app: &str) -> usize {
     log.lines().filter(|line| line.contains("connection authorized") && line.ends_with(&name)).count()
 }
 
-/// How many attempts may fail while no server answers for so long, and a user waits: pauses of 50, 100, 200, 400 and
-/// 800 ms and then of a second, each shortened by a fifth at most, beside the opens that were under way.
+/// How many attempts may fail while nobody listens for so long, and a user waits: pauses of 50 and 100 ms and then of
+/// 200 ms, each shortened by a fifth at most, beside the opens that were under way. And some while the server starts.
 fn attempts_in(down: Duration) -> u64 {
-    PARALLEL_OPENS + 6 + (down.as_secs_f64() / 0.8) as u64
+    PARALLEL_OPENS + 5 + (down.as_secs_f64() / 0.16) as u64
 }
 
 // ---------------------------------------------------------------------------------------------------- users

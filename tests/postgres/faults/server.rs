@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{
-    BACKOFF, CONNECT, EPSILON, PARALLEL_OPENS, SERVED, SIZE, Users, assert_closes, assert_ends, attempts_in, builder,
-    fill, logins, unsettled,
+    BACKOFF, CONNECT, EPSILON, NOBODY, PARALLEL_OPENS, SERVED, SIZE, Users, assert_closes, assert_ends, attempts_in,
+    builder, fill, logins, unsettled,
 };
 use crate::support::PoolMode::{Session, Transaction};
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
@@ -32,13 +32,13 @@ fn outage(server: &Server, row: &str, app: &str, stop: impl Fn(&Server), down: D
     thread::sleep(down);
     server.start_again();
     let back = Instant::now();
-    let account = users.end_after(back, SERVED);
+    let account = users.end_after(back, NOBODY + CONNECT);
 
     let stats = pool.stats();
     let again = logins(server, app) - before;
     account.tell(row, back, again, stats.failed_opens);
     account.assert_only_in_flight(SIZE as usize);
-    account.assert_served(back, SERVED);
+    account.assert_served(back, NOBODY + CONNECT);
     assert!(again <= SIZE as usize, "{again} logins for {SIZE} connections: {stats}");
     let attempts = attempts_in(back - stopped);
     assert!(stats.failed_opens <= attempts, "more than {attempts} attempts in {:?}: {stats}", back - stopped);
@@ -86,7 +86,7 @@ fn stopped_and_back_after_60_s() {
         thread::sleep(Duration::from_secs(60));
         server.start_again();
         let back = Instant::now();
-        let account = users.end_after(back, SERVED);
+        let account = users.end_after(back, NOBODY + CONNECT);
         let stats = pool.stats();
         let again = logins(&server, app) - before;
         account.tell("stopped, 60 s", back, again, stats.failed_opens);
@@ -101,7 +101,7 @@ fn stopped_and_back_after_60_s() {
         }
         let in_flight = account.failed().iter().filter(|turn| turn.got.is_some()).count();
         assert!(in_flight <= SIZE as usize, "{in_flight}");
-        account.assert_served(back, SERVED);
+        account.assert_served(back, NOBODY + CONNECT);
         assert!(again <= SIZE as usize, "{again} logins");
         assert!(stats.failed_opens <= attempts_in(back - stopped), "{stats}");
         assert_ends(&pool, &server, app);
