@@ -283,7 +283,8 @@ fn mass_evictions_come_in_batches_and_are_complete() {
         w.wait(secs(60));
         let looks = w.look();
         assert_eq!((w.l.counts().idle, w.l.counts().closing), (0, n));
-        assert!((10..400).contains(&looks), "{looks} looks");
+        // With no more than 256 in each look it would be 118, in which those that stay are moved.
+        assert!((10..90).contains(&looks), "{looks} looks");
         assert!(w.most_looks <= n as usize / 2, "{} in one look", w.most_looks);
         assert!(w.all_looks <= 20 * n as usize, "{} in all", w.all_looks);
         w.do_jobs();
@@ -293,21 +294,25 @@ fn mass_evictions_come_in_batches_and_are_complete() {
     }
 }
 
-/// A caller that comes when all have expired, and before the reaper, closes a batch, and no more. It is served all the
-/// same.
+/// A caller that comes when all have expired, as far as the clock can tell, and before the reaper is to look, closes a
+/// batch, and no more. The reaper looks at once, and the caller is served.
 #[test]
 fn a_caller_that_finds_all_expired_closes_a_batch() {
-    let n = 30_000;
+    let n = 5_000;
     let mut w = Large::idle(n, lifetime);
-    w.wait(secs(60));
+    w.look();
+    w.now = Moment::BIRTH.plus(ms(59_998));
+    assert!(w.l.alarm() > w.now);
     assert!(matches!(w.step(|l, now| l.take(now, here(), false)), Take::Nothing));
     let closed = w.l.counts().closing;
     assert!(closed > 0 && closed <= n / 16, "{closed}");
+    assert!(w.l.alarm() <= w.now);
     w.step(|l, now| _ = l.join(now, here(), None, false, 1));
     assert!(w.l.counts().closing <= n / 4);
     w.look();
+    assert_eq!(w.l.counts().idle, 0);
     w.do_jobs();
-    assert_eq!((w.in_use.len(), w.l.counts().idle), (1, 0));
+    assert_eq!((w.in_use.len(), w.l.counts().total()), (1, 1));
 }
 
 #[test]
@@ -335,7 +340,7 @@ fn a_caller_that_does_not_wait_looks_at_a_handful_of_slots() {
 type Scenario = (&'static str, fn(u32) -> Large);
 
 const SCENARIOS: [Scenario; 12] = [
-    ("a checkout and its return", |n| {
+    ("a checkout and its return, 1,000 times", |n| {
         let mut w = Large::idle(n, rest);
         for _ in 0..1_000 {
             let Take::Ready(token, conn) = w.step(|l, now| l.take(now, here(), true)) else { panic!("all idle") };
