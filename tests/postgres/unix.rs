@@ -129,37 +129,38 @@ fn eighty_at_once_among_strangers() {
     let fds = || fs::read_dir("/proc/self/fd").unwrap().count();
     let (before, known) = (fds(), listening(&[]));
     let (over, met) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let pool = builder(&shared(app)).max_size(80).open().unwrap();
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !over.load(SeqCst) {
-                for port in listening(&known) {
-                    let Ok(mut stranger) = TcpStream::connect(("127.0.0.1", port)) else { continue };
-                    stranger.set_read_timeout(Some(SOON)).unwrap();
-                    let mut got = Vec::new();
-                    let ended = stranger.read_to_end(&mut got);
-                    assert!(got.is_empty(), "{got:?}, {ended:?}");
-                    met.fetch_add(1, SeqCst);
-                }
+    let stranger = || {
+        while !over.load(SeqCst) {
+            for port in listening(&known) {
+                let Ok(mut stranger) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+                met.fetch_add(1, SeqCst);
+                stranger.set_read_timeout(Some(SOON)).unwrap();
+                let mut got = Vec::new();
+                let ended = stranger.read_to_end(&mut got);
+                assert!(got.is_empty(), "{got:?}, {ended:?}");
             }
-        });
-        let users: Vec<_> = (0..80)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut client = pool.get()?;
-                    assert!(client.is_observed() && answers(&mut client));
-                    Ok::<_, millpond::Error>(client)
-                })
-            })
-            .collect();
-        let clients: Vec<_> = users.into_iter().map(|user| user.join().unwrap()).collect();
+        }
+    };
+    let pool = builder(&shared(app)).max_size(80).open().unwrap();
+    let user = || {
+        let mut client = pool.get()?;
+        assert!(client.is_observed() && answers(&mut client));
+        Ok::<_, millpond::Error>(client)
+    };
+    thread::scope(|scope| {
+        let strangers: Vec<_> = (0..2).map(|_| scope.spawn(stranger)).collect();
+        for _ in 0..3 {
+            let users: Vec<_> = (0..80).map(|_| scope.spawn(user)).collect();
+            let clients: Vec<_> = users.into_iter().map(|user| user.join().unwrap()).collect();
+            let clients: Vec<_> = clients.into_iter().map(Result::unwrap).collect();
+            assert_eq!(Server::shared().count(app), 80);
+            clients.into_iter().for_each(PooledConnection::discard);
+        }
         over.store(true, SeqCst);
-        let clients: Vec<_> = clients.into_iter().map(Result::unwrap).collect();
-        assert_eq!(Server::shared().count(app), 80);
-        assert_eq!(listening(&known), [], "nothing listens while the pool is at rest");
-        drop(clients);
+        strangers.into_iter().for_each(|stranger| stranger.join().unwrap());
     });
-    println!("strangers met: {}", met.load(SeqCst));
+    assert_eq!(listening(&known), [], "nothing listens while the pool is at rest");
+    println!("{} strangers were there in time", met.load(SeqCst));
     assert_ends(&pool, app);
     assert!(wait_until(within(SOON), || fds() <= before), "{} fds, {before} before", fds());
 }

@@ -93,7 +93,7 @@ impl<T: Connector> PostgresManager<T> {
         Ok(Self::new(config, tls))
     }
 
-    /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`. Unix sockets never are.
+    /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`.
     #[must_use]
     pub fn observe(mut self, observe: bool) -> Self {
         self.observe = observe;

@@ -30,7 +30,7 @@ pub struct Connection {
     /// the next request closes it, which does no harm.)
     pub(super) client: Marked,
     pub(super) statements: Statements,
-    /// `None` if the connection is not observed: over a unix socket, or by choice.
+    /// `None` if the connection is not observed, by choice or since it cannot be.
     watch: Option<Arc<Watch>>,
     pid: Option<i32>,
     cancel: SendCancel,

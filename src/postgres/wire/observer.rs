@@ -140,7 +140,8 @@ pub(in crate::postgres) enum ConnectError {
     Postgres(::postgres::Error),
     /// There is no way to the server: no unix socket at this path, or one that refuses; `None`: no address for a name.
     NoWay(Option<PathBuf>, io::Error),
-    /// This process cannot connect to itself, so the connection could not be observed. Nothing was tried.
+    /// This process cannot connect to itself, so a connection over a unix socket could not be observed. Whether the
+    /// server is there was not tried.
     NoLoopback,
 }
 
@@ -172,7 +173,7 @@ impl<T: Connector> Observer<T> {
     /// `None` if connections of this configuration cannot be observed: see [the module](self).
     pub(in crate::postgres) fn new(config: &Config, tls: T, loopback: &Arc<Loopback>) -> Option<Observer<T>> {
         let is_tcp = config.get_hosts().iter().all(|host| matches!(host, Host::Tcp(_)));
-        if !is_tcp && !(config.get_hostaddrs().is_empty() && loopback.is_usable()) {
+        if !is_tcp && (!config.get_hostaddrs().is_empty() || !loopback.is_usable()) {
             return None;
         }
         let terms = Terms {
