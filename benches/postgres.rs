@@ -5,8 +5,8 @@
 //! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Where the
 //! statement is kept, and why bb8 and deadpool are missing, says `common/sessions.rs`.
 //!
-//! A unix socket cannot be observed: there Millpond asks each returned connection whether it is in a
-//! transaction. That is one round trip more, unless it is told not to ("no reset").
+//! A connection that is not observed is asked when it is returned whether it is in a transaction. That is one round
+//! trip more, unless the pool is told not to ask ("no reset").
 
 mod common;
 #[path = "../tests/support/mod.rs"]
@@ -40,7 +40,7 @@ fn main() {
             }
             let mut subjects = vec![sessions::bare(&config, threads), sessions::r2d2(&config, SIZE, false)];
             subjects.push(sessions::r2d2(&config, SIZE, true));
-            subjects.extend(sessions::millponds(&config, SIZE, network == "TCP"));
+            subjects.extend(sessions::millponds(&config, SIZE));
             subjects.extend([true, false].map(|test| sessions::stock(&config, SIZE, test)));
             let list: Vec<&dyn Subject> = subjects.iter().map(|s| &**s).collect();
             let outcomes = rounds(&Load { threads, usage: Usage::Use }, &list, n, time, false);

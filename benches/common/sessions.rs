@@ -100,16 +100,14 @@ pub fn millpond_with(
 
 /// Millpond with its own manager, in the settings on which round trips may depend. What is not observed is asked, on a
 /// thread of the pool's, how it comes back, unless there is no reset.
-pub fn millponds(config: &Config, size: u32, observable: bool) -> Vec<Box<dyn Subject>> {
-    let mut all = vec![millpond(config, size), own("millpond, untested", config, size, |manager| manager, false)];
-    if observable {
-        let (off, bare) = ("millpond, not observed", "millpond, not observed, no reset");
-        all.push(own(off, config, size, |manager| manager.observe(false), true));
-        all.push(own(bare, config, size, |manager| manager.observe(false).reset(Reset::None), true));
-    } else {
-        all.push(own("millpond, no reset", config, size, |manager| manager.reset(Reset::None), true));
-    }
-    all
+pub fn millponds(config: &Config, size: u32) -> Vec<Box<dyn Subject>> {
+    let (off, bare) = ("millpond, not observed", "millpond, not observed, no reset");
+    vec![
+        millpond(config, size),
+        own("millpond, untested", config, size, |manager| manager, false),
+        own(off, config, size, |manager| manager.observe(false), true),
+        own(bare, config, size, |manager| manager.observe(false).reset(Reset::None), true),
+    ]
 }
 
 type Manager = PostgresManager<NoTls>;

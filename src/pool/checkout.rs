@@ -86,10 +86,10 @@ impl<M: Manage> Pool<M> {
     /// network; but asks for one to be made ready, so that a later call finds it.
     ///
     /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is checked
-    /// out after a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can, except over a unix
-    /// socket). Otherwise it is checked out if it was used or validated since the last such call, however long ago that
-    /// is: a validation that one call asked for in vain serves the next. So the caller may find the connection dead. A
-    /// suspect connection (another was found dead since) is checked out only after a validation. With
+    /// out after a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can at what it observes).
+    /// Otherwise it is checked out if it was used or validated since the last such call, however long ago that is: a
+    /// validation that one call asked for in vain serves the next. So the caller may find the connection dead. A suspect
+    /// connection (another was found dead since) is checked out only after a validation. With
     /// [`Validate::Always`](crate::Validate) each use has a validation of its own.
     ///
     /// `None` as well if the pool is closed, or others wait.

@@ -2,7 +2,7 @@
 //!
 //! No error shows a part of a connection string, since any part may be the password.
 
-use super::wire::{NegotiationError, Watch, is_answer_in_clear};
+use super::wire::{ConnectError, NegotiationError, Watch, is_answer_in_clear};
 use crate::leaf::text::{self, Brief};
 use ::postgres::error::{DbError, SqlState};
 use std::error::Error as StdError;
@@ -105,6 +105,15 @@ impl Error {
 impl From<::postgres::Error> for Error {
     fn from(e: ::postgres::Error) -> Self {
         Error::postgres(e, None)
+    }
+}
+
+impl From<ConnectError> for Error {
+    fn from(e: ConnectError) -> Self {
+        match e {
+            ConnectError::Postgres(e) => e.into(),
+            ConnectError::NoWay(..) | ConnectError::NoLoopback => Error::own(e.to_string(), false),
+        }
     }
 }
 

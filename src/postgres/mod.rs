@@ -89,12 +89,20 @@
 //! To know in which state a connection is returned, and to abort calls that hang, the pool watches the bytes of the
 //! connection. It does so in a TLS connector of its own around yours, which negotiates by your `sslmode` as `postgres`
 //! does. (But only a plain no is taken for a no. After any other answer nothing is sent in clear text, and the attempt
-//! is made again.) Beside a round trip the observer costs little (`cargo bench --bench postgres`). It cannot see **unix
-//! sockets**, and [`PostgresManager::observe`] switches it off. While it is on, `client.cancel_token()` does not work
-//! with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//! is made again.) Beside a round trip the observer costs little (`cargo bench --bench postgres`). While it is on,
+//! `client.cancel_token()` does not work with `cancel_query(NoTls)`: [`Connection::canceller`] does, on any connection.
+//!
+//! `postgres` calls a TLS connector for TCP alone. So while it connects over a **unix socket**, the pool listens on a
+//! loopback port for some microseconds, on which nothing is sent or served. In a list of hosts the pool then looks up
+//! the names, each in its turn.
+//!
+//! Not observed are: connections with [`PostgresManager::observe`] switched off; a unix socket whose host has a
+//! `hostaddr` as well; and unix sockets where this process cannot connect to itself over the loopback interface.
 //!
 //! A connection that is not observed is asked with one query when it is returned (and is pinged before, if more than
-//! the `_cached` functions was used). That costs as much as a small query, and nothing can be aborted. Nor is there a
+//! the `_cached` functions was used). That costs as much as a small query. It is not asked if nothing was run but
+//! `SELECT`, `INSERT`, `UPDATE`, `DELETE`, `VALUES` and `WITH` by the `_cached` functions of the connection, without an
+//! error: none of these can begin a transaction. Nothing can be aborted where nothing is observed. Nor is there a
 //! bound to what a server may send before the login is over (observed, 64 KiB in one message and 1 MiB in all):
 //! `postgres` takes as much memory as a message claims to be long, until its sender hangs up. And a server that
 //! declines TLS is taken for one that fails, and tried again: `postgres` does not tell them apart. (With

@@ -58,28 +58,35 @@ fn every_call_is_served_and_the_server_hears_nothing_of_it() {
 #[test]
 fn one_that_the_server_has_ended_is_not_handed_out() {
     let _beside = crate::support::beside_others();
-    let (server, app) = (Database::get(), "at-once-ended");
-    let pool = stale(&server.conninfo(app), true, 3);
-    assert_eq!(server.terminate(app), 3);
-    assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
-    assert!(pool.try_get().is_none(), "the first is seen to be dead, and the others are suspect");
-    // (And looked at for the next call, on other threads.)
-    assert!(pool.stats().closed_for(CloseReason::Invalid) >= 1);
-    let mut served = None;
-    assert!(wait_until(within(SOON), || {
-        served = number(&pool);
-        served.is_some()
-    }));
-    assert_eq!(served, Some(42));
-    assert!(pool.close(SOON).is_complete());
+    let app = "at-once-ended";
+    let unix = Server::shared();
+    for (params, server) in [(Database::get().conninfo(app), Database::get()), (unix.unix_conninfo(app), &**unix)] {
+        let pool = stale(&params, true, 3);
+        assert_eq!(server.terminate(app), 3);
+        assert_eq!(server.wait_for(app, 0, within(SOON)), 0);
+        assert!(pool.try_get().is_none(), "the first is seen to be dead, and the others are suspect");
+        // (And looked at for the next call, on other threads.)
+        assert!(pool.stats().closed_for(CloseReason::Invalid) >= 1);
+        let mut served = None;
+        assert!(wait_until(within(SOON), || {
+            served = number(&pool);
+            served.is_some()
+        }));
+        assert_eq!(served, Some(42));
+        assert!(pool.close(SOON).is_complete());
+    }
 }
 
 /// However often one looks at a healthy connection, it is healthy, whatever it hears meanwhile, and works as before.
 #[test]
 fn looking_does_no_harm() {
     let _beside = crate::support::beside_others();
-    let (server, app) = (Database::get(), "at-once-often");
-    let manager = PostgresManager::parse(&server.conninfo(app), NoTls).unwrap();
+    looks_often(&Database::get().conninfo("at-once-often"), Database::get());
+    looks_often(&Server::shared().unix_conninfo("at-once-often"), Server::shared());
+}
+
+fn looks_often(params: &str, server: &Database) {
+    let manager = PostgresManager::parse(params, NoTls).unwrap();
     // So short that it has passed whenever one looks again, but not zero, which is always.
     let builder = manager.builder().max_size(1).validate(Validate::AfterIdle(Duration::from_nanos(1)));
     let pool = builder.open().unwrap();
@@ -102,18 +109,14 @@ fn looking_does_no_harm() {
 
 /// Where nothing can be seen, one call has a check made that serves the next.
 #[test]
-fn over_a_unix_socket_and_unobserved() {
+fn unobserved_the_next_call_is_served() {
     let _beside = crate::support::beside_others();
-    let server = Server::shared();
-    let tcp = format!("{}?application_name=at-once-blind", server.url());
-    for (params, observe) in [(server.unix_conninfo("at-once-unix"), true), (tcp, false)] {
-        let pool = stale(&params, observe, 2);
-        assert_eq!(number(&pool), None);
-        for _ in 0..3 {
-            assert!(wait_until(within(SOON), || pool.stats().idle == 2));
-            pause();
-            assert_eq!(number(&pool), Some(42), "{}", pool.stats());
-        }
-        assert!(pool.close(SOON).is_complete());
+    let pool = stale(&format!("{}?application_name=at-once-blind", Server::shared().url()), false, 2);
+    assert_eq!(number(&pool), None);
+    for _ in 0..3 {
+        assert!(wait_until(within(SOON), || pool.stats().idle == 2));
+        pause();
+        assert_eq!(number(&pool), Some(42), "{}", pool.stats());
     }
+    assert!(pool.close(SOON).is_complete());
 }

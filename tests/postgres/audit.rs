@@ -300,19 +300,22 @@ fn what_is_unknown_ends_only_by_its_pid() {
     let mut killed = process("named", 2, 0, &unix);
     killed.end();
     let theirs = format!("named [{}]", killed.id());
-    let pools = [unix, params("postgres")].map(|params| manager(&params).builder().name("named").open().unwrap());
+    let ways = [(unix.clone(), true), (params("postgres"), true), (unix, false)];
+    let open =
+        |(params, observe): &(String, bool)| manager(params).observe(*observe).builder().name("named").open().unwrap();
+    let pools = ways.each_ref().map(open);
     let theirs_in = |audit: &Audit| {
         let theirs: Vec<_> = audit.backends.iter().filter(|b| b.process == Some(killed.id())).cloned().collect();
         assert_eq!((theirs.len(), audit.orphans().count()), (2, 0), "{audit}");
         assert!(theirs.iter().all(|b| b.owner == Owner::Unknown), "{audit}");
         theirs
     };
-    for pool in &pools {
+    for (pool, (_, observed)) in pools.iter().zip(&ways) {
         let found = audit(pool).unwrap();
         theirs_in(&found);
         assert!(found.notes.iter().any(|note| note.contains("a unix socket")), "{found}");
         let unseen = found.notes.iter().any(|note| note.contains("1 of the pool are known by pid and age alone"));
-        assert_eq!(unseen, of(&found, Owner::Pool)[0].client.is_none(), "{found}");
+        assert_eq!(unseen, !observed, "{found}");
         assert!(found.terminate_orphans(pool).unwrap().done.is_empty());
         assert_eq!(server().count(&theirs), 2);
     }

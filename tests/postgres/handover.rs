@@ -20,13 +20,19 @@ enum Way {
 
 const WAYS: [Way; 3] = [Way::Tcp, Way::TcpUnobserved, Way::Unix];
 
+impl Way {
+    fn is_observed(self) -> bool {
+        !matches!(self, Way::TcpUnobserved)
+    }
+}
+
 fn manager(app: &str, way: Way) -> PostgresManager<NoTls> {
     let server = Server::shared();
     let params = match way {
         Way::Unix => server.unix_conninfo(app),
         Way::Tcp | Way::TcpUnobserved => server.conninfo(app),
     };
-    PostgresManager::parse(&params, NoTls).unwrap().observe(!matches!(way, Way::TcpUnobserved))
+    PostgresManager::parse(&params, NoTls).unwrap().observe(way.is_observed())
 }
 
 fn pool(app: &str, way: Way) -> Pool {
@@ -106,6 +112,12 @@ fn over_tcp_nothing_reaches_the_next() {
 }
 
 #[test]
+fn over_a_unix_socket_nothing_reaches_the_next() {
+    let _beside = crate::support::beside_others();
+    cleans_up(manager("mess-unix", Way::Unix), &MESSES, 100);
+}
+
+#[test]
 fn over_tls_nothing_reaches_the_next() {
     let _beside = crate::support::beside_others();
     let server = crate::tls::with_tls();
@@ -122,21 +134,22 @@ fn unobserved_no_transaction_reaches_the_next() {
     let _beside = crate::support::beside_others();
     let known: Vec<Mess> = MESSES.into_iter().filter(|(what, _)| !what.contains("COPY FROM")).collect();
     cleans_up(manager("mess-unobserved", Way::TcpUnobserved), &known, 100);
-    cleans_up(manager("mess-unix", Way::Unix), &known, 100);
 }
 
 #[test]
 fn a_clean_return_is_neither_asked_nor_replaced() {
     let _beside = crate::support::beside_others();
-    let pool = pool("mess-none", Way::Tcp);
-    for _ in 0..50 {
-        let mut client = pool.get().unwrap();
-        client.query("SELECT 1", &[]).unwrap();
-        client.batch_execute("BEGIN; SELECT 1; COMMIT").unwrap();
-        drop(client);
-        assert_eq!(pool.stats().idle, 1, "back at once, on this thread");
+    for way in [Way::Tcp, Way::Unix] {
+        let pool = pool("mess-none", way);
+        for _ in 0..50 {
+            let mut client = pool.get().unwrap();
+            client.query("SELECT 1", &[]).unwrap();
+            client.batch_execute("BEGIN; SELECT 1; COMMIT").unwrap();
+            drop(client);
+            assert_eq!(pool.stats().idle, 1, "{way:?}: back at once, on this thread");
+        }
+        assert_eq!(pool.stats().opens, 1);
     }
-    assert_eq!(pool.stats().opens, 1);
 }
 
 #[test]

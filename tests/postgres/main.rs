@@ -34,3 +34,5 @@ mod session;
 mod silence;
 mod statements;
 mod transactions;
+#[cfg(target_os = "linux")]
+mod unix;

@@ -24,7 +24,7 @@ impl Way {
     fn manager(self, app: &str) -> PostgresManager<NoTls> {
         let server = Server::shared();
         let params = if self == Way::Unix { server.unix_conninfo(app) } else { server.conninfo(app) };
-        PostgresManager::parse(&params, NoTls).unwrap().observe(self == Way::Observed)
+        PostgresManager::parse(&params, NoTls).unwrap().observe(self != Way::Unobserved)
     }
 
     /// One connection, with the default cache.
@@ -210,7 +210,7 @@ fn it_is_careful_where_an_error_does_not_tell() {
         client.query_cached(&sql, &[&1]).unwrap();
         meanwhile(&format!("ALTER TABLE {table} ADD COLUMN name text"));
         let shows = client.query_cached(&sql, &[&1]).is_err();
-        assert_eq!(shows, way != Way::Observed, "{way:?}");
+        assert_eq!(shows, way == Way::Unobserved, "{way:?}");
         client.query_cached(&sql, &[&1]).unwrap();
     }
 }

@@ -17,6 +17,12 @@ enum Way {
 
 const WAYS: [Way; 3] = [Way::Tcp, Way::TcpUnobserved, Way::Unix];
 
+impl Way {
+    fn is_observed(self) -> bool {
+        !matches!(self, Way::TcpUnobserved)
+    }
+}
+
 fn manager(app: &str, way: Way) -> PostgresManager<NoTls> {
     manager_on(Server::shared(), app, way)
 }
@@ -26,7 +32,7 @@ fn manager_on(server: &Server, app: &str, way: Way) -> PostgresManager<NoTls> {
         Way::Unix => server.unix_conninfo(app),
         Way::Tcp | Way::TcpUnobserved => server.conninfo(app),
     };
-    PostgresManager::parse(&params, NoTls).unwrap().observe(way == Way::Tcp)
+    PostgresManager::parse(&params, NoTls).unwrap().observe(way.is_observed())
 }
 
 fn pool(app: &str, way: Way) -> Pool {
@@ -85,7 +91,7 @@ fn a_commit_behind_a_refused_copy_says_what_became_of_it() {
                             let kept = rows(&table) > before_rows;
                             // Where nobody watches `postgres` may end the connection over it, and then that is all that
                             // is known.
-                            let unknown = way != Way::Tcp && said.as_ref().is_err_and(|e| e.code().is_none());
+                            let unknown = !way.is_observed() && said.as_ref().is_err_and(|e| e.code().is_none());
                             if said.is_ok() != kept && !unknown {
                                 failures.push(format!("{way:?}: {copies} copies, savepoint {savepoint}, {calls} calls, before {before} ({round}): said {said:?}, kept {kept}"));
                             }
@@ -127,7 +133,7 @@ fn a_copy_that_is_forgotten_holds_up_nobody() {
             manager(&app, way).builder().max_size(1).connection_timeout(SOON).close_timeout(ms(500)).open().unwrap();
         pool.get().unwrap().batch_execute("CREATE TABLE IF NOT EXISTS forgotten (n int)").unwrap();
         for rows in [0, 1, 100_000] {
-            if way != Way::Tcp {
+            if !way.is_observed() {
                 continue;
             }
             let mut client = pool.get().unwrap();
@@ -169,7 +175,7 @@ fn a_forgotten_row_iterator_and_copy_out() {
             let mut client = pool.get().unwrap();
             let sql = "SELECT repeat('x', 1000) FROM generate_series(1, 1000000)";
             let mut small = [0; 10];
-            if (what == 0 || what == 3) && way != Way::Tcp {
+            if (what == 0 || what == 3) && !way.is_observed() {
                 continue;
             }
             match what {

@@ -40,7 +40,7 @@ const WATCHDOG: &str = r#"
     rm -rf "$1"
 "#;
 
-/// A PgBouncer on a loopback port, for everybody who says that he is `postgres`, who is also its administrator.
+/// A PgBouncer on a loopback port and a unix socket, for everybody who says that he is `postgres`, who is also its administrator.
 pub struct Bouncer {
     program: PathBuf,
     user: Option<User>,
@@ -90,9 +90,10 @@ impl Bouncer {
 
         let mode = if mode == PoolMode::Session { "session" } else { "transaction" };
         let mut config = format!(
-            "[databases]\n* = host={host} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nunix_socket_dir =\n\
+            "[databases]\n* = host={host} port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nunix_socket_dir = {}\n\
              auth_type = trust\nauth_file = users\nadmin_users = postgres\npool_mode = {mode}\n",
-            server.port()
+            server.port(),
+            dir.path().display()
         );
         for (name, value) in settings {
             config += &format!("{name} = {value}\n");
@@ -127,6 +128,11 @@ impl Bouncer {
     /// How to connect to the server through it, under the name of `app`.
     pub fn conninfo(&self, app: &str) -> String {
         with_name(&address(self.port), app)
+    }
+
+    /// The same through its unix socket.
+    pub fn unix_conninfo(&self, app: &str) -> String {
+        self.conninfo(app).replace("127.0.0.1", &self.dir.path().display().to_string())
     }
 
     /// Gives the administrator's command, such as `PAUSE` or `SHOW CLIENTS`, and returns the rows of the answer.

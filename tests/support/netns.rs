@@ -19,7 +19,7 @@ pub struct Cable {
     pub far: Namespace,
 }
 
-/// One end of the cable, and a `lo` of its own.
+/// One end of the cable, and a `lo` of its own. Or one without both.
 pub struct Namespace {
     /// Its address on the cable.
     pub address: &'static str,
@@ -69,6 +69,11 @@ impl Cable {
 }
 
 impl Namespace {
+    /// One without any network, the loopback interface included; or says why that cannot be had here.
+    pub fn without_network() -> Result<Namespace, String> {
+        Namespace::make("")
+    }
+
     fn make(address: &'static str) -> Result<Namespace, String> {
         let mut holder = Command::new("unshare")
             .args(["--net", "/bin/sh", "-c", "echo; read _"])

@@ -10,7 +10,7 @@ use crate::postgres::error::{Error, parse_error};
 use crate::postgres::session::{
     CANCEL_LIMIT, Canceller, Connection, DEFAULT_CAPACITY, Opened, Reset, SendCancel, cancel_within, send_within,
 };
-use crate::postgres::wire::{Connector, Observer, Status, Watch};
+use crate::postgres::wire::{ConnectError, Connector, Loopback, Observer, Status, Watch};
 use crate::{Cause, Manage, Opening, Returned, Start};
 use ::postgres::config::{Host, TargetSessionAttrs};
 use ::postgres::error::DbError;
@@ -50,6 +50,7 @@ pub struct PostgresManager<T> {
     config: Config,
     tls: T,
     observe: bool,
+    loopback: Arc<Loopback>,
     reset: Reset,
     statement_cache: usize,
     processes: Option<u32>,
@@ -67,6 +68,7 @@ impl<T: Connector> PostgresManager<T> {
             config,
             tls,
             observe: true,
+            loopback: Arc::default(),
             reset: Reset::default(),
             statement_cache: DEFAULT_CAPACITY,
             processes: None,
@@ -93,7 +95,7 @@ impl<T: Connector> PostgresManager<T> {
         Ok(Self::new(config, tls))
     }
 
-    /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`. Unix sockets never are.
+    /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`.
     #[must_use]
     pub fn observe(mut self, observe: bool) -> Self {
         self.observe = observe;
@@ -174,7 +176,7 @@ impl<T: Connector> PostgresManager<T> {
     }
 
     fn observer(&self, config: &Config) -> Option<Observer<T>> {
-        if self.observe { Observer::new(config, self.tls.clone()) } else { None }
+        if self.observe { Observer::new(config, self.tls.clone(), &self.loopback) } else { None }
     }
 
     /// The user's configuration. It must never be shown as a whole.
@@ -229,38 +231,57 @@ impl<T: Connector> PostgresManager<T> {
 
     fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
         let config = self.complete(opening.pool(), opening.limit());
-        let cancel_limit = self.config.get_connect_timeout().copied().unwrap_or(CALLERS_CANCEL_LIMIT);
+        if let Some(observer) = self.observer(&config) {
+            if let Some(opened) = self.connect_observed(observer, opening)? {
+                return Ok(opened);
+            }
+        }
+        self.connect_unobserved(&config, opening)
+    }
+
+    /// How long a caller waits for a request to cancel.
+    fn cancel_limit(&self) -> Duration {
+        self.config.get_connect_timeout().copied().unwrap_or(CALLERS_CANCEL_LIMIT)
+    }
+
+    fn connect_unobserved(&self, config: &Config, opening: &Opening) -> Result<Opened, Error> {
         let begun = Instant::now();
-        let Some(observer) = self.observer(&config) else {
-            let client = config.connect(self.tls.clone())?;
-            let took = begun.elapsed();
-            let (token, tls) = (client.cancel_token(), self.tls.clone());
-            let cancel: SendCancel = Arc::new(move |limit| {
-                let (token, tls) = (token.clone(), tls.clone());
-                send_within(limit, move || token.cancel_query(tls), || {})
-            });
-            let send = Arc::clone(&cancel);
-            opening.on_cancel(move || {
-                let _ = send(CANCEL_LIMIT);
-            });
-            return Ok(Opened { client, watch: None, cancel, cancel_limit, took });
-        };
+        let client = config.connect(self.tls.clone())?;
+        let took = begun.elapsed();
+        let (token, tls) = (client.cancel_token(), self.tls.clone());
+        let cancel: SendCancel = Arc::new(move |limit| {
+            let (token, tls) = (token.clone(), tls.clone());
+            send_within(limit, move || Ok(token.cancel_query(tls)?), || {})
+        });
+        let send = Arc::clone(&cancel);
+        opening.on_cancel(move || {
+            let _ = send(CANCEL_LIMIT);
+        });
+        Ok(Opened { client, watch: None, cancel, cancel_limit: self.cancel_limit(), took })
+    }
+
+    /// `None`: the connection cannot be observed.
+    fn connect_observed(&self, observer: Observer<T>, opening: &Opening) -> Result<Option<Opened>, Error> {
+        let begun = Instant::now();
         let watch = Watch::new();
         let switch = Arc::clone(&watch);
         opening.on_abort(move || switch.abort());
         // A pooler accepts every login. Only an answer shows that there is a server behind it.
         let greet = |mut client: Client| {
             watch.expect_little();
-            client.is_valid(opening.limit()).map(|()| client)
+            client.is_valid(opening.limit()).map(|()| client).map_err(ConnectError::from)
         };
-        let client = observer.connect(&watch).and_then(greet).map_err(|error| {
-            if watch.is_aborted() {
+        let client = match observer.connect(&watch).and_then(greet) {
+            Ok(client) => client,
+            Err(_) if watch.is_aborted() => {
                 // The error says why the attempt was aborted, not merely that it was.
                 let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
-                return Error::own(text, false);
+                return Err(Error::own(text, false));
             }
-            Error::of(error, &watch)
-        })?;
+            Err(ConnectError::NoLoopback) => return Ok(None),
+            Err(ConnectError::Postgres(error)) => return Err(Error::of(error, &watch)),
+            Err(error @ ConnectError::NoWay(..)) => return Err(error.into()),
+        };
         if watch.status() != Status::Idle {
             // Aborted, so that the drop of the client does not wait for an answer.
             watch.abort();
@@ -269,14 +290,15 @@ impl<T: Connector> PostgresManager<T> {
         }
         let took = begun.elapsed();
         let token = client.cancel_token();
+        let seen = Arc::clone(&watch);
         let cancel: SendCancel = Arc::new(move |limit| {
-            let (observer, token, watch) = (observer.clone(), token.clone(), Watch::new());
-            let switch = Arc::clone(&watch);
-            send_within(limit, move || observer.cancel(&token, &watch), || switch.abort())
+            let (observer, token, seen, abort) = (observer.clone(), token.clone(), Arc::clone(&seen), Watch::new());
+            let switch = Arc::clone(&abort);
+            send_within(limit, move || Ok(observer.cancel(&token, &seen, &abort)?), || switch.abort())
         });
         let (send, seen) = (Arc::clone(&cancel), Arc::clone(&watch));
         opening.on_cancel(move || cancel_within(CANCEL_LIMIT, &send, &seen));
-        Ok(Opened { client, watch: Some(watch), cancel, cancel_limit, took })
+        Ok(Some(Opened { client, watch: Some(watch), cancel, cancel_limit: self.cancel_limit(), took }))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The shortcuts of a [`Connection`] that use its statement cache. See [the module](crate::postgres#statements).
 
 use super::connection::Connection;
+use super::plain::is_plain;
 use super::statements::{Execute, Operation, Params, Query, QueryOne, QueryOpt, StatementCacheStats};
 use ::postgres::types::{ToSql, Type};
 use ::postgres::{Client, Error, Row, Statement};
@@ -92,6 +93,9 @@ impl Connection {
     }
 
     fn run_cached<O: Operation>(&mut self, sql: &str, params: Params<'_>) -> Result<O::Output, Error> {
+        if !self.is_observed() && !is_plain(sql) {
+            self.client.unsettle();
+        }
         let statements = &mut self.statements;
         self.client.completed(|client: &mut Client| statements.run_outside::<O>(client, sql, params))
     }

@@ -116,7 +116,7 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
 /// the request is abandoned, by `abandon`.
 pub(in crate::postgres) fn send_within(
     limit: Duration,
-    send: impl FnOnce() -> Result<(), ::postgres::Error> + Send + 'static,
+    send: impl FnOnce() -> Result<(), Error> + Send + 'static,
     abandon: impl FnOnce(),
 ) -> Result<(), Error> {
     let (done, wait) = bounded(1);
@@ -127,7 +127,7 @@ pub(in crate::postgres) fn send_within(
         return Err(Error::own(format!("cannot start a thread to cancel on: {e}"), false));
     }
     match wait.recv_timeout(limit) {
-        Ok(sent) => Ok(sent?),
+        Ok(sent) => sent,
         Err(_) => {
             abandon();
             Err(Error::own(format!("no answer to a request to cancel within {}", Short(limit)), false))

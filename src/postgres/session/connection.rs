@@ -30,7 +30,7 @@ pub struct Connection {
     /// the next request closes it, which does no harm.)
     pub(super) client: Marked,
     pub(super) statements: Statements,
-    /// `None` if the connection is not observed: over a unix socket, or by choice.
+    /// `None` if the connection is not observed, by choice or since it cannot be.
     watch: Option<Arc<Watch>>,
     pid: Option<i32>,
     cancel: SendCancel,
@@ -150,7 +150,9 @@ impl Connection {
         // Notifications were for the caller. They are dropped here, since even a call that leaves nothing else behind
         // may have read some.
         self.client.drop_notifications();
-        let Some(watch) = &self.watch else { return Facts::Unobserved };
+        let Some(watch) = &self.watch else {
+            return if self.client.is_settled() { Facts::Clean } else { Facts::Unobserved };
+        };
         // The usual case, which needs no flush. With `DiscardAll` a reset follows in any case.
         if reset != Reset::DiscardAll && !self.client.is_marked() && watch.is_clean() {
             return Facts::Clean;
@@ -368,6 +370,7 @@ impl Connection {
             Standing::Failed | Standing::InTransaction => Ok(true),
             Standing::Desynchronised => Err(Error::own("its answers no longer match its questions", false)),
             Standing::Idle { lookups } => {
+                self.client.settle();
                 if lookup {
                     self.check_lookup(lookups)?;
                 }

@@ -10,12 +10,14 @@ use ::postgres::Client;
 pub(super) struct Marked {
     client: Client,
     marked: bool,
+    /// A call that leaves no message behind may have begun a transaction, or ended one.
+    unsettled: bool,
 }
 
 impl Marked {
     /// A client with which nothing is under way.
     pub(super) fn new(client: Client) -> Marked {
-        Marked { client, marked: false }
+        Marked { client, marked: false, unsettled: false }
     }
 
     /// The client, for any use. Marks it.
@@ -36,6 +38,22 @@ impl Marked {
 
     pub(super) fn is_marked(&self) -> bool {
         self.marked
+    }
+
+    /// A call that goes through [`completed`](Marked::completed) may begin a transaction, or end one. Where the
+    /// connection is observed its bytes show that, and nobody looks at this.
+    pub(super) fn unsettle(&mut self) {
+        self.unsettled = true;
+    }
+
+    /// No call has left anything behind, nor can one have begun a transaction.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.marked && !self.unsettled
+    }
+
+    /// It is known, by the connection's own answer, that no transaction is open.
+    pub(super) fn settle(&mut self) {
+        self.unsettled = false;
     }
 
     /// Removes the mark. To be called when nothing is queued, and it is known which answers are missing.

@@ -6,6 +6,7 @@ mod cancel;
 mod connection;
 mod lru;
 mod marked;
+mod plain;
 mod question;
 mod reset;
 mod statements;

@@ -31,7 +31,8 @@
 pub enum Reset {
     /// An open or failed transaction is rolled back. The default. A connection that is returned clean costs nothing, if
     /// it is [observed](crate::postgres#the-observer). If it is not, it is asked on a thread of the pool, in one round
-    /// trip, or in two if more than the `_cached` functions was used.
+    /// trip, or in two if more than the `_cached` functions was used; or not at all, if only such statements were run
+    /// as cannot begin a transaction.
     ///
     /// A caller that sets what others must not inherit (a role, a `search_path`, a time limit) uses `SET LOCAL` in a
     /// transaction, or [`DiscardAll`](Reset::DiscardAll).

@@ -14,9 +14,11 @@ pub(super) enum Facts {
     CancelSent,
     /// The server no longer has the statements with which `postgres` looks up types.
     LookupsLost,
-    /// The connection is not observed, so the server has to be asked.
+    /// The connection is not observed, and a call may have left something behind or begun a transaction. So the server
+    /// has to be asked.
     Unobserved,
-    /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean).
+    /// No call has left anything behind, and the connection is [clean](crate::postgres::wire::Watch::is_clean), or not
+    /// observed and no call can have begun a transaction.
     Clean,
     /// An answer is under way, in a COPY to the server or not. To read it may take long.
     Answering { in_copy: bool },

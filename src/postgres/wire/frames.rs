@@ -1,6 +1,8 @@
 //! [`Frames`]: cuts one direction of the byte stream into messages, whatever pieces the bytes come in. It keeps no more
 //! of a message's body than its scanner asks for.
 
+use std::fmt;
+
 /// Stands for the tag of the first message of a frontend, which has none.
 pub(super) const STARTUP: u8 = 0;
 
@@ -9,7 +11,6 @@ pub(super) const STARTUP: u8 = 0;
 pub(super) struct BadLength;
 
 /// One direction of a connection, message by message: a tag, a length that counts itself, a body.
-#[derive(Debug)]
 #[cfg_attr(test, derive(PartialEq))]
 pub(super) struct Frames {
     header: [u8; 5],
@@ -96,6 +97,16 @@ impl Frames {
     /// Whether the beginning of a message has come, and its end has not.
     pub(super) fn is_inside(&self) -> bool {
         self.header_filled > 0
+    }
+}
+
+/// Without the bodies: one may hold a secret.
+impl fmt::Debug for Frames {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Frames")
+            .field("header", &self.header)
+            .field("body_left", &self.body_left)
+            .finish_non_exhaustive()
     }
 }
 

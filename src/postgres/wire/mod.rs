@@ -17,11 +17,13 @@ mod scanner;
 mod tap;
 #[cfg(test)]
 mod tests;
+#[cfg(unix)]
+mod unix;
 mod watch;
 
 pub(super) use look::{drop_notifications, flush, look};
 pub(super) use negotiation::{NegotiationError, is_answer_in_clear};
 pub use observer::Connector;
-pub(super) use observer::Observer;
+pub(super) use observer::{ConnectError, Loopback, Observer};
 pub(super) use scanner::Status;
 pub(super) use watch::Watch;

@@ -1,5 +1,4 @@
-//! The choice between clear text and TLS, by the user's terms. It is made between the TCP connect and the startup
-//! packet.
+//! The choice between clear text and TLS, by the user's terms. It is made between the connect and the startup packet.
 //!
 //! `postgres` believes that the stream is encrypted, so no other code would notice a mistake in this file.
 //!
@@ -16,8 +15,12 @@ use std::any::TypeId;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
+#[cfg(unix)]
+use std::path::PathBuf;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+#[cfg(unix)]
+use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 type BoxError = Box<dyn StdError + Send + Sync>;
@@ -39,13 +42,21 @@ pub(super) struct Terms {
 /// The stream that the bytes really travel over.
 pub(super) enum Transport<S> {
     Raw(Socket),
+    /// Always in clear text: the other end is on the same machine.
+    #[cfg(unix)]
+    Unix(UnixStream),
     Tls(S),
+}
+
+/// What both sides want.
+enum Agreed {
+    ClearText,
+    Tls,
 }
 
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 
-/// Does what `postgres` does between the TCP connect and the startup packet, by the user's terms. A mode that is not
-/// known here counts as the strictest.
+/// Does what `postgres` does between the TCP connect and the startup packet, by the user's terms.
 pub(super) async fn negotiate<C>(
     mut socket: Socket,
     tls: Result<C, NegotiationError>,
@@ -54,27 +65,11 @@ pub(super) async fn negotiate<C>(
 where
     C: TlsConnect<Socket> + 'static,
 {
+    match agree::<C>(&mut socket, terms).await? {
+        Agreed::ClearText => return Ok(Transport::Raw(socket)),
+        Agreed::Tls => {}
+    }
     let direct = terms.negotiation == SslNegotiation::Direct;
-    match terms.mode {
-        SslMode::Disable => return Ok(Transport::Raw(socket)),
-        SslMode::Prefer if TypeId::of::<C>() == TypeId::of::<NoTls>() => {
-            return Ok(Transport::Raw(socket));
-        }
-        SslMode::Prefer if direct => return Err(NegotiationError::Weak),
-        _ => {}
-    }
-    if !direct {
-        let mut answer = [0];
-        socket.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
-        socket.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
-        match &answer {
-            b"S" => {}
-            b"N" if terms.mode == SslMode::Prefer => return Ok(Transport::Raw(socket)),
-            b"N" => return Err(NegotiationError::Declined),
-            b"E" => return Err(NegotiationError::Failed(error_text(&mut socket).await)),
-            &[other] => return Err(NegotiationError::NoAnswer(other)),
-        }
-    }
     match tls?.connect(socket).await {
         Ok(stream) => Ok(Transport::Tls(stream)),
         Err(error) => {
@@ -82,6 +77,48 @@ where
             let in_clear = direct && is_answer_in_clear(&*error);
             Err(if in_clear { NegotiationError::InClear(error) } else { NegotiationError::Handshake(error) })
         }
+    }
+}
+
+/// The same over a unix socket, where there is no TLS in `postgres`. It asks for TLS nevertheless, if the terms say so.
+#[cfg(unix)]
+pub(super) async fn negotiate_unix<C>(
+    mut stream: UnixStream,
+    terms: Terms,
+) -> Result<Transport<C::Stream>, NegotiationError>
+where
+    C: TlsConnect<Socket> + 'static,
+{
+    match agree::<C>(&mut stream, terms).await? {
+        Agreed::ClearText => Ok(Transport::Unix(stream)),
+        Agreed::Tls => Err(NegotiationError::NoHostName),
+    }
+}
+
+/// Asks the server for TLS, if it is to be asked. A mode that is not known here counts as the strictest.
+async fn agree<C: 'static>(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    terms: Terms,
+) -> Result<Agreed, NegotiationError> {
+    let direct = terms.negotiation == SslNegotiation::Direct;
+    match terms.mode {
+        SslMode::Disable => return Ok(Agreed::ClearText),
+        SslMode::Prefer if TypeId::of::<C>() == TypeId::of::<NoTls>() => return Ok(Agreed::ClearText),
+        SslMode::Prefer if direct => return Err(NegotiationError::Weak),
+        _ => {}
+    }
+    if direct {
+        return Ok(Agreed::Tls);
+    }
+    let mut answer = [0];
+    stream.write_all(&SSL_REQUEST).await.map_err(NegotiationError::Io)?;
+    stream.read_exact(&mut answer).await.map_err(NegotiationError::Io)?;
+    match &answer {
+        b"S" => Ok(Agreed::Tls),
+        b"N" if terms.mode == SslMode::Prefer => Ok(Agreed::ClearText),
+        b"N" => Err(NegotiationError::Declined),
+        b"E" => Err(NegotiationError::Failed(error_text(stream).await)),
+        &[other] => Err(NegotiationError::NoAnswer(other)),
     }
 }
 
@@ -104,7 +141,7 @@ const ERROR_LIMIT: Duration = Duration::from_secs(1);
 /// A server that has no process for a client sends an error of the second version of the protocol: a text that ends
 /// with a NUL. Others might send an error of the third version: fields behind a length. A length begins with a zero
 /// byte, and no text does.
-async fn error_text(socket: &mut Socket) -> String {
+async fn error_text(socket: &mut (impl AsyncRead + Unpin)) -> String {
     let (mut received, mut piece) = (Vec::new(), [0; LONGEST_ERROR]);
     let is_whole = |error: &[u8]| match error {
         [0, a, b, c, ..] => error.len() >= u32::from_be_bytes([0, *a, *b, *c]) as usize,
@@ -132,6 +169,9 @@ async fn error_text(socket: &mut Socket) -> String {
 pub(in crate::postgres) enum NegotiationError {
     /// [`Watch::abort`](super::Watch::abort) was called.
     Aborted,
+    /// The unix socket could not be connected to.
+    #[cfg(unix)]
+    Socket { path: PathBuf, error: io::Error },
     /// The socket failed before the server had answered the request for TLS.
     Io(io::Error),
     /// The user's terms require TLS, and the server has none.
@@ -162,6 +202,8 @@ impl NegotiationError {
     /// handshake counts as a disagreement unless an I/O error in it says that the stream ended.
     pub(in crate::postgres) fn is_transient(&self) -> bool {
         match self {
+            #[cfg(unix)]
+            NegotiationError::Socket { .. } => true,
             NegotiationError::Aborted
             | NegotiationError::Io(_)
             | NegotiationError::Failed(_)
@@ -204,6 +246,8 @@ impl fmt::Display for NegotiationError {
                 let answer = char::from(*answer).escape_default();
                 return write!(f, "the server answered the request for TLS with '{answer}', which is no answer");
             }
+            #[cfg(unix)]
+            NegotiationError::Socket { path, error } => return write!(f, "{}: {error}", path.display()),
             NegotiationError::Io(error) => return error.fmt(f),
             NegotiationError::Connector(error)
             | NegotiationError::Handshake(error)
@@ -216,6 +260,8 @@ impl fmt::Display for NegotiationError {
 impl StdError for NegotiationError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
+            #[cfg(unix)]
+            NegotiationError::Socket { error, .. } => error.source(),
             NegotiationError::Io(error) => error.source(),
             NegotiationError::Connector(error)
             | NegotiationError::Handshake(error)

@@ -48,6 +48,29 @@ pub(in crate::postgres) enum Status {
     Failed,
 }
 
+/// How long the message is with which a server tells the pid and the secret of a backend, its header included.
+const KEY_DATA: usize = 13;
+
+/// The pid of a backend, and the secret that makes a request to cancel its query valid. It is never shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Key(#[cfg_attr(not(unix), allow(dead_code))] [u8; 8]);
+
+#[cfg(unix)]
+impl Key {
+    /// The request to cancel what the backend is doing.
+    pub(super) fn cancel_request(self) -> [u8; 16] {
+        let mut request = [0, 0, 0, 16, 0x04, 0xd2, 0x16, 0x2e, 0, 0, 0, 0, 0, 0, 0, 0];
+        request[8..].copy_from_slice(&self.0);
+        request
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
+}
+
 /// A request that the server has not answered to its end, by what it still awaits before its `ReadyForQuery`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Request {
@@ -110,6 +133,10 @@ pub(super) struct Scanner {
     batch: Batch,
     status: Status,
     pid: Option<i32>,
+    /// With which a request to cancel proves who it is from; `None` if it has another length than that of version 3.0
+    /// of the protocol, which `postgres` speaks.
+    #[cfg_attr(not(unix), allow(dead_code))]
+    key: Option<Key>,
     /// From `CopyInResponse` to the next `ReadyForQuery`.
     copy_in: bool,
     poisoned: bool,
@@ -194,7 +221,7 @@ impl std::error::Error for Fault {}
 fn body_prefix(tag: u8) -> usize {
     match tag {
         b'Z' => 2,
-        b'K' => 4,
+        b'K' => 8,
         b'S' => 64,
         b'E' => ERROR_PREFIX,
         _ => 0,
@@ -211,6 +238,7 @@ impl Scanner {
             batch: Batch::Empty,
             status: Status::Unknown,
             pid: None,
+            key: None,
             copy_in: false,
             poisoned: false,
             unreadable: false,
@@ -382,7 +410,11 @@ impl Scanner {
                 None if self.early == Early::Nothing => self.early = Early::Bound,
                 None => {}
             },
-            b'K' => self.pid = body.try_into().ok().map(i32::from_be_bytes),
+            b'K' => {
+                self.pid = body.first_chunk().copied().map(i32::from_be_bytes);
+                let is_whole = self.backend.length() == KEY_DATA;
+                self.key = body.try_into().ok().filter(|_| is_whole).map(Key);
+            }
             b'G' => {
                 // After an error the server skips to the `Sync`. If it does not, nobody knows which `Sync` it ignores.
                 self.poisoned |= self.has_oldest_failed();
@@ -459,6 +491,12 @@ impl Scanner {
     /// may be negative.
     pub(super) fn pid(&self) -> Option<i32> {
         self.pid
+    }
+
+    /// The key of this backend, for a request to cancel.
+    #[cfg(unix)]
+    pub(super) fn key(&self) -> Option<Key> {
+        self.key
     }
 
     /// How many requests the server has not finished answering.

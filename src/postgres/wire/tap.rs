@@ -48,6 +48,8 @@ impl<S: TlsStream + Unpin> Tap<S> {
         }
         Ok(match &mut self.transport {
             Transport::Raw(socket) => Pin::new(socket),
+            #[cfg(unix)]
+            Transport::Unix(stream) => Pin::new(stream),
             Transport::Tls(stream) => Pin::new(stream),
         })
     }
@@ -116,6 +118,8 @@ impl<S: TlsStream + Unpin> TlsStream for Tap<S> {
     fn channel_binding(&self) -> ChannelBinding {
         match &self.transport {
             Transport::Raw(_) => ChannelBinding::none(),
+            #[cfg(unix)]
+            Transport::Unix(_) => ChannelBinding::none(),
             Transport::Tls(stream) => stream.channel_binding(),
         }
     }

@@ -3,10 +3,14 @@
 //! Its methods block on nothing but a short lock, so any thread may call them at any time.
 
 use super::probe::Probe;
+#[cfg(unix)]
+use super::scanner::Key;
 use super::scanner::{Scanner, Status};
 use ::postgres::error::SqlState;
 use parking_lot::{Mutex, MutexGuard};
 use std::io;
+#[cfg(unix)]
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Waker};
@@ -20,6 +24,9 @@ pub(in crate::postgres) struct Watch {
     /// stream.
     waker: Mutex<Option<Waker>>,
     pub(super) probe: Probe,
+    /// The unix socket that the stream is connected to; `None`: it is TCP.
+    #[cfg(unix)]
+    socket: Mutex<Option<PathBuf>>,
 }
 
 impl Watch {
@@ -29,6 +36,8 @@ impl Watch {
             aborted: AtomicBool::new(false),
             waker: Mutex::new(None),
             probe: Probe::default(),
+            #[cfg(unix)]
+            socket: Mutex::new(None),
         })
     }
 
@@ -55,6 +64,18 @@ impl Watch {
     /// See [`Scanner::pid`].
     pub(in crate::postgres) fn pid(&self) -> Option<i32> {
         self.scanner.lock().pid()
+    }
+
+    /// The unix socket that the stream is connected to; `None`: it is TCP.
+    #[cfg(unix)]
+    pub(super) fn socket(&self) -> Option<PathBuf> {
+        self.socket.lock().clone()
+    }
+
+    /// See [`Scanner::key`].
+    #[cfg(unix)]
+    pub(super) fn key(&self) -> Option<Key> {
+        self.scanner.lock().key()
     }
 
     /// See [`Scanner::expect_little`].
@@ -184,7 +205,15 @@ impl Watched {
     /// forgotten.
     pub(super) fn begin(watch: Arc<Watch>) -> Watched {
         *watch.scanner.lock() = Scanner::new();
+        #[cfg(unix)]
+        drop(watch.socket.lock().take());
         Watched(watch)
+    }
+
+    /// The stream is connected to this unix socket.
+    #[cfg(unix)]
+    pub(super) fn over(&self, socket: &Path) {
+        *self.0.socket.lock() = Some(socket.to_owned());
     }
 
     /// Fails if the connection was aborted. It is called before every poll. It stores the waker first, and then reads

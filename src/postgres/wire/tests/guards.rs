@@ -17,7 +17,7 @@ fn given_away<T: Connector>(terms: &str, tls: T, reply: &'static [u8], observed:
     let fake = Fake::new(move |stream| interrogate(stream, reply));
     let text = fake.config(terms);
     let result = match observed {
-        true => observer(&text, tls).connect(&Watch::new()),
+        true => observer(&text, tls).connect(&Watch::new()).map_err(ConnectError::of_postgres),
         false => config(&text).connect(tls),
     };
     let error = result.err().expect("the fakes let nobody in");
@@ -286,10 +286,18 @@ fn postgres_hands_the_bare_socket_to_the_connector() {
     assert_eq!(fake.result().as_deref(), Some("X"));
 }
 
+/// With an address `postgres` connects by TCP. And what it refuses, it refuses in its own words.
 #[test]
-fn a_unix_socket_cannot_be_observed() {
-    for hosts in ["host=/run/postgresql", "host=db.test,/run/postgresql", "host=/run/postgresql hostaddr=127.0.0.1"] {
-        assert!(Observer::new(&config(&format!("{hosts} user=alice")), NoTls).is_none(), "{hosts}");
+fn a_unix_socket_with_an_address_or_the_wrong_ports_is_not_observed() {
+    for (hosts, observed) in [
+        ("host=/run/postgresql", true),
+        ("host=db.test,/run/postgresql", true),
+        ("host=/run/postgresql,db.test port=1,2", true),
+        ("host=/run/postgresql hostaddr=127.0.0.1", false),
+        ("host=/run/postgresql,db.test port=1,2,3", false),
+    ] {
+        let observer = Observer::new(&config(&format!("{hosts} user=alice")), NoTls, &Arc::default());
+        assert_eq!(observer.is_some(), observed, "{hosts}");
     }
 }
 

@@ -1,10 +1,12 @@
 //! The observer against servers that lie ([`guards`]) or fall silent ([`switch`]), and against PostgreSQL, compared
-//! with the plain crate ([`real`]).
+//! with the plain crate ([`real`], and [`sockets`] over unix sockets).
 
 mod fake;
 mod fuzz;
 mod guards;
 mod real;
+#[cfg(unix)]
+mod sockets;
 #[path = "../../../../tests/support/mod.rs"]
 mod support;
 mod switch;
@@ -35,7 +37,17 @@ fn config(text: &str) -> Config {
 }
 
 fn observer<T: Connector>(text: &str, tls: T) -> Observer<T> {
-    Observer::new(&config(text), tls).expect("no unix socket in it")
+    Observer::new(&config(text), tls, &Arc::default()).expect("no unix socket with an address")
+}
+
+impl ConnectError {
+    /// The error of `postgres`, which it must be.
+    fn of_postgres(self) -> ::postgres::Error {
+        match self {
+            ConnectError::Postgres(error) => error,
+            other => panic!("{other}"),
+        }
+    }
 }
 
 /// Opens a connection, which must succeed.
@@ -43,7 +55,7 @@ fn connected<T: Connector>(text: &str, tls: T) -> (Client, Arc<Watch>) {
     let watch = Watch::new();
     match observer(text, tls).connect(&watch) {
         Ok(client) => (client, watch),
-        Err(error) => panic!("{text}: {}", chain(&error)),
+        Err(error) => panic!("{text}: {}", chain(&error.of_postgres())),
     }
 }
 
@@ -51,6 +63,6 @@ fn connected<T: Connector>(text: &str, tls: T) -> (Client, Arc<Watch>) {
 fn refused<T: Connector>(text: &str, tls: T) -> ::postgres::Error {
     match observer(text, tls).connect(&Watch::new()) {
         Ok(_) => panic!("{text}: connected"),
-        Err(error) => error,
+        Err(error) => error.of_postgres(),
     }
 }

@@ -12,23 +12,24 @@ use super::tls::{Identity, wary, with_tls};
 use super::*;
 
 /// How long a test waits for what must end. No test measures a time by it.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A server without TLS.
-fn without_tls() -> &'static Server {
+pub(super) fn without_tls() -> &'static Server {
     Server::shared()
 }
 
 /// A connection string for this server, without a host name.
-fn to(server: &Server) -> String {
+pub(super) fn to(server: &Server) -> String {
     format!("hostaddr=127.0.0.1 port={} user=postgres dbname=postgres", server.port())
 }
 
-/// One connection in clear text, and one encrypted.
-fn both_ways() -> [(Client, Arc<Watch>); 2] {
+/// A connection in clear text, one over a unix socket, and an encrypted one.
+fn every_way() -> [(Client, Arc<Watch>); 3] {
     let plain = connected(&to(without_tls()), NoTls);
+    let unix = connected(&without_tls().unix_conninfo("every-way"), NoTls);
     let encrypted = connected(&format!("host=db.test {} sslmode=require", to(with_tls())), Identity::get().trusting());
-    [plain, encrypted]
+    [plain, unix, encrypted]
 }
 
 fn is_encrypted(client: &mut Client) -> bool {
@@ -37,10 +38,10 @@ fn is_encrypted(client: &mut Client) -> bool {
 }
 
 /// Whether the connection is encrypted, or why there is none.
-fn outcome<T: Connector>(text: &str, tls: T, observed: bool) -> Result<bool, String> {
+pub(super) fn outcome<T: Connector>(text: &str, tls: T, observed: bool) -> Result<bool, String> {
     let watch = Watch::new();
     let client = match observed {
-        true => observer(text, tls).connect(&watch),
+        true => observer(text, tls).connect(&watch).map_err(ConnectError::of_postgres),
         false => config(text).connect(tls),
     };
     let mut client = client.map_err(|error| chain(&error))?;
@@ -138,7 +139,7 @@ fn hosts_in_every_form() {
 
 #[test]
 fn follows_a_session() {
-    for (mut client, watch) in both_ways() {
+    for (mut client, watch) in every_way() {
         let pid: i32 = client.query_typed_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
         assert_eq!(watch.pid(), Some(pid));
         assert_eq!((watch.in_hot_standby(), watch.read_only_by_default()), (Some(false), Some(false)));
@@ -185,7 +186,7 @@ fn a_connection_that_ends_without_a_word_is_lost() {
 
 #[test]
 fn sees_what_is_left_unfinished() {
-    for (mut client, watch) in both_ways() {
+    for (mut client, watch) in every_way() {
         let rows = "SELECT generate_series(1, 100000)";
         let mut result = client.query_typed_raw(rows, Vec::<(i32, Type)>::new()).unwrap();
         result.next().unwrap().unwrap();
@@ -220,7 +221,7 @@ fn sees_what_is_left_unfinished() {
 
 #[test]
 fn a_queued_message_is_seen_after_a_flush() {
-    for (mut client, watch) in both_ways() {
+    for (mut client, watch) in every_way() {
         drop(client.prepare("SELECT 1").unwrap());
         assert_eq!(watch.outstanding(), 0);
         flush(&mut client).unwrap();
@@ -393,7 +394,7 @@ fn cancels() {
             let sleeper = scope.spawn(|| client.batch_execute("SELECT pg_sleep(60)").unwrap_err());
             // A cancel that comes before the query has no effect, so it is sent until the query ends.
             assert!(wait_until(Instant::now() + PATIENCE, || {
-                observer.cancel(&token, &Watch::new()).unwrap();
+                observer.cancel(&token, &watch, &Watch::new()).unwrap();
                 sleeper.is_finished()
             }));
             assert_eq!(sleeper.join().unwrap().code(), Some(&SqlState::QUERY_CANCELED));
@@ -402,5 +403,6 @@ fn cancels() {
         assert!(watch.pid().is_some() && !watch.is_lost());
     }
     try_it(&plain);
+    try_it(&observer(&without_tls().unix_conninfo("cancels"), NoTls));
     try_it(&encrypted);
 }

@@ -81,7 +81,8 @@ fn aborts_a_connect_at_every_stage() {
         let (fake, reached) = silent_after(script);
         let watch = Watch::new();
         let aborter = abort_when(reached, &watch);
-        let error = observer(&fake.config(terms), Identity::get().trusting()).connect(&watch).err().unwrap();
+        let error =
+            observer(&fake.config(terms), Identity::get().trusting()).connect(&watch).err().unwrap().of_postgres();
         assert!(aborter.join().unwrap().elapsed() < PROMPTLY, "{stage}");
         match NegotiationError::of(&error) {
             Some(error) => {
@@ -101,7 +102,7 @@ fn a_watch_that_is_aborted_stays_aborted() {
     let (fake, _reached) = silent_after(|_| ());
     let watch = Watch::new();
     watch.abort();
-    let error = observer(&fake.config("sslmode=disable"), NoTls).connect(&watch).err().unwrap();
+    let error = observer(&fake.config("sslmode=disable"), NoTls).connect(&watch).err().unwrap().of_postgres();
     assert!(matches!(NegotiationError::of(&error), Some(NegotiationError::Aborted)));
     assert_lets_go(&watch);
     fake.result();
