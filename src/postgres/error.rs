@@ -3,7 +3,9 @@
 //! No error shows a part of a connection string, since any part may be the password.
 
 use super::wire::{ConnectError, NegotiationError, Watch, is_answer_in_clear};
+use crate::error::nobody_listens;
 use crate::leaf::text::{self, Brief};
+use crate::ledger::Reach;
 use ::postgres::error::{DbError, SqlState};
 use std::error::Error as StdError;
 use std::fmt;
@@ -36,12 +38,16 @@ enum Kind {
     /// connection before the server's last error; or the error was longer than is kept.
     Server { code: SqlState, text: String },
     /// An error of this crate's own.
-    Own { text: String, permanent: bool },
+    Own { text: String, reach: Reach },
 }
 
 impl Error {
     pub(super) fn own(text: impl Into<String>, permanent: bool) -> Error {
-        Error(Arc::new(Kind::Own { text: text.into(), permanent }))
+        Error::reaching(text, if permanent { Reach::Refusal } else { Reach::Server })
+    }
+
+    fn reaching(text: impl Into<String>, reach: Reach) -> Error {
+        Error(Arc::new(Kind::Own { text: text.into(), reach }))
     }
 
     /// The error that ended the connection of `watch`: the server's own, if it sent one, or else `error`.
@@ -95,9 +101,18 @@ impl Error {
     /// or a database created.
     pub fn is_permanent(&self) -> bool {
         match &*self.0 {
-            Kind::Own { permanent, .. } => *permanent,
+            Kind::Own { reach, .. } => *reach == Reach::Refusal,
             Kind::Server { code, .. } => is_permanent_state(code),
             Kind::Postgres(e, _) => is_permanent(e),
+        }
+    }
+
+    /// Whether the system refused the connect, since nobody listens there.
+    pub(super) fn says_that_nobody_listens(&self) -> bool {
+        match &*self.0 {
+            Kind::Own { reach, .. } => *reach == Reach::Nobody,
+            Kind::Server { .. } => false,
+            Kind::Postgres(e, _) => nobody_listens(e),
         }
     }
 }
@@ -112,6 +127,9 @@ impl From<ConnectError> for Error {
     fn from(e: ConnectError) -> Self {
         match e {
             ConnectError::Postgres(e) => e.into(),
+            ConnectError::NoWay(_, ref system) if nobody_listens(system) => {
+                Error::reaching(e.to_string(), Reach::Nobody)
+            }
             ConnectError::NoWay(..) | ConnectError::NoLoopback => Error::own(e.to_string(), false),
         }
     }

@@ -3,7 +3,6 @@
 use super::budget::{self, Budget};
 use super::guards::ServerGuards;
 use super::names::application_name;
-use crate::error::nobody_listens;
 use crate::leaf::text::{CAUSE, Short, brief};
 use crate::ledger::Reach;
 use crate::postgres::error::{Error, parse_error};
@@ -386,7 +385,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
         }
         // Of several hosts the error is the last one's, and another may have been logged in to.
         let hosts = self.config.get_hosts().len().max(self.config.get_hostaddrs().len());
-        let nobody = hosts == 1 && error.as_postgres().is_some_and(|error| nobody_listens(error));
+        let nobody = hosts == 1 && error.says_that_nobody_listens();
         cause.reaching(if nobody { Reach::Nobody } else { Reach::Server })
     }
 }
@@ -445,6 +444,30 @@ mod tests {
         assert_eq!(kept.get_tcp_user_timeout(), Some(&Duration::from_secs(8)));
         let two = manager("host=a,b").complete("orders", Duration::from_secs(10));
         assert_eq!(two.get_connect_timeout(), Some(&Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn where_nobody_listens() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let reach = |params: String| {
+            let manager = manager(&params);
+            let error = manager.config.connect(NoTls).map(drop).unwrap_err();
+            manager.explain(&error.into()).reach()
+        };
+        assert_eq!(reach(format!("host=127.0.0.1 port={port} user=u")), Reach::Nobody);
+        assert_eq!(reach("host=/no/such/folder user=u".into()), Reach::Nobody);
+        // The first of them may have been logged in to.
+        assert_eq!(reach(format!("host=127.0.0.1,127.0.0.1 port={port} user=u")), Reach::Server);
+
+        let unix = |kind: std::io::ErrorKind| {
+            let error = ConnectError::NoWay(Some("/tmp/.s.PGSQL.5432".into()), kind.into());
+            manager("host=/tmp user=u").explain(&error.into()).reach()
+        };
+        assert_eq!(unix(std::io::ErrorKind::NotFound), Reach::Nobody);
+        assert_eq!(unix(std::io::ErrorKind::ConnectionRefused), Reach::Nobody);
+        assert_eq!(unix(std::io::ErrorKind::WouldBlock), Reach::Server, "too many are on their way to it");
     }
 
     #[test]

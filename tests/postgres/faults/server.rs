@@ -21,7 +21,11 @@ const LOGS: (&str, &str) = ("log_connections", "on");
 
 /// The server stops under load, stays away for so long, and comes back.
 fn outage(server: &Server, row: &str, app: &str, stop: impl Fn(&Server), down: Duration) {
-    let pool = builder(&server.conninfo(app), app).open().unwrap();
+    outage_at(&server.conninfo(app), server, row, app, stop, down);
+}
+
+fn outage_at(params: &str, server: &Server, row: &str, app: &str, stop: impl Fn(&Server), down: Duration) {
+    let pool = builder(params, app).open().unwrap();
     let users = Users::start(&pool);
     assert!(wait_until(within(SOON), || pool.stats().checkouts > 50), "{}", pool.stats());
     let (opens, before) = (pool.stats().opens, logins(server, app));
@@ -61,6 +65,17 @@ fn stopped_at_once_and_back_after_200_ms_and_2_s_and_8_s() {
     outage(&server, "stopped at once, 0.2 s", "f-once-02", Server::stop_immediate, ms(200));
     outage(&server, "stopped at once, 2 s", "f-once-2", Server::stop_immediate, Duration::from_secs(2));
     outage(&server, "stopped at once, 8 s", "f-once-8", Server::stop_immediate, Duration::from_secs(8));
+}
+
+#[test]
+fn stopped_behind_a_unix_socket_and_back_after_2_s() {
+    let _beside = beside_others();
+    let server = Server::with(&[LOGS]);
+    let app = "f-unix-2";
+    let folder = server.socket_dir().display().to_string();
+    let params = server.conninfo(app).replace("127.0.0.1", &folder);
+    assert!(params.contains(&folder), "{params}");
+    outage_at(&params, &server, "stopped, unix socket, 2 s", app, Server::stop_fast, Duration::from_secs(2));
 }
 
 /// Longer than users wait: they are told why, each at its deadline, and not before.
