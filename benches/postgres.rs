@@ -5,8 +5,8 @@
 //! rivals take turns. The server is private and on this machine, so it takes its share of the processors. Where the
 //! statement is kept, and why bb8 and deadpool are missing, says `common/sessions.rs`.
 //!
-//! A connection that is not observed is asked when it is returned whether it is in a transaction. That is one round
-//! trip more, unless the pool is told not to ask ("no reset").
+//! A connection that is not observed would be asked when it is returned whether it is in a transaction, unless the pool
+//! is told not to ask ("no reset"). After a cached `SELECT`, as here, it is not asked either.
 
 mod common;
 #[path = "../tests/support/mod.rs"]

@@ -99,7 +99,7 @@ pub fn millpond_with(
 }
 
 /// Millpond with its own manager, in the settings on which round trips may depend. What is not observed is asked, on a
-/// thread of the pool's, how it comes back, unless there is no reset.
+/// thread of the pool's, how it comes back, unless there is no reset or nothing that could begin a transaction was run.
 pub fn millponds(config: &Config, size: u32) -> Vec<Box<dyn Subject>> {
     let (off, bare) = ("millpond, not observed", "millpond, not observed, no reset");
     vec![
