@@ -107,17 +107,23 @@ fn a_steady_load_of_four_threads_keeps_four_connections() {
     assert_ends(&pool, app);
 }
 
-/// The loopback ports on which somebody listens, but for these.
+/// The loopback ports on which this process listens, but for these.
 fn listening(but: &[u16]) -> Vec<u16> {
     const LISTEN: &str = "0A";
+    let is_own = |inode: &str| {
+        let socket = format!("socket:[{inode}]");
+        let mut fds = fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok);
+        fds.any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == &*socket))
+    };
     let table = fs::read_to_string("/proc/self/net/tcp").unwrap_or_default();
     let port = |line: &str| {
         let mut fields = line.split_whitespace().skip(1);
-        let (local, state) = (fields.next()?, fields.nth(1)?);
+        let (local, state, inode) = (fields.next()?, fields.nth(1)?, fields.nth(5)?);
         let (address, port) = local.split_once(':')?;
-        (state == LISTEN && address == "0100007F").then(|| u16::from_str_radix(port, 16).ok())?
+        let port = (state == LISTEN && address == "0100007F").then(|| u16::from_str_radix(port, 16).ok())??;
+        (!but.contains(&port) && is_own(inode)).then_some(port)
     };
-    table.lines().filter_map(port).filter(|port| !but.contains(port)).collect()
+    table.lines().filter_map(port).collect()
 }
 
 /// Strangers connect to whatever listens, and get nothing; the pool opens as if they were not there, and leaves no file
