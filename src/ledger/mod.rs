@@ -232,10 +232,18 @@ impl<C, W: Clone> Ledger<C, W> {
     fn step<R>(&mut self, now: Moment, act: impl FnOnce(&mut Self, Moment) -> R) -> R {
         let now = self.tick(now);
         let answer = act(self, now);
-        if self.dirty || self.asked || self.front.is_some() || self.settings.min_idle > 0 {
+        if self.dirty || self.asked || self.front.is_some() || self.may_open_for_the_floor() {
             self.plan(now);
         }
         answer
+    }
+
+    /// Whether the plan could order an open for the floor: the floor is short of one, and there is room for it.
+    #[inline]
+    fn may_open_for_the_floor(&self) -> bool {
+        self.settings.min_idle > 0
+            && self.slots.len() - self.free.len() < self.settings.max_size as usize
+            && self.wants_open(0, None)
     }
 
     #[inline]

@@ -135,7 +135,7 @@ impl<M: Manage> PooledConnection<M> {
             },
         };
         if let Some(events) = &shared.user.hooks.events {
-            let (id, duration) = (token.id(), shared.time.now().since(conn.checkout.begun));
+            let (id, duration) = (token.id(), now.since(conn.checkout.begun));
             shielded(|| events.handle_checkin(CheckinEvent { id, duration }));
         }
         drop(in_hand);
