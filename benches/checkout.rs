@@ -50,6 +50,8 @@ fn measure(bench: &mut Bench, title: &str, load: &Load, subjects: &[Box<dyn Subj
 fn threads(bench: &mut Bench) {
     let mut one = peers::everybody(1);
     one.push(peers::bare(1));
+    one.push(peers::accounted(1));
+    one.push(peers::swapped());
     one.push(peers::entering());
     measure(bench, "1 thread", &Load { threads: 1, usage: Usage::Nothing }, &one);
 

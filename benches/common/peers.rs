@@ -5,6 +5,7 @@
 //! what they cost a task: [`entering`] is the part that is tokio's.
 
 use super::{Store, Subject, ms, named};
+use crossbeam_utils::atomic::AtomicCell;
 use parking_lot::{Condvar, Mutex};
 use std::convert::Infallible;
 use std::ops::{Deref, DerefMut};
@@ -17,7 +18,7 @@ use tokio::runtime::{Handle, Runtime};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A connection without I/O. Small, so that a pool that moves it about is not charged for its size.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Nil(pub u64);
 
 /// What opens and checks it: in no time.
@@ -281,6 +282,82 @@ pub fn bare(size: u32) -> Box<dyn Subject> {
     least("lock and list", size, false)
 }
 
+/// The least that a pool could cost one thread that kept the connection returned last outside the lock: an atomic cell,
+/// and two looks at the coarse clock with an account in the connection's own box.
+pub fn swapped() -> Box<dyn Subject> {
+    struct Swapped(AtomicCell<Option<Box<Account>>>);
+
+    #[derive(Default)]
+    struct Account {
+        conn: Nil,
+        since: u64,
+        checkouts: u64,
+        usage_time: u64,
+    }
+
+    struct Swapping<'a> {
+        account: Option<Box<Account>>,
+        of: &'a Swapped,
+    }
+
+    impl Store for Swapped {
+        type Conn = Nil;
+        type CheckedOut<'a> = Swapping<'a>;
+
+        #[inline]
+        fn get(&self, _: usize) -> Swapping<'_> {
+            let now = coarse();
+            let mut account = self.0.take().expect("what does not wait needs a connection per thread");
+            account.since = now;
+            account.checkouts += 1;
+            Swapping { account: Some(account), of: self }
+        }
+    }
+
+    impl Drop for Swapping<'_> {
+        #[inline]
+        fn drop(&mut self) {
+            if let Some(mut account) = self.account.take() {
+                let now = coarse();
+                account.usage_time += now - account.since;
+                account.since = now;
+                self.of.0.swap(Some(account));
+            }
+        }
+    }
+
+    impl Deref for Swapping<'_> {
+        type Target = Nil;
+
+        #[inline]
+        fn deref(&self) -> &Nil {
+            &self.account.as_ref().expect("in use until dropped").conn
+        }
+    }
+
+    impl DerefMut for Swapping<'_> {
+        #[inline]
+        fn deref_mut(&mut self) -> &mut Nil {
+            &mut self.account.as_mut().expect("in use until dropped").conn
+        }
+    }
+
+    named("swaps and accounts", Swapped(AtomicCell::new(Some(Box::default()))))
+}
+
+/// The coarse clock, in nanoseconds.
+#[inline]
+fn coarse() -> u64 {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::time::{ClockId, clock_gettime};
+        let t = clock_gettime(ClockId::MonotonicCoarse);
+        t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+    }
+    #[cfg(not(target_os = "linux"))]
+    0
+}
+
 /// A lock, a list, and what no pool that keeps time can do without: a look at the coarse clock before each lock, and
 /// under it an account of which thread uses what since when.
 pub fn accounted(size: u32) -> Box<dyn Subject> {
@@ -297,19 +374,6 @@ pub fn accounted(size: u32) -> Box<dyn Subject> {
     struct Accounting<'a> {
         conn: Option<(usize, Box<Nil>)>,
         of: &'a Accounted,
-    }
-
-    /// Nanoseconds.
-    #[inline]
-    fn coarse() -> u64 {
-        #[cfg(target_os = "linux")]
-        {
-            use rustix::time::{ClockId, clock_gettime};
-            let t = clock_gettime(ClockId::MonotonicCoarse);
-            t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
-        }
-        #[cfg(not(target_os = "linux"))]
-        0
     }
 
     impl Store for Accounted {
