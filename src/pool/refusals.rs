@@ -13,16 +13,19 @@ use std::time::Duration;
 impl<M: Manage> Shared<M> {
     /// No connection came in time.
     pub(crate) fn timeout_error(&self, timeout: Duration) -> Error {
-        let (counts, max_size, failing) = {
-            let ledger = self.lock();
-            (ledger.counts(), ledger.rules().max_size, ledger.failing())
-        };
-        let mut in_use = self.slots(|slot| slot.as_seen() == ConnectionState::InUse);
         let me = threads::id();
-        let checked_out_here =
-            in_use.iter().filter(|slot| slot.caller().is_some_and(|c| c.thread == me)).count() as u32;
-        in_use.sort_by_key(|slot| slot.since);
-        in_use.truncate(Timeout::MOST_SHOWN);
+        let (counts, max_size, failing, checked_out_here, in_use) = {
+            let ledger = self.lock();
+            let mut in_use: Vec<_> = ledger.slots().filter(|slot| slot.as_seen() == ConnectionState::InUse).collect();
+            let here = in_use.iter().filter(|slot| slot.caller().is_some_and(|c| c.thread == me)).count() as u32;
+            // Only those that are shown are copied.
+            if in_use.len() > Timeout::MOST_SHOWN {
+                in_use.select_nth_unstable_by_key(Timeout::MOST_SHOWN, |slot| slot.since);
+                in_use.truncate(Timeout::MOST_SHOWN);
+            }
+            let in_use = in_use.into_iter().cloned().collect();
+            (ledger.counts(), ledger.rules().max_size, ledger.failing(), here, in_use)
+        };
         let mut longest_in_use = self.describe(in_use);
         longest_in_use.sort_by_key(|row| Reverse(row.since));
         Error::new(ErrorKind::Timeout(Timeout {
