@@ -6,29 +6,36 @@
 //!
 //! "Same build" compares what is the same. While it is missed, no other row of the run says anything about a few percent.
 //!
-//! During the rows of `SELECT 1` a thread on each processor keeps it awake, alike for all: see `keep_awake` in
-//! `common/processors.rs`.
+//! `-- outages` measures instead how soon a user is served again after a server was gone for 2 and 8 s, and beside it how
+//! often the pools tried to connect meanwhile; `-- outages long` adds 60 s.
+//!
+//! A query has two speeds, for seconds at a time, by whether a processor falls asleep between a question and its answer.
+//! Where one thread asks, it and the server therefore share a processor, which then never sleeps. (A thread of the system's
+//! idle class that spins on each processor was tried, and is not there: it made the rounds differ more.)
 
 mod common;
+#[path = "track/outages.rs"]
+mod outages;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use common::peers;
-use common::processors::keep_awake;
+use common::processors::pin_process;
 use common::report::Part;
 use common::{Load, Outcome, Subject, Usage, is_picked, median, ms, rounds, sessions, short, us};
 use millpond::event::NopEventHandler;
+use outages::Outage;
 use postgres::Config;
 use std::time::{Duration, Instant};
 use support::Server;
 
 const ROUNDS: usize = 7;
 /// Where nobody sleeps, many short rounds: most of them then meet no other process.
-const MANY: usize = 41;
-const BRIEF: Duration = ms(8);
+const MANY: usize = 301;
+const BRIEF: Duration = ms(2);
 /// The like for queries, which take a thousand times as long as a checkout.
-const QUERIES: usize = 41;
-const BRIEF_QUERIES: Duration = ms(20);
+const QUERIES: usize = 151;
+const BRIEF_QUERIES: Duration = ms(6);
 /// With more threads than connections: long enough for a quantile.
 const CROWDS: usize = 11;
 const CROWD: Duration = ms(150);
@@ -43,12 +50,16 @@ fn main() {
     }
     let begun = Instant::now();
     let mut goals = Goals { rows: Vec::new() };
-    same(&mut goals);
-    uncontended(&mut goals);
-    knobs(&mut goals);
-    sizes(&mut goals);
-    contended(&mut goals);
-    select_one(&mut goals);
+    if is_given("outages") {
+        after_outages(&mut goals);
+    } else {
+        same(&mut goals);
+        uncontended(&mut goals);
+        knobs(&mut goals);
+        sizes(&mut goals);
+        contended(&mut goals);
+        select_one(&mut goals);
+    }
 
     let mut part = Part::new("track", "Goals");
     part.say(
@@ -63,6 +74,10 @@ fn main() {
     let (met, missed) = (judged("ok"), judged("MISSED"));
     part.say(&format!("{missed} of {} goals missed, in {} s.", met + missed, begun.elapsed().as_secs()));
     part.finish();
+}
+
+fn is_given(word: &str) -> bool {
+    std::env::args().any(|a| a == word)
 }
 
 struct Goals {
@@ -117,6 +132,29 @@ impl Goals {
         let (sign, met) = if less { ("<=", measured <= goal) } else { (">=", measured >= goal) };
         let columns = [NONE, NONE].map(String::from);
         self.row(row, &format!("{sign} {goal}"), measured, &figures, columns, met, absolute(theirs), absolute(mine));
+    }
+
+    /// Seconds, at most `goal`; and counts, to be seen beside it.
+    fn outage(&mut self, name: &str, goal: f64, [mine, theirs]: [Outage; 2]) {
+        let first = |outage: Outage| outage.first.as_secs_f64();
+        let (measured, met) = (first(mine), first(mine) <= goal);
+        let columns = [NONE, NONE].map(String::from);
+        let row = (name, "first success in s");
+        self.row(
+            row,
+            &format!("<= {goal}"),
+            measured,
+            &[measured],
+            columns,
+            met,
+            short(first(theirs)),
+            short(measured),
+        );
+        let [mine, theirs] = [mine, theirs].map(|outage| outage.attempts.to_string());
+        println!("{:>6}  {name:<28} {:<20} {mine:>17}  (r2d2 {theirs})", "", "failed connects");
+        let mut cells = [NONE; 11].map(String::from);
+        [cells[0], cells[1], cells[8], cells[9]] = [name.to_owned(), "failed connects".to_owned(), theirs, mine];
+        self.rows.push(cells.into());
     }
 
     /// No goal of its own, but to be seen beside one.
@@ -356,8 +394,7 @@ fn long_rounds(load: &Load, [mine, theirs]: [&dyn Subject; 2]) -> (Vec<Outcome>,
     ((0..LONG_ROUNDS).map(|_| load.run(mine, SECOND, true)).collect(), vec![once])
 }
 
-/// On a real server, each pool with its defaults: Millpond as its README begins, and with the stock manager. While nobody
-/// of them may find a processor asleep.
+/// On a real server, each pool with its defaults: Millpond as its README begins, and with the stock manager.
 fn select_one(goals: &mut Goals) {
     const PLENTY: [(usize, &str); 2] = [(1, "SELECT 1, 1 thread"), (4, "SELECT 1, 4 on 4")];
     const FEW: &str = "SELECT 1, 16 on 4";
@@ -370,9 +407,10 @@ fn select_one(goals: &mut Goals) {
     let server = Server::start();
     let tcp = server.config("track");
     let unix: Config = server.unix_conninfo("track").parse().expect("an address");
-    let _awake = keep_awake();
     let load = |threads| Load { threads, usage: Usage::Use };
 
+    // For the connections that are opened from now on.
+    pin_process(server.pid(), Some(0));
     if is_picked(SAME) {
         let twins = [(); 2].map(|()| sessions::bare(&tcp, 1));
         let list = [&*twins[0], &*twins[1]];
@@ -382,6 +420,7 @@ fn select_one(goals: &mut Goals) {
         goals.equal((SAME, "a bare client"), these, those);
     }
     for (threads, name) in PLENTY.into_iter().filter(|(_, name)| is_picked(name)) {
+        pin_process(server.pid(), (threads == 1).then_some(0));
         let (own, stock) = (sessions::millpond(&tcp, 4), sessions::stock(&tcp, 4, true));
         let bare = sessions::bare(&tcp, threads);
         let list = [&*own, &*stock, &*bare];
@@ -391,6 +430,7 @@ fn select_one(goals: &mut Goals) {
         goals.at_most((name, "cost, to bare"), 1.03, mine, theirs, Outcome::cost);
         goals.at_most((name, "stock: cost, to bare"), 1.05, on_stock, theirs, Outcome::cost);
     }
+    pin_process(server.pid(), None);
     if is_picked(FEW) {
         let (own, stock) = (sessions::millpond(&tcp, 4), sessions::stock(&tcp, 4, true));
         let (r2d2, bare) = (sessions::r2d2(&tcp, 4, false), sessions::bare(&tcp, 16));
@@ -419,5 +459,14 @@ fn select_one(goals: &mut Goals) {
         };
         goals.at_most((UNIX_FEW, "cost"), 1.0, mine, theirs, Outcome::cost);
         goals.at_most((UNIX_FEW, "p99 of get"), 0.3, mine, theirs, p99);
+    }
+}
+
+/// The server is stopped while one user asks, and started again.
+fn after_outages(goals: &mut Goals) {
+    let long = is_given("long").then_some(60);
+    for seconds in [2, 8].into_iter().chain(long) {
+        let both = outages::both(Duration::from_secs(seconds));
+        goals.outage(&format!("outage of {seconds} s"), 0.3, both);
     }
 }
