@@ -5,6 +5,7 @@
 //! least and the greatest of the rounds; "cpu" is the same ratio of processor time.
 //!
 //! "Same build" compares what is the same. While it is missed, no other row of the run says anything about a few percent.
+//! It compares within one process; what differs from one process to the next only several runs can show.
 //!
 //! `-- outages` measures instead how soon a user is served again after a server was gone for 2 and 8 s, and beside it how
 //! often the pools tried to connect meanwhile; `-- outages long` adds 60 s.
