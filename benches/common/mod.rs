@@ -9,6 +9,7 @@
 
 pub mod peers;
 pub mod plot;
+pub mod processors;
 pub mod report;
 pub mod sessions;
 
@@ -208,7 +209,7 @@ fn spins_per_second() -> f64 {
 
 // -------------------------------------------------------------------------------------------------- scenarios
 
-/// So many threads do the same to one subject.
+/// So many threads do the same to one subject, each on the processor of its number: see [`processors::pin`].
 pub struct Load {
     pub threads: usize,
     pub usage: Usage,
@@ -217,6 +218,8 @@ pub struct Load {
 /// What came of a run.
 pub struct Outcome {
     pub time: Duration,
+    /// For which the threads ran, all together. Zero where that is not known.
+    pub processor_time: Duration,
     /// How often each thread got a connection.
     pub gets: Vec<u64>,
     /// How long they waited; empty if that was not timed.
@@ -227,6 +230,12 @@ impl Outcome {
     /// Seconds per checkout and return, all threads together.
     pub fn cost(&self) -> f64 {
         self.time.as_secs_f64() / self.gets.iter().sum::<u64>().max(1) as f64
+    }
+
+    /// Seconds of processor time per checkout and return: other than [`cost`](Outcome::cost), it does not grow while
+    /// others use the machine, nor while a thread waits. The server's time is not in it.
+    pub fn processor_cost(&self) -> f64 {
+        self.processor_time.as_secs_f64() / self.gets.iter().sum::<u64>().max(1) as f64
     }
 
     /// Fewest over most checkouts per thread: 1 is even, 0 says that one thread got nothing.
@@ -247,9 +256,11 @@ impl Load {
             let worker = |worker: usize| {
                 s.spawn(move || {
                     let mut waits = Waits::new();
+                    processors::pin(worker);
                     start.wait();
+                    let begun = processors::processor_time();
                     let gets = subject.work(worker, usage, stop, timed.then_some(&mut waits));
-                    (gets, waits)
+                    (gets, waits, processors::processor_time() - begun)
                 })
             };
             let workers: Vec<_> = (0..self.threads).map(worker).collect();
@@ -258,9 +269,10 @@ impl Load {
             thread::sleep(time);
             stop.store(true, Ordering::Relaxed);
             let time = begun.elapsed();
-            let mut outcome = Outcome { time, gets: Vec::new(), waits: Waits::new() };
+            let mut outcome = Outcome { time, processor_time: Duration::ZERO, gets: Vec::new(), waits: Waits::new() };
             for worker in workers {
-                let (gets, waits) = worker.join().expect("a worker");
+                let (gets, waits, processor_time) = worker.join().expect("a worker");
+                outcome.processor_time += processor_time;
                 outcome.gets.push(gets);
                 outcome.waits.add(&waits);
             }
@@ -268,12 +280,17 @@ impl Load {
         })
     }
 
-    /// How long `n` checkouts and returns take, shared out evenly: for criterion, which counts. One thread is this thread.
+    /// How long `n` checkouts and returns take, shared out evenly: for criterion, which counts. One thread has no others
+    /// to wait for.
     pub fn time(&self, subject: &dyn Subject, n: u64) -> Duration {
         if self.threads == 1 {
-            let begun = Instant::now();
-            subject.cycles(0, n, self.usage);
-            return begun.elapsed();
+            let alone = || {
+                processors::pin(0);
+                let begun = Instant::now();
+                subject.cycles(0, n, self.usage);
+                begun.elapsed()
+            };
+            return thread::scope(|s| s.spawn(alone).join().expect("a worker"));
         }
         let each = n.div_ceil(self.threads as u64);
         let start = Barrier::new(self.threads + 1);
@@ -282,6 +299,7 @@ impl Load {
             let usage = self.usage;
             let worker = |worker: usize| {
                 s.spawn(move || {
+                    processors::pin(worker);
                     start.wait();
                     subject.cycles(worker, each, usage);
                     Instant::now()
