@@ -55,6 +55,8 @@ use ::postgres::config::{Host, SslMode, SslNegotiation};
 use ::postgres::tls::{MakeTlsConnect, TlsConnect};
 use ::postgres::{CancelToken, Client, Config, Socket};
 use parking_lot::Mutex;
+#[cfg(unix)]
+use std::error::Error as _;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -297,9 +299,11 @@ impl<T: Connector> Observer<T> {
     }
 
     fn connect_over_unix(&self, path: PathBuf, watch: &Arc<Watch>) -> Result<Client, ConnectError> {
-        let stand_in = StandIn::new(path).and_then(|stand_in| Ok((stand_in.port()?, stand_in)));
-        let Ok((port, stand_in)) = stand_in else { return Err(ConnectError::NoLoopback) };
-        self.connect_behind(stand_in, port, watch)
+        match StandIn::new(path.clone()).and_then(|stand_in| Ok((stand_in.port()?, stand_in))) {
+            Ok((port, stand_in)) => self.connect_behind(stand_in, port, watch),
+            Err(error) if unix::is_shortage(&error) => Err(ConnectError::NoWay(Some(path), error)),
+            Err(_) => Err(ConnectError::NoLoopback),
+        }
     }
 
     /// Connects to the unix socket for which `stand_in` stands in, at this port.
@@ -320,6 +324,10 @@ impl<T: Connector> Observer<T> {
             Err(error) => error,
         };
         if !reached.load(Ordering::Relaxed) {
+            let system = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+            if system.is_some_and(unix::is_shortage) {
+                return Err(error.into());
+            }
             self.loopback.failed();
             return Err(ConnectError::NoLoopback);
         }

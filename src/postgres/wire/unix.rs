@@ -68,6 +68,13 @@ impl StandIn {
     }
 }
 
+/// Whether the process or the system has too little of something for a connection, whichever way it goes.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    error.kind() == io::ErrorKind::OutOfMemory || matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
+}
+
 /// The unix socket of a server, in the folder that is its host.
 pub(super) fn socket_in(folder: &Path, port: u16) -> PathBuf {
     folder.join(format!(".s.PGSQL.{port}"))

@@ -209,6 +209,31 @@ fn file_descriptors_used_up() {
     let mut child = Again::run_by(&runner, "faults::host::without_descriptors", &server.conninfo("f-files"));
     assert!(child.finish(), "see what the process said");
     assert_eq!(server.wait_for("f-files", 0, within(SOON)), 0);
+    let socket = server.unix_conninfo("f-files");
+    let mut child = Again::run_by(&runner, "faults::host::with_a_few_descriptors", &socket);
+    assert!(child.finish(), "see what the process said");
+    assert_eq!(server.wait_for("f-files", 0, within(SOON)), 0);
+}
+
+/// However many file descriptors are left for an attempt over a unix socket: it is the attempt that fails, and the next
+/// connection is observed.
+#[test]
+#[ignore = "the work of a process that another test starts"]
+fn with_a_few_descriptors() {
+    std::panic::set_hook(Box::new(|_| {}));
+    let manager = PostgresManager::parse(&Again::task(), NoTls).unwrap();
+    let pool = || millpond::Pool::builder().name("f-files").max_size(1).build_unchecked(manager.clone());
+    let mut outcomes = Vec::new();
+    for left in 0..16 {
+        let pool = pool();
+        let mut files: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+        files.truncate(files.len() - left);
+        outcomes.push(pool.get_timeout(ms(300)).map(|client| client.is_observed()).ok());
+        drop(files);
+        assert_closes(&pool);
+    }
+    assert!(outcomes.contains(&None) && outcomes.contains(&Some(true)), "{outcomes:?}");
+    assert!(!outcomes.contains(&Some(false)), "{outcomes:?}");
 }
 
 // ---------------------------------------------------------------------------------------------------- the clock
