@@ -215,6 +215,17 @@ impl<C, W: Clone> Ledger<C, W> {
         }
     }
 
+    /// A thread, in `build` or `close`, wants to know of changes from now on. It waits for opens and checks as a caller does, so
+    /// those that take longer than usual are noticed, those under way as well.
+    pub(crate) fn watch_begins(&mut self) {
+        self.watchers += 1;
+        self.arm_for_patience();
+    }
+
+    pub(crate) fn watch_ends(&mut self) {
+        self.watchers -= 1;
+    }
+
     fn arm_for_patience(&mut self) {
         if let Some(&(until, _)) = self.patience.first() {
             self.arm(until);

@@ -115,7 +115,7 @@ pub(crate) struct Ledger<C, W> {
     alarm: Moment,
     closed: bool,
     /// How many threads, in `build` and `close`, want to know of changes.
-    pub(crate) watchers: u32,
+    watchers: u32,
     pub(crate) effects: Effects<C, W>,
     pub(crate) tally: Tally,
 }

@@ -215,8 +215,12 @@ impl<M: Manage> Shared<M> {
     }
 
     /// Calls `look` after each change of the pool until it returns `Some`. `None`: the deadline came first.
-    pub(crate) fn watch<R>(&self, deadline: Option<Instant>, mut look: impl FnMut() -> Option<R>) -> Option<R> {
-        self.core.ledger.lock().watchers += 1;
+    pub(crate) fn watch<R>(
+        self: &Arc<Self>,
+        deadline: Option<Instant>,
+        mut look: impl FnMut() -> Option<R>,
+    ) -> Option<R> {
+        self.with(|l| l.watch_begins());
         let found = loop {
             // Read before the look, so that no change after it is missed.
             let seen = self.changed.count();
@@ -226,7 +230,7 @@ impl<M: Manage> Shared<M> {
             }
             self.changed.wait(seen, deadline);
         };
-        self.core.ledger.lock().watchers -= 1;
+        self.with(|l| l.watch_ends());
         found
     }
 

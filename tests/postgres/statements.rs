@@ -3,9 +3,12 @@
 use crate::support::{Bouncer, EPSILON, PoolMode, Proxy, SOON, Server, alone, beside_others, ms, wait_until};
 
 use millpond::postgres::{Pool, PooledConnection, PostgresManager, Reset};
-use postgres::types::Type;
+use postgres::types::private::BytesMut;
+use postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 use postgres::{NoTls, SimpleQueryMessage};
+use std::error::Error;
 use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -706,5 +709,44 @@ fn off_it_works_behind_a_transaction_pooler() {
         );
         assert_eq!(left.unwrap().get::<_, i64>(0), 0);
         assert!((cache > 0) == (failures > 0), "{way:?}, cache {cache}: {failures} failed");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- panics
+
+/// A parameter that panics when it is to be written.
+#[derive(Debug)]
+struct Panics;
+
+impl ToSql for Panics {
+    fn to_sql(&self, _: &Type, _: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
+        panic!("on purpose");
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    to_sql_checked!();
+}
+
+/// The `postgres` crate keeps the half of the message that was written before the panic, and would send it before the next
+/// caller's.
+#[test]
+fn a_panic_in_a_parameter_that_the_caller_catches_costs_that_connection() {
+    let _beside = beside_others();
+    for (n, way) in WAYS.into_iter().enumerate() {
+        for cache in [256, 0] {
+            let pool = pool(way.manager(&format!("panics-{n}-{cache}")).statement_cache(cache));
+            let mut client = pool.get().unwrap();
+            let caught =
+                catch_unwind(AssertUnwindSafe(|| client.query_cached("SELECT $1::int4", &[&Panics]).map(drop)));
+            assert!(caught.is_err());
+            drop(client);
+            let row =
+                pool.get().unwrap().query_one("SELECT 42", &[]).unwrap_or_else(|e| panic!("{way:?}, {cache}: {e}"));
+            assert_eq!(row.get::<_, i32>(0), 42);
+            assert_eq!(pool.stats().opens, 2, "{way:?}, {cache}");
+        }
     }
 }

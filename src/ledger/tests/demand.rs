@@ -328,6 +328,22 @@ fn beside_an_open_that_hangs_one_more_is_dialled() {
     assert_eq!((w.abandoned, w.dials.len()), (0, 2));
 }
 
+/// `build` orders the first open, and then begins to wait for it.
+#[test]
+fn an_open_that_hangs_already_is_noticed_when_build_begins_to_wait() {
+    for begun in [0, 1, 500] {
+        let mut w = World::new(settings());
+        w.takes.open = Duration::MAX;
+        w.ledger.set_min_idle(w.now, 1);
+        w.apply();
+        w.run(ms(begun));
+        w.ledger.watch_begins();
+        w.apply();
+        w.run(ms(1_001 - begun));
+        assert_eq!(w.dials.len(), 2, "{begun}");
+    }
+}
+
 #[test]
 fn how_long_an_open_is_counted_on_depends_on_what_is_usual() {
     for (usual, patience) in [(ms(10), ms(250)), (ms(500), ms(1_500))] {

@@ -141,6 +141,9 @@ impl Connection {
         if self.client.peek().is_closed() {
             return Facts::Dead;
         }
+        if self.client.has_unwound() {
+            return Facts::Unwound;
+        }
         if cancelled {
             return Facts::CancelSent;
         }

@@ -12,12 +12,14 @@ pub(super) struct Marked {
     marked: bool,
     /// A call that leaves no message behind may have begun a transaction, or ended one.
     unsettled: bool,
+    /// A call has panicked, or goes on.
+    unwound: bool,
 }
 
 impl Marked {
     /// A client with which nothing is under way.
     pub(super) fn new(client: Client) -> Marked {
-        Marked { client, marked: false, unsettled: false }
+        Marked { client, marked: false, unsettled: false, unwound: false }
     }
 
     /// The client, for any use. Marks it.
@@ -26,14 +28,22 @@ impl Marked {
         &mut self.client
     }
 
-    /// Makes a call that leaves nothing behind if it succeeds. If the call fails or panics, the client is marked.
+    /// Makes a call that leaves nothing behind if it succeeds. If the call fails or panics, the client is marked. If it
+    /// panics (in a parameter's `to_sql`, say), half a message may stay in the client, to go out before the next one.
     pub(super) fn completed<R, E>(&mut self, call: impl FnOnce(&mut Client) -> Result<R, E>) -> Result<R, E> {
         let before = std::mem::replace(&mut self.marked, true);
+        self.unwound = true;
         let result = call(&mut self.client);
+        self.unwound = false;
         if result.is_ok() {
             self.marked = before;
         }
         result
+    }
+
+    /// Whether a call has panicked that went through [`completed`](Marked::completed).
+    pub(super) fn has_unwound(&self) -> bool {
+        self.unwound
     }
 
     pub(super) fn is_marked(&self) -> bool {

@@ -10,6 +10,8 @@ use crate::Returned;
 pub(super) enum Facts {
     /// The client has seen the end of its connection, or found it dead when it sent what was queued.
     Dead,
+    /// A call has panicked, and the caller has caught that: half a message may be left in the client.
+    Unwound,
     /// The caller has sent a request to cancel, which may arrive late.
     CancelSent,
     /// The server no longer has the statements with which `postgres` looks up types.
@@ -46,7 +48,7 @@ pub(super) fn verdict(facts: Facts, reset: Reset) -> Returned {
         (Facts::Dead,                                              _) => Returned::Broken,
         (Facts::AtRest(AtRest { ended: true, .. }),                _) => Returned::Broken,
 
-        (Facts::CancelSent | Facts::LookupsLost,                   _) => Returned::Discard,
+        (Facts::Unwound | Facts::CancelSent | Facts::LookupsLost,  _) => Returned::Discard,
         (Facts::Answering { in_copy: true },                       _) => Returned::Discard,
 
         (Facts::AtRest(AtRest { read_only_node: true, .. }),       _) => Returned::Outdated,
@@ -86,6 +88,7 @@ mod tests {
         // What is found, and what is to be done with `Rollback`, `DiscardAll` and `None`.
         let mut table = vec![
             (Facts::Dead, [Broken, Broken, Broken]),
+            (Facts::Unwound, [Discard, Discard, Discard]),
             (Facts::CancelSent, [Discard, Discard, Discard]),
             (Facts::LookupsLost, [Discard, Discard, Discard]),
             (Facts::Unobserved, [RESET, RESET, Keep]),
