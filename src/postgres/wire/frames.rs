@@ -35,7 +35,34 @@ impl Frames {
 
     /// Takes bytes up to the end of a message, and returns its tag if the end was among them. `prefix` says how many
     /// bytes of the body are wanted of each kind of message. No body may have more than `longest` bytes.
+    #[inline]
     pub(super) fn next(
+        &mut self,
+        bytes: &mut &[u8],
+        prefix: impl Fn(u8) -> usize,
+        longest: usize,
+    ) -> Result<Option<u8>, BadLength> {
+        // As a rule messages come whole. Such a one is not put together first.
+        if self.header_filled == 0 {
+            if let Some((&header, rest)) = bytes.split_first_chunk::<5>() {
+                if let Some(body) = body_length(header).filter(|&body| body <= longest && body <= rest.len()) {
+                    let tag = header[0];
+                    self.header = header;
+                    self.prefix.clear();
+                    let wanted = prefix(tag).min(body);
+                    if wanted > 0 {
+                        self.prefix.extend_from_slice(&rest[..wanted]);
+                    }
+                    *bytes = &rest[body..];
+                    return Ok(Some(tag));
+                }
+            }
+        }
+        self.next_in_pieces(bytes, prefix, longest)
+    }
+
+    #[cold]
+    fn next_in_pieces(
         &mut self,
         bytes: &mut &[u8],
         prefix: impl Fn(u8) -> usize,
@@ -48,10 +75,7 @@ impl Frames {
             if self.header_filled < 5 {
                 return Ok(None);
             }
-            let [_, length @ ..] = self.header;
-            // The length is signed, as `postgres` reads it.
-            let body = i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok());
-            self.body_left = body.filter(|&body| body <= longest).ok_or(BadLength)?;
+            self.body_left = body_length(self.header).filter(|&body| body <= longest).ok_or(BadLength)?;
             self.prefix.clear();
         }
         let tag = self.header[0];
@@ -108,6 +132,14 @@ impl fmt::Debug for Frames {
             .field("body_left", &self.body_left)
             .finish_non_exhaustive()
     }
+}
+
+/// How long the body is that follows a header; `None`: no body has this length.
+#[inline]
+fn body_length(header: [u8; 5]) -> Option<usize> {
+    let [_, length @ ..] = header;
+    // The length is signed, as `postgres` reads it.
+    i32::from_be_bytes(length).checked_sub(4).and_then(|body| usize::try_from(body).ok())
 }
 
 /// Takes up to `at_most` bytes off the front.

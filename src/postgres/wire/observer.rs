@@ -451,7 +451,7 @@ where
                 }
                 negotiate(socket, self.tls, self.terms).await
             });
-            let transport = poll_fn(|cx| match watched.check(cx) {
+            let transport = poll_fn(|cx| match watched.wake_on_abort(cx) {
                 Err(_) => Poll::Ready(Err(NegotiationError::Aborted)),
                 Ok(()) if is_over(&mut login_timer, cx) => Poll::Ready(Err(NegotiationError::Io(too_slow()))),
                 Ok(()) => negotiation.as_mut().poll(cx),

@@ -24,6 +24,7 @@ const FED: u8 = 3;
 
 impl Probe {
     /// Puts what is left of the made-up message into `buf`; `false`: there is nothing left.
+    #[inline]
     pub(super) fn feed(&self, buf: &mut ReadBuf<'_>) -> bool {
         let state = self.0.load(Ordering::Relaxed);
         if state <= FED {
@@ -36,6 +37,12 @@ impl Probe {
         let left = left - n;
         self.0.store(if left == 0 { NONE } else { FED + left as u8 }, Ordering::Relaxed);
         true
+    }
+
+    /// Whether a look is under way.
+    #[inline]
+    pub(super) fn is_under_way(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != NONE
     }
 
     /// To be called when the stream has nothing to read; `between_messages`: whether it stands between two messages.

@@ -259,7 +259,7 @@ impl Scanner {
 
     /// These bytes went to the server. Only the bytes that the stream accepted may be given, or a retry counts twice.
     pub(super) fn sent(&mut self, mut bytes: &[u8]) {
-        while !self.unreadable {
+        while !self.unreadable && !bytes.is_empty() {
             match self.frontend.next(&mut bytes, |_| 0, usize::MAX) {
                 Ok(Some(tag)) => self.on_frontend(tag),
                 Ok(None) => return,
@@ -270,7 +270,7 @@ impl Scanner {
 
     /// These bytes came from the server.
     pub(super) fn received(&mut self, mut bytes: &[u8]) {
-        while !self.unreadable {
+        while !self.unreadable && !bytes.is_empty() {
             let longest = match self.reader {
                 Reader::Login { left } => left.min(LONGEST_LOGIN_MESSAGE),
                 Reader::Question { left, .. } => left,
@@ -328,6 +328,7 @@ impl Scanner {
     }
 
     /// The frontend has sent a message to its end.
+    #[inline]
     fn on_frontend(&mut self, tag: u8) {
         self.was_used |= self.reader == Reader::Caller;
         match tag {
@@ -375,8 +376,11 @@ impl Scanner {
     fn on_backend(&mut self, tag: u8) {
         let unasked = !self.has_asked();
         let body = self.backend.prefix();
-        if let Reader::Login { left } | Reader::Question { left, .. } = &mut self.reader {
-            *left = left.saturating_sub(self.backend.length());
+        match &mut self.reader {
+            Reader::Caller => {}
+            Reader::Login { left } | Reader::Question { left, .. } => {
+                *left = left.saturating_sub(self.backend.length());
+            }
         }
         match tag {
             b'Z' => {
@@ -537,7 +541,7 @@ impl Scanner {
 
     /// The server may have something to answer.
     fn has_asked(&self) -> bool {
-        self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty || !self.pending.is_empty()
+        !self.pending.is_empty() || self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty
     }
 
     /// The oldest request has failed, perhaps before its end was sent, and its `ReadyForQuery` has not come.

@@ -6,7 +6,7 @@ use super::watch::Watched;
 use ::postgres::tls::{ChannelBinding, TlsStream};
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
@@ -37,14 +37,11 @@ pub(super) struct Tap<S> {
 
 impl<S: TlsStream + Unpin> Tap<S> {
     /// The stream, unless it was aborted.
+    #[inline]
     fn stream(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut (dyn Duplex + '_)>> {
-        self.watched.check(cx)?;
+        self.watched.check()?;
         if self.login_timer.is_some() {
-            if self.watched.scanner().status() != Status::Unknown {
-                self.login_timer = None;
-            } else if is_over(&mut self.login_timer, cx) {
-                return Err(too_slow());
-            }
+            self.look_at_login_timer(cx)?;
         }
         Ok(match &mut self.transport {
             Transport::Raw(socket) => Pin::new(socket),
@@ -52,6 +49,24 @@ impl<S: TlsStream + Unpin> Tap<S> {
             Transport::Unix(stream) => Pin::new(stream),
             Transport::Tls(stream) => Pin::new(stream),
         })
+    }
+
+    #[cold]
+    fn look_at_login_timer(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.watched.scanner().status() != Status::Unknown {
+            self.login_timer = None;
+        } else if is_over(&mut self.login_timer, cx) {
+            return Err(too_slow());
+        }
+        Ok(())
+    }
+
+    /// `Pending`, after which an abort wakes this thread.
+    fn pending<T>(&self, cx: &Context<'_>) -> Poll<io::Result<T>> {
+        match self.watched.wake_on_abort(cx) {
+            Ok(()) => Poll::Pending,
+            Err(aborted) => Poll::Ready(Err(aborted)),
+        }
     }
 }
 
@@ -62,11 +77,13 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
             return Poll::Ready(Ok(()));
         }
         let Poll::Ready(result) = self.stream(cx)?.poll_read(cx, buf) else {
-            let between = !self.watched.scanner().is_mid_message();
-            if self.watched.probe().on_nothing(cx, between) && self.watched.probe().feed(buf) {
-                return Poll::Ready(Ok(()));
+            if self.watched.probe().is_under_way() {
+                let between = !self.watched.scanner().is_mid_message();
+                if self.watched.probe().on_nothing(cx, between) && self.watched.probe().feed(buf) {
+                    return Poll::Ready(Ok(()));
+                }
             }
-            return Poll::Pending;
+            return self.pending(cx);
         };
         let read = &buf.filled()[before..];
         let mut scanner = self.watched.scanner();
@@ -86,7 +103,7 @@ impl<S: TlsStream + Unpin> AsyncRead for Tap<S> {
 
 impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let result = ready!(self.stream(cx)?.poll_write(cx, buf));
+        let Poll::Ready(result) = self.stream(cx)?.poll_write(cx, buf) else { return self.pending(cx) };
         match result {
             Ok(written) => self.watched.scanner().sent(&buf[..written]),
             Err(_) => self.watched.scanner().ended(),
@@ -95,7 +112,8 @@ impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream(cx)?.poll_flush(cx)
+        let Poll::Ready(result) = self.stream(cx)?.poll_flush(cx) else { return self.pending(cx) };
+        Poll::Ready(result)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -103,14 +121,16 @@ impl<S: TlsStream + Unpin> AsyncWrite for Tap<S> {
             let mut ignored = [0; 64];
             loop {
                 let mut buf = ReadBuf::new(&mut ignored);
-                match ready!(self.stream(cx)?.poll_read(cx, &mut buf)) {
-                    Ok(()) if !buf.filled().is_empty() => {}
+                match self.stream(cx)?.poll_read(cx, &mut buf) {
+                    Poll::Pending => return self.pending(cx),
+                    Poll::Ready(Ok(())) if !buf.filled().is_empty() => {}
                     // The other side has hung up, in good order or by a reset, so there is nothing to shut down.
-                    _ => return Poll::Ready(Ok(())),
+                    Poll::Ready(_) => return Poll::Ready(Ok(())),
                 }
             }
         }
-        self.stream(cx)?.poll_shutdown(cx)
+        let Poll::Ready(result) = self.stream(cx)?.poll_shutdown(cx) else { return self.pending(cx) };
+        Poll::Ready(result)
     }
 }
 

@@ -93,7 +93,7 @@ pub(super) fn cancel(path: &Path, key: Key, watch: &Arc<Watch>) -> io::Result<()
         while stream.read(&mut ignored).await.is_ok_and(|n| n > 0) {}
         Ok(())
     });
-    runtime.block_on(poll_fn(|cx| match watched.check(cx) {
+    runtime.block_on(poll_fn(|cx| match watched.wake_on_abort(cx) {
         Err(aborted) => Poll::Ready(Err(aborted)),
         Ok(()) => request.as_mut().poll(cx),
     }))

@@ -44,7 +44,7 @@ impl Watch {
     /// Ends the connection for good: every call that waits for it, now or later, fails at once with
     /// `ConnectionAborted`.
     pub(in crate::postgres) fn abort(&self) {
-        // The switch is set before the waker is taken: see [`Watched::check`].
+        // The switch is set before the waker is taken: see [`Watched::wake_on_abort`].
         self.aborted.store(true, Ordering::SeqCst);
         let waker = self.waker.lock().take();
         if let Some(waker) = waker {
@@ -216,18 +216,21 @@ impl Watched {
         *self.0.socket.lock() = Some(socket.to_owned());
     }
 
-    /// Fails if the connection was aborted. It is called before every poll. It stores the waker first, and then reads
-    /// the switch; [`Watch::abort`] sets the switch first, and then takes the waker. So a stream either sees the abort
-    /// here, or is woken by it.
-    pub(super) fn check(&self, cx: &Context<'_>) -> io::Result<()> {
+    /// Fails if the connection was aborted. It is called before every poll.
+    #[inline]
+    pub(super) fn check(&self) -> io::Result<()> {
+        if self.0.is_aborted() { Err(aborted()) } else { Ok(()) }
+    }
+
+    /// Has an abort wake the thread that polls, and fails if the connection was aborted already. Whatever polls a stream
+    /// calls this before it says `Pending`. It stores the waker first, and then reads the switch; [`Watch::abort`] sets
+    /// the switch first, and then takes the waker. So a stream either sees the abort here, or is woken by it.
+    pub(super) fn wake_on_abort(&self, cx: &Context<'_>) -> io::Result<()> {
         match &mut *self.0.waker.lock() {
             Some(waker) => waker.clone_from(cx.waker()),
             none => *none = Some(cx.waker().clone()),
         }
-        if self.0.is_aborted() {
-            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was aborted"));
-        }
-        Ok(())
+        self.check()
     }
 
     pub(super) fn scanner(&self) -> MutexGuard<'_, Scanner> {
@@ -237,6 +240,11 @@ impl Watched {
     pub(super) fn probe(&self) -> &Probe {
         &self.0.probe
     }
+}
+
+#[cold]
+fn aborted() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was aborted")
 }
 
 impl Drop for Watched {
