@@ -47,8 +47,9 @@ impl Moment {
     }
 }
 
+/// A duration in the clock's unit. One that is too long for it is `u64::MAX`, which added to a moment makes it `NEVER`.
 #[inline]
-fn nanos(d: Duration) -> u64 {
+pub(crate) fn nanos(d: Duration) -> u64 {
     d.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(d.subsec_nanos()))
 }
 

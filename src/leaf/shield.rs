@@ -9,6 +9,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 #[derive(Debug)]
 pub(crate) struct Panic(String);
 
+impl Panic {
+    /// The panic with this payload, which is dropped.
+    #[cold]
+    fn of(payload: Box<dyn Any + Send>) -> Panic {
+        let text = panic_text(&*payload).to_owned();
+        drop_payload(payload);
+        Panic(text)
+    }
+}
+
 impl fmt::Display for Panic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "panicked: {}", self.0)
@@ -16,13 +26,10 @@ impl fmt::Display for Panic {
 }
 
 /// Runs code that is not the pool's, and catches its panic.
+#[inline]
 pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Panic> {
     // Unwind safe: what the code may leave half done is a connection, which is then closed, or belongs to the manager.
-    catch_unwind(AssertUnwindSafe(code)).map_err(|payload| {
-        let text = panic_text(&*payload).to_owned();
-        drop_payload(payload);
-        Panic(text)
-    })
+    catch_unwind(AssertUnwindSafe(code)).map_err(Panic::of)
 }
 
 /// [`catch`], where a panic has no further consequence.

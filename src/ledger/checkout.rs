@@ -11,21 +11,21 @@ use crate::stats::{CloseReason, ConnectionState};
 
 impl<C, W: Clone> Ledger<C, W> {
     /// Takes an idle connection if one may be handed out at this moment. A connection that needs a check comes as
-    /// [`Take::Check`] to a caller that can check it `here`, on its own thread, and not at all to another.
+    /// [`Take::Check`] to a caller that can check it `here`, on its own thread, and not at all to another. (`here` is asked only then.)
     #[inline]
-    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: impl FnOnce() -> bool) -> Take<C> {
         self.step(now, |l, now| l.take_idle(now, caller, here))
     }
 
     #[inline]
-    pub(super) fn take_idle(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
+    pub(super) fn take_idle(&mut self, now: Moment, caller: Caller, here: impl FnOnce() -> bool) -> Take<C> {
         if self.closed || !self.may_barge(now) {
             return Take::Nothing;
         }
         let Some((index, check)) = self.next_idle(0, now) else { return Take::Nothing };
         // While others wait, a caller that came later does not take a connection out of the stack for a check of its
         // own.
-        if check && (!here || self.front.is_some()) {
+        if check && (self.front.is_some() || !here()) {
             sometimes!(self.front.is_some(), "a caller leaves what needs a check to those who wait");
             return Take::Nothing;
         }
@@ -49,7 +49,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// to [`looked_at`](Ledger::looked_at).
     pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
         self.step(now, |l, now| {
-            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, || false) {
                 l.asked_at = now;
                 return Take::Ready(token, conn);
             }
@@ -238,21 +238,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether a connection is too old to be handed out. The resolution of the clock counts against it.
     #[inline]
     pub(super) fn is_expired(&self, slot: &Slot, now: Moment) -> bool {
-        slot.dies <= now.plus_nanos(self.resolution) && slot.dies != Moment::NEVER
+        slot.dies <= now.plus_nanos(self.spans.resolution) && slot.dies != Moment::NEVER
     }
 
     /// Whether a connection must be checked before it is handed out.
     #[inline]
     pub(super) fn needs_check(&self, slot: &Slot, now: Moment) -> bool {
-        match self.settings.validate {
-            Validate::Never => false,
-            Validate::Always => true,
-            // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller
-            // too.
-            Validate::AfterIdle(limit) => {
-                self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus(limit) <= now
-            }
-        }
+        // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller too.
+        self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus_nanos(self.spans.check_after) <= now
     }
 
     /// Why a connection that was returned, opened or checked must be closed, if it must.
@@ -296,12 +289,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether another connection was found dead after the job began that last proved this one to be well.
     #[inline]
     pub(super) fn is_suspect(&self, slot: &Slot) -> bool {
-        slot.proven_after < self.found_dead && self.settings.validate != Validate::Never
+        slot.proven_after < self.found_dead
     }
 
-    /// A connection was found dead: every connection that was proven well before is suspect.
+    /// A connection was found dead: every connection that was proven well before is suspect, unless the pool never checks.
     pub(super) fn suspect(&mut self) {
-        self.found_dead += 1;
+        if self.settings.validate != Validate::Never {
+            self.found_dead += 1;
+        }
     }
 
     /// A check has found a connection dead.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::leaf::clock::Moment;
+use crate::leaf::clock::{Moment, nanos};
 use crate::settings::{Settings, Validate};
 use crate::stats::{Counts, Tally};
 
@@ -44,9 +44,7 @@ use waiters::Waiters;
 pub(crate) struct Ledger<C, W> {
     /// The settings as they are now: `resize` and `set_min_idle` change them.
     settings: Settings,
-    /// How many nanoseconds behind the true time a `now` may be. Every test of age adds it, so that no connection is
-    /// handed out late.
-    resolution: u64,
+    spans: Spans,
     /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
     /// goes back.
     now: Moment,
@@ -103,7 +101,7 @@ pub(crate) struct Ledger<C, W> {
     next_ticket: u64,
     /// How often all connections were declared outdated. Changed by `outdate`.
     generation: u64,
-    /// How many connections were found dead. A connection that was last proven well before the last of them is suspect.
+    /// How many connections were found dead; not counted by a pool that never checks. A connection that was last proven well before the last of them is suspect.
     /// (The ledger counts instead of comparing times, since the order of the steps is certain and a clock's is not.)
     found_dead: u64,
     /// When a caller that does not wait last asked for a connection. A connection that was used or checked since serves
@@ -120,6 +118,17 @@ pub(crate) struct Ledger<C, W> {
     pub(crate) tally: Tally,
 }
 
+/// The spans of time that every checkout and return compares with, in nanoseconds, as the clock counts them. `u64::MAX`: for
+/// ever. No setting changes them.
+struct Spans {
+    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out late.
+    resolution: u64,
+    /// [`Settings::max_idle`].
+    max_idle: u64,
+    /// For how long a connection that was used or found well is handed out without a check.
+    check_after: u64,
+}
+
 impl<C, W: Clone> Ledger<C, W> {
     /// A pool that has no connection yet. Its floor is 0 until the warm-up calls
     /// [`set_min_idle`](Ledger::set_min_idle), once the first connection is known to work.
@@ -129,8 +138,16 @@ impl<C, W: Clone> Ledger<C, W> {
             validate => validate,
         };
         Ledger {
+            spans: Spans {
+                resolution: nanos(resolution),
+                max_idle: settings.max_idle.map_or(u64::MAX, nanos),
+                check_after: match validate {
+                    Validate::Never => u64::MAX,
+                    Validate::Always => 0,
+                    Validate::AfterIdle(limit) => nanos(limit),
+                },
+            },
             settings: Settings { min_idle: 0, validate, ..settings },
-            resolution: Moment::BIRTH.plus(resolution).nanos_since(Moment::BIRTH),
             now: Moment::BIRTH,
             slots: Slots::default(),
             free: Vec::new(),

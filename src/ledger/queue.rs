@@ -53,7 +53,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.closed {
                 return (Join::Closed, Some(handle));
             }
-            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, || false) {
                 return (Join::Ready(token, conn), Some(handle));
             }
             if hurried && l.front.is_none() {
@@ -180,7 +180,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let floor = self.settings.min_idle as usize;
         let since = self.slots[index as usize].unused_since;
-        if self.idle.len() >= floor && self.settings.max_idle.is_some_and(|max| since.plus(max) <= now) {
+        if self.idle.len() >= floor && since.plus_nanos(self.spans.max_idle) <= now {
             sometimes!("what comes back is evicted at once");
             return self.close_connection(index, conn, CloseReason::Idle, now);
         }

@@ -312,14 +312,15 @@ impl StateCounts {
 impl<C, W: Clone> Ledger<C, W> {
     // ---------------------------------------------------------------------------------------------- states
 
-    /// Sets the state of a slot, and with it the counts. (Inlined: a checkout and a return know the state that they
+    /// Sets the state of a slot, which it has since `since`, and with it the counts. (Inlined: a checkout and a return know the state that they
     /// set, so the compiler knows where it is counted.)
     #[inline(always)]
-    fn set(&mut self, index: u32, state: State) {
+    fn set(&mut self, index: u32, state: State, since: Moment) {
         let after = StateCounts::of(&state);
         let slot = &mut self.slots[index as usize];
         let before = std::mem::replace(&mut slot.counted, after as u8);
         slot.state = state;
+        slot.since = since;
         self.counted.0[before as usize] -= 1;
         self.counted.0[after] += 1;
     }
@@ -331,8 +332,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if self.slots[index as usize].counted >= StateCounts::CHECK as u8 {
             self.end_job(index);
         }
-        self.set(index, state);
-        self.slots[index as usize].since = since;
+        self.set(index, state, since);
         match state {
             State::Idle { .. } | State::InUse { .. } => {}
             State::Checking(..) | State::Opening(_) => self.dirty = true,
@@ -371,32 +371,32 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The idle connection ends within the replacement lead.
     pub(super) fn set_expiring_soon(&mut self, index: u32) {
-        self.set(index, State::Idle { expiring_soon: true });
+        self.set(index, State::Idle { expiring_soon: true }, self.slots[index as usize].since);
     }
 
     /// A leak was reported for this checkout.
     pub(super) fn set_warned(&mut self, index: u32) {
-        if let State::InUse { caller, .. } = self.slots[index as usize].state {
-            self.set(index, State::InUse { caller, warned: true });
+        let Slot { state, since, .. } = self.slots[index as usize];
+        if let State::InUse { caller, .. } = state {
+            self.set(index, State::InUse { caller, warned: true }, since);
         }
     }
 
     /// The job that has the slot is no longer counted on. Its patience must have ended.
     pub(super) fn set_slow(&mut self, index: u32) {
-        let mut state = self.slots[index as usize].state;
+        let Slot { mut state, since, .. } = self.slots[index as usize];
         match &mut state {
             State::Opening(job) | State::Checking(_, job) | State::Closing(_, job) => job.slow = true,
             State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs are counted on"),
         }
-        self.set(index, state);
+        self.set(index, state, since);
     }
 
     /// An ordered open begins: it has no limit yet, and is counted on anew.
     pub(super) fn restart_open(&mut self, index: u32, now: Moment) {
         self.end_limit(index);
         self.end_patience(index);
-        self.slots[index as usize].since = now;
-        self.set(index, State::Opening(Job::ordered(self.found_dead)));
+        self.set(index, State::Opening(Job::ordered(self.found_dead)), now);
     }
 
     // ---------------------------------------------------------------------------------------------- slots
@@ -537,8 +537,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The caller has the connection.
     #[inline]
     pub(super) fn check_out(&mut self, index: u32, now: Moment, caller: Caller) {
-        self.change(index, State::InUse { caller, warned: false }, now);
         self.slots[index as usize].uses += 1;
+        self.change(index, State::InUse { caller, warned: false }, now);
         self.tally.checkouts += 1;
         if let Some(threshold) = self.settings.leak_threshold {
             if self.in_use_since.note(index, now) {
@@ -627,9 +627,9 @@ impl<C, W: Clone> Ledger<C, W> {
     /// deadline that lies ahead.
     #[inline]
     pub(super) fn idle_deadline(&self) -> Moment {
-        match (self.settings.max_idle, self.idle.get(self.settings.min_idle as usize)) {
-            (Some(max), Some(&(index, _))) => self.slots[index as usize].since.plus(max),
-            _ => Moment::NEVER,
+        match self.idle.get(self.settings.min_idle as usize) {
+            Some(&(index, _)) => self.slots[index as usize].since.plus_nanos(self.spans.max_idle),
+            None => Moment::NEVER,
         }
     }
 

@@ -60,11 +60,11 @@ impl<M: Manage> Pool<M> {
     pub fn get_timeout(&self, timeout: Duration) -> Result<PooledConnection<M>, Error> {
         let shared = self.shared();
         let caller = Caller { at: Location::caller(), thread: threads::id() };
-        let checks_here = shared.user.keeps_limits && shared.settings.validation_timeout <= timeout;
         let now = shared.time.now();
         if shared.time.seems_forked(now) {
             return Err(shared.forked_error());
         }
+        let checks_here = || shared.user.keeps_limits && shared.settings.validation_timeout <= timeout;
         let mut other = Take::Nothing;
         let ready = shared.with_at_home(|l| match l.take(now, caller, checks_here) {
             // One pointer leaves the lock. A larger answer is copied just before the lock is released, and the
@@ -76,7 +76,11 @@ impl<M: Manage> Pool<M> {
             }
         });
         match ready {
-            Some(Some(conn)) => Ok(self.check_out(conn, now, false)),
+            Some(Some(conn)) => {
+                // `Nothing` still, and its drop is a call that does nothing.
+                std::mem::forget(other);
+                Ok(self.check_out(conn, now, false))
+            }
             Some(None) => self.get_slowly(other, caller, timeout),
             None => Err(shared.forked_error()),
         }

@@ -341,8 +341,10 @@ fn without_a_loopback_interface_nothing_is_observed() {
         Err(why) => return skipped("without_a_loopback_interface_nothing_is_observed", &why),
     };
     let app = "unix-bare";
+    // The server is started out here.
+    let shared = shared(app);
     nowhere.run(|| {
-        let pool = builder(&shared(app)).max_size(2).open().unwrap();
+        let pool = builder(&shared).max_size(2).open().unwrap();
         let mut client = pool.get().unwrap();
         assert!(!client.is_observed() && answers(&mut client));
         client.batch_execute("BEGIN").unwrap();

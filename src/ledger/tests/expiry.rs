@@ -104,7 +104,7 @@ fn the_resolution_of_the_clock_hands_nothing_out_late() {
     let mut w = World::with_resolution(Settings { max_lifetime: Some(secs(3)), ..settings() }, ms(4));
     w.use_once(ms(1));
     w.run_to(Moment::BIRTH.plus(ms(2_996)));
-    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "the true time may be 3,000 ms");
+    assert!(matches!(w.ledger.take(w.now, here(), || false), Take::Nothing), "the true time may be 3,000 ms");
     w.apply();
     w.run(ms(1));
     assert_eq!(w.closed_for(CloseReason::Lifetime), 1);

@@ -251,7 +251,7 @@ fn who_watches_is_told_of_changes_and_nothing_is_told_if_no_thread_watches() {
         assert!(l.opened(now, token, 1).is_ok());
         changed(&mut l, "a connection is idle");
         let token = {
-            l.take(now, here(), false);
+            l.take(now, here(), || false);
             open(&mut l)
         };
         l.reap(now.plus(secs(10)), 0.0);

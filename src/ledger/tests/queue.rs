@@ -244,7 +244,7 @@ fn a_connection_that_became_suspect_is_checked_for_notified_waiters() {
     w.run(us(1));
     w.returned_as(threads[1], Condition::Broken);
     assert!(
-        matches!(w.ledger.take(w.now, here(), true), Take::Nothing),
+        matches!(w.ledger.take(w.now, here(), || true), Take::Nothing),
         "a caller that came later does not take it for a check of its own"
     );
     w.run(us(4));

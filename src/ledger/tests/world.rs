@@ -722,7 +722,7 @@ impl World {
     pub(super) fn get_or_check(&mut self, here: bool) -> Thread {
         self.next_thread += 1;
         let thread = self.next_thread;
-        match self.ledger.take(self.read(), self::here(), here) {
+        match self.ledger.take(self.read(), self::here(), || here) {
             Take::Ready(token, conn) => {
                 self.assert_may_barge();
                 self.checked_out(thread, token, conn);
@@ -831,9 +831,9 @@ impl World {
         secs(1).max(self.slowest_open.saturating_mul(3))
     }
 
-    /// The jobs that may bring a connection any moment: opens and checks by the executor that have not begun, or began
-    /// not long ago.
-    pub(super) fn coming(&self) -> u32 {
+    /// The jobs that may bring a connection any moment, as of `at`: opens and checks by the executor that have not begun, or
+    /// began not long ago.
+    pub(super) fn coming(&self, at: Moment) -> u32 {
         let is_coming = |(event, job): &&(Event, Job)| {
             let patience = match event {
                 Event::Begin(Task::Close) | Event::Handled(_) | Event::Closed => return false,
@@ -842,7 +842,7 @@ impl World {
                 Event::Checked | Event::Reset => CHECK_PATIENCE,
             };
             let slot = &self.ledger.slots[job.token.index as usize];
-            self.ledger.is_current(&job.token) && !is_stuck(slot) && job.begun.plus(patience) > self.now
+            self.ledger.is_current(&job.token) && !is_stuck(slot) && job.begun.plus(patience) > at
         };
         self.jobs.values().filter(is_coming).count() as u32
     }
@@ -871,7 +871,7 @@ impl World {
         let unserved = self.waiting.len() - on_the_way.min(l.idle.len());
         // The first slow open is not counted on, and every further one is: see `Ledger::wants_open`.
         let slow = l.counted.slow_opens().saturating_sub(1);
-        let coming = self.coming() + slow;
+        let coming = self.coming(self.now) + slow;
         if coming as usize >= unserved {
             return;
         }
@@ -884,6 +884,8 @@ impl World {
     /// To be called after a caller that does not wait has asked: a connection is being made ready, if that is possible.
     pub(super) fn check_that_one_is_prepared(&self) {
         let l = &self.ledger;
+        // By the time that the ledger was told, which may be behind that of the world.
+        let coming = self.coming(l.now);
         let ordered = l
             .effects
             .orders
@@ -892,13 +894,13 @@ impl World {
         if !self.strict
             || l.closed
             || ordered
-            || self.coming() + l.counted.slow_opens().saturating_sub(1)
+            || coming + l.counted.slow_opens().saturating_sub(1)
                 > l.waiting() - l.queue.notified().min(l.ready(l.now)) as u32
         {
             return;
         }
         let suspect = l.idle.last().is_some_and(|&(top, _)| l.needs_check(&l.slots[top as usize], l.now));
-        let what = format!("{} come: {:?} at {:?}", self.coming(), l.counts(), self.now);
+        let what = format!("{coming} come: {:?} at {:?}", l.counts(), self.now);
         assert!(!suspect, "an idle connection that needs a check is not made ready: {what}");
         assert!(!l.idle.is_empty() || !self.has_room(l.now), "nothing is made ready though there is room: {what}");
     }
