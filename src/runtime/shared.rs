@@ -64,11 +64,11 @@ pub(crate) struct Core<M: Manage> {
 
 /// How often a thread tries a lock that another has, before it looks at its process and sleeps. The lock is as a rule free
 /// again after tens of nanoseconds, and both are system calls, which take longer.
-const TRIES: u32 = 8;
-/// How many pauses of the processor, of some ten nanoseconds each, a thread makes before each try. A thread that tries again at
-/// once takes the memory from the one that has the lock, and both then wait for memory most of the time. So it leaves the
-/// other the time for a checkout and a return or several: with 1 pause in place of 32 two busy threads get half as much done.
-const PAUSES: u32 = 32;
+const TRIES: u32 = 4;
+/// How many pauses of the processor a thread makes before each try: about a microsecond, for as long as some checkouts take. A
+/// thread that tries again at once takes the memory from the one that has the lock, and both then wait for memory most of the
+/// time. With 1 pause, two busy threads get half as much done (docs/performance.md, "The lock").
+const PAUSES: u32 = 64;
 
 // -------------------------------------------------------------------------------------------------- the lock
 
