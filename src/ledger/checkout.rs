@@ -11,21 +11,21 @@ use crate::stats::{CloseReason, ConnectionState};
 
 impl<C, W: Clone> Ledger<C, W> {
     /// Takes an idle connection if one may be handed out at this moment. A connection that needs a check comes as
-    /// [`Take::Check`] to a caller that can check it `here`, on its own thread, and not at all to another. (`here` is asked only then.)
+    /// [`Take::Check`] to a caller that can check it `here`, on its own thread, and not at all to another.
     #[inline]
-    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: impl FnOnce() -> bool) -> Take<C> {
+    pub(crate) fn take(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
         self.step(now, |l, now| l.take_idle(now, caller, here))
     }
 
     #[inline]
-    pub(super) fn take_idle(&mut self, now: Moment, caller: Caller, here: impl FnOnce() -> bool) -> Take<C> {
+    pub(super) fn take_idle(&mut self, now: Moment, caller: Caller, here: bool) -> Take<C> {
         if self.closed || !self.may_barge(now) {
             return Take::Nothing;
         }
         let Some((index, check)) = self.next_idle(0, now) else { return Take::Nothing };
         // While others wait, a caller that came later does not take a connection out of the stack for a check of its
         // own.
-        if check && (self.front.is_some() || !here()) {
+        if check && (!here || self.front.is_some()) {
             sometimes!(self.front.is_some(), "a caller leaves what needs a check to those who wait");
             return Take::Nothing;
         }
@@ -49,14 +49,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// to [`looked_at`](Ledger::looked_at).
     pub(crate) fn take_at_once(&mut self, now: Moment, caller: Caller) -> Take<C> {
         self.step(now, |l, now| {
-            if let Take::Ready(token, conn) = l.take_idle(now, caller, || false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
                 l.asked_at = now;
                 return Take::Ready(token, conn);
             }
             if !l.closed && l.front.is_none() {
                 if let Some((index, _)) = l.next_idle(0, now) {
                     let is_suspect = l.is_suspect(&l.slots[index as usize]);
-                    if matches!(l.settings.validate, Validate::AfterIdle(_)) && !is_suspect {
+                    if matches!(l.rules.validate, Validate::AfterIdle(_)) && !is_suspect {
                         let conn = l.pop_idle();
                         l.start_check(index, now, Check::Own(caller));
                         return Take::Check(l.token(index), conn, l.ticket(now));
@@ -238,14 +238,14 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether a connection is too old to be handed out. The resolution of the clock counts against it.
     #[inline]
     pub(super) fn is_expired(&self, slot: &Slot, now: Moment) -> bool {
-        slot.dies <= now.plus_nanos(self.spans.resolution) && slot.dies != Moment::NEVER
+        slot.dies <= now.plus_nanos(self.rules.resolution()) && slot.dies != Moment::NEVER
     }
 
     /// Whether a connection must be checked before it is handed out.
     #[inline]
     pub(super) fn needs_check(&self, slot: &Slot, now: Moment) -> bool {
         // A check that was made for keepalive, or for a caller that did not wait for it, serves the next caller too.
-        self.is_suspect(slot) || slot.unused_since.max(slot.proven).plus_nanos(self.spans.check_after) <= now
+        self.is_suspect(slot) || now.nanos_since(slot.unused_since.max(slot.proven)) >= self.rules.check_after()
     }
 
     /// Why a connection that was returned, opened or checked must be closed, if it must.
@@ -261,8 +261,8 @@ impl<C, W: Clone> Ledger<C, W> {
         } else if slot.generation != self.generation {
             sometimes!("what was recycled comes back");
             Some(CloseReason::Recycled)
-        } else if self.free.len() + (self.settings.max_size as usize) < self.slots.len()
-            && self.counted.alive() + u32::from(slot.as_seen() == ConnectionState::Opening) > self.settings.max_size
+        } else if self.free.len() + (self.rules.max_size as usize) < self.slots.len()
+            && self.counted.alive() + u32::from(slot.as_seen() == ConnectionState::Opening) > self.rules.max_size
         {
             sometimes!("what is too many after a resize is returned");
             Some(CloseReason::Resized)
@@ -276,7 +276,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(super) fn serves_without_check(&self, index: u32) -> bool {
         let slot = &self.slots[index as usize];
         !self.is_suspect(slot)
-            && match self.settings.validate {
+            && match self.rules.validate {
                 Validate::Never => true,
                 // Every use wants a check of its own, so the connection must not have been used since the check.
                 Validate::Always => {
@@ -294,7 +294,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// A connection was found dead: every connection that was proven well before is suspect, unless the pool never checks.
     pub(super) fn suspect(&mut self) {
-        if self.settings.validate != Validate::Never {
+        if self.rules.validate != Validate::Never {
             self.found_dead += 1;
         }
     }

@@ -168,7 +168,7 @@ impl<C, W: Clone> Ledger<C, W> {
         // well.)
         let slow = slow.saturating_sub(u32::from(self.watchers > 0));
         let coming = quick + slow + self.counted.checks();
-        users || self.counted.lasting() + coming.saturating_sub(demand) < self.settings.min_idle
+        users || self.counted.lasting() + coming.saturating_sub(demand) < self.rules.min_idle
     }
 
     /// How many connections are wanted beside those that are ready: one for each waiter, and one for a caller that
@@ -284,7 +284,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The earliest moment at which another connection may be dialled as things stand. `NEVER`: only an event can make
     /// room.
     fn dial_at(&self, now: Moment) -> Moment {
-        if self.counted.total() >= self.settings.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
+        if self.counted.total() >= self.rules.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
     }
 
     /// The earliest moment at which another connection could be dialled if there were room.
@@ -292,7 +292,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let opening = self.counted.opens();
         // One open that takes longer than usual does not count, so that an open that hangs does not stop all others.
         let hangs = u32::from(self.counted.slow_opens() > 0);
-        if self.closed || opening >= self.settings.parallel_opens.saturating_add(hangs) {
+        if self.closed || opening >= self.rules.parallel_opens.saturating_add(hangs) {
             return Moment::NEVER;
         }
         let mut at = now;
@@ -305,12 +305,12 @@ impl<C, W: Clone> Ledger<C, W> {
             at = at.max(failure.retry);
             sometimes!(failure.retry > now, "a dial is put off by a back-off");
         }
-        if self.abandoned + opening >= self.settings.max_size {
+        if self.abandoned + opening >= self.rules.max_size {
             if opening > 0 {
                 return Moment::NEVER;
             }
             // At the bound the next open may be dialled at once if the last came through: then connects do not hang.
-            if self.failure.is_some() || self.abandoned > self.settings.max_size {
+            if self.failure.is_some() || self.abandoned > self.rules.max_size {
                 at = at.max(self.last_dial.plus(PROBE_PERIOD));
                 sometimes!("with so many abandoned one is dialled per minute");
             }
@@ -321,13 +321,13 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Makes room for an open, if room is all it lacks: frees the slot of a stuck job, or abandons a close that takes
     /// long, of a connection that `recycle` replaced.
     fn make_room(&mut self, now: Moment) -> bool {
-        let full = self.counted.total() >= self.settings.max_size && self.counted.begun_closes() > 0;
+        let full = self.counted.total() >= self.rules.max_size && self.counted.begun_closes() > 0;
         if !full || !self.may_abandon() || self.dial_with_room_at(now) > now {
             return false;
         }
         // With one more job abandoned, the bound of abandoned jobs must still allow a dial, or the room would be of no
         // use. (If the last open failed, its back-off is over: that was asked above.)
-        if self.abandoned + self.counted.opens() + 1 >= self.settings.max_size
+        if self.abandoned + self.counted.opens() + 1 >= self.rules.max_size
             && (self.counted.opens() > 0 || self.failure.is_some())
         {
             return false;
@@ -339,7 +339,7 @@ impl<C, W: Clone> Ledger<C, W> {
             return true;
         }
         let oldest = self.replaced.first();
-        match oldest.map(|&(since, index)| (index, since.plus(self.settings.close_timeout / REPLACED_PATIENCE))) {
+        match oldest.map(|&(since, index)| (index, since.plus(self.rules.close_timeout / REPLACED_PATIENCE))) {
             Some((index, until)) if until <= now => {
                 sometimes!("a replaced connection whose close takes long makes room");
                 self.abandon(index, now, 0.5);

@@ -62,7 +62,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if let Some(&(dies, _)) = self.lifetimes.first() {
             next = next.min(dies);
         }
-        if self.settings.min_idle > 0 {
+        if self.rules.min_idle > 0 {
             let after = (Bound::Excluded((self.marked_until, u32::MAX)), Bound::Unbounded);
             if let Some(&(dies, _)) = self.lifetimes.range(after).next() {
                 next = next.min(dies.minus(self.lead()));
@@ -80,16 +80,18 @@ impl<C, W: Clone> Ledger<C, W> {
     /// of those the connections that expire soon go first: their replacements are further up, and would be evicted and
     /// opened anew until the end of such a life.
     pub(super) fn evict_idle(&mut self, now: Moment) {
-        let Some(max) = self.settings.max_idle else { return };
         if self.idle_deadline() > now {
             return;
         }
-        let floor = self.settings.min_idle as usize;
-        let end = self.idle.partition_point(|&(index, _)| self.slots[index as usize].since.plus(max) <= now);
+        let floor = self.rules.min_idle as usize;
+        let end = self
+            .idle
+            .partition_point(|&(index, _)| self.slots[index as usize].since.plus_nanos(self.rules.max_idle()) <= now);
         let end = end.min(floor.saturating_add(self.batch()));
         // Each place above the floor falls due, whichever connection goes for it.
         let slot = |&(index, _): &(u32, C)| &self.slots[index as usize];
-        let due: Vec<Moment> = self.idle[floor..end].iter().map(|at| slot(at).since.plus(max)).collect();
+        let due: Vec<Moment> =
+            self.idle[floor..end].iter().map(|at| slot(at).since.plus_nanos(self.rules.max_idle())).collect();
         // (As a rule none expires soon, and the floor is not looked through.)
         let expiring = due.len().min(self.counted.expiring_soon() as usize);
         let expiring = self.idle[..floor].iter().filter(|at| slot(at).expires_soon()).take(expiring);
@@ -108,7 +110,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// How long before the end of its life a floor connection is replaced.
     pub(super) fn lead(&self) -> Duration {
-        self.settings.max_lifetime.map_or(Duration::ZERO, |whole| (whole / 20).min(MAX_REPLACEMENT_LEAD))
+        self.rules.max_lifetime.map_or(Duration::ZERO, |whole| (whole / 20).min(MAX_REPLACEMENT_LEAD))
     }
 
     /// Closes idle connections whose life is over.
@@ -133,7 +135,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Marks the idle connections that end within the replacement lead.
     fn mark_expiring_soon(&mut self, now: Moment) {
-        if self.settings.min_idle == 0 {
+        if self.rules.min_idle == 0 {
             return;
         }
         let until = now.plus(self.lead());
@@ -153,7 +155,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// The idle connection whose keepalive is due first, and when. `NEVER` while a keepalive check runs: they run one
     /// at a time.
     fn keepalive_due(&mut self, looks: &mut usize) -> (Moment, Option<u32>) {
-        match self.settings.keepalive {
+        match self.rules.keepalive {
             Some(period) if self.keepalive.is_none() && !self.closed => {
                 let slots = &self.slots;
                 let (since, index) = self.unproven_since.first(looks, |index| {
@@ -184,7 +186,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// When the next checkout will have lasted too long, and its slot.
     fn leak_due(&mut self, looks: &mut usize) -> (Moment, Option<u32>) {
-        let Some(threshold) = self.settings.leak_threshold else { return (Moment::NEVER, None) };
+        let Some(threshold) = self.rules.leak_threshold else { return (Moment::NEVER, None) };
         let slots = &self.slots;
         let (since, index) = self.in_use_since.first(looks, |index| {
             let slot = &slots[index as usize];
@@ -213,15 +215,15 @@ impl<C, W: Clone> Ledger<C, W> {
     /// How long a check or reset may take.
     pub(super) fn limit_of(&self, check: Check) -> Duration {
         match check {
-            Check::Own(_) | Check::Executor => self.settings.validation_timeout,
-            Check::Reset => self.settings.close_timeout,
+            Check::Own(_) | Check::Executor => self.rules.validation_timeout,
+            Check::Reset => self.rules.close_timeout,
         }
     }
 
     /// Whether one more slot can be freed although its connection may be alive. It cannot if `max_size` jobs are
     /// abandoned already, or may yet be.
     pub(super) fn may_abandon(&self) -> bool {
-        self.abandoned + self.counted.opens() < self.settings.max_size
+        self.abandoned + self.counted.opens() < self.rules.max_size
     }
 
     /// Abandons a job past its limit. The slot of an open is always freed, since the bound of abandoned jobs limits the
@@ -235,7 +237,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 self.tally.failed_opens += 1;
                 sometimes!("an open is abandoned");
                 self.failed(now, born, FailedOpen::NoAnswer, Reach::Server, jitter);
-                self.settings.open_timeout
+                self.rules.open_timeout
             }
             State::Checking(check, _) => {
                 self.tally.closed(CloseReason::Abandoned);
@@ -246,7 +248,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 self.limit_of(check)
             }
             // (A close may be abandoned before its limit, to make room.)
-            State::Closing(..) => now.since(slot.since).min(self.settings.close_timeout),
+            State::Closing(..) => now.since(slot.since).min(self.rules.close_timeout),
             State::Free | State::Idle { .. } | State::InUse { .. } => unreachable!("only jobs have limits"),
         };
         let cancel = matches!(state, State::Checking(Check::Reset, _) | State::Closing(..));

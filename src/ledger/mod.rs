@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::leaf::clock::{Moment, nanos};
-use crate::settings::{Settings, Validate};
+use crate::leaf::clock::Moment;
+use crate::settings::Settings;
 use crate::stats::{Counts, Tally};
 
 // Each file uses types and constants only of files above it in this list. A rule that needs a rule of another file
 // calls a method of `Ledger`. All files add methods to it, so the struct stands here.
+mod rules;
 mod values;
 
 mod earliest;
@@ -36,6 +37,7 @@ use demand::Failure;
 use earliest::Earliest;
 use effects::Effects;
 use queue::Front;
+use rules::Rules;
 use slots::{Slots, StateCounts};
 use waiters::Waiters;
 
@@ -43,8 +45,7 @@ use waiters::Waiters;
 /// looks into neither.
 pub(crate) struct Ledger<C, W> {
     /// The settings as they are now: `resize` and `set_min_idle` change them.
-    settings: Settings,
-    spans: Spans,
+    rules: Rules,
     /// The latest time the ledger was told. Readings of a clock may arrive out of order, but the ledger's time never
     /// goes back.
     now: Moment,
@@ -118,36 +119,12 @@ pub(crate) struct Ledger<C, W> {
     pub(crate) tally: Tally,
 }
 
-/// The spans of time that every checkout and return compares with, in nanoseconds, as the clock counts them. `u64::MAX`: for
-/// ever. No setting changes them.
-struct Spans {
-    /// How far behind the true time a `now` may be. Every test of age adds it, so that no connection is handed out late.
-    resolution: u64,
-    /// [`Settings::max_idle`].
-    max_idle: u64,
-    /// For how long a connection that was used or found well is handed out without a check.
-    check_after: u64,
-}
-
 impl<C, W: Clone> Ledger<C, W> {
     /// A pool that has no connection yet. Its floor is 0 until the warm-up calls
     /// [`set_min_idle`](Ledger::set_min_idle), once the first connection is known to work.
     pub(crate) fn new(settings: Settings, resolution: Duration) -> Self {
-        let validate = match settings.validate {
-            Validate::AfterIdle(Duration::ZERO) => Validate::Always,
-            validate => validate,
-        };
         Ledger {
-            spans: Spans {
-                resolution: nanos(resolution),
-                max_idle: settings.max_idle.map_or(u64::MAX, nanos),
-                check_after: match validate {
-                    Validate::Never => u64::MAX,
-                    Validate::Always => 0,
-                    Validate::AfterIdle(limit) => nanos(limit),
-                },
-            },
-            settings: Settings { min_idle: 0, validate, ..settings },
+            rules: Rules::new(Settings { min_idle: 0, ..settings }, resolution),
             now: Moment::BIRTH,
             slots: Slots::default(),
             free: Vec::new(),
@@ -191,7 +168,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The settings as they are now.
     pub(crate) fn rules(&self) -> &Settings {
-        &self.settings
+        &self.rules
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -217,7 +194,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// Whether as many connections are idle as `min_idle` asks for.
     pub(crate) fn floor_stands(&self) -> bool {
-        self.idle.len() as u32 >= self.settings.min_idle.min(self.settings.max_size)
+        self.idle.len() as u32 >= self.rules.min_idle.min(self.rules.max_size)
     }
 
     /// Whether the pool is closed and nothing will be due, so that the reaper can end. If a job's limit begins later,
@@ -258,8 +235,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Whether the plan could order an open for the floor: the floor is short of one, and there is room for it.
     #[inline]
     fn may_open_for_the_floor(&self) -> bool {
-        self.settings.min_idle > 0
-            && self.slots.len() - self.free.len() < self.settings.max_size as usize
+        self.rules.min_idle > 0
+            && self.slots.len() - self.free.len() < self.rules.max_size as usize
             && self.wants_open(0, None)
     }
 

@@ -12,7 +12,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Sets the greatest number of connections. The excess is closed: the longest unused at once, the others on return.
     pub(crate) fn resize(&mut self, now: Moment, max_size: u32) {
         self.step(now, |l, now| {
-            l.settings.max_size = max_size;
+            l.rules.set_max_size(max_size);
             // (Connections that are being opened are no excess yet: they may never arrive.)
             let excess = l.counted.alive().saturating_sub(max_size).min(l.idle.len() as u32);
             sometimes!(excess > 0, "a resize closes what is idle");
@@ -25,7 +25,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Sets the floor. A connection that the floor no longer keeps, and that is due, is closed at once.
     pub(crate) fn set_min_idle(&mut self, now: Moment, min_idle: u32) {
         self.step(now, |l, now| {
-            l.settings.min_idle = min_idle;
+            l.rules.set_min_idle(min_idle);
             l.stack_changed_at = now;
             l.evict_idle(now);
             l.arm(now);

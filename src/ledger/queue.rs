@@ -53,7 +53,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if l.closed {
                 return (Join::Closed, Some(handle));
             }
-            if let Take::Ready(token, conn) = l.take_idle(now, caller, || false) {
+            if let Take::Ready(token, conn) = l.take_idle(now, caller, false) {
                 return (Join::Ready(token, conn), Some(handle));
             }
             if hurried && l.front.is_none() {
@@ -69,7 +69,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if waiting == 0 {
                 l.shorten_back_off(now);
             }
-            if l.settings.max_waiting.is_some_and(|max| waiting >= max) {
+            if l.rules.max_waiting.is_some_and(|max| waiting >= max) {
                 if waiting == 0 {
                     // Where no caller may wait, none can wait for a check either.
                     if let Some((token, conn)) = l.take_checked(now, caller) {
@@ -162,13 +162,13 @@ impl<C, W: Clone> Ledger<C, W> {
     fn is_handed_off(&self, front: Front, now: Moment) -> bool {
         let was_barged = front.barged >= MAX_BARGES && now.since(front.first_since) >= HANDED_OFF_AFTER;
         sometimes!(was_barged, "handed off to a waiter that was barged too often");
-        was_barged || now.since(front.since) >= self.settings.fair_after
+        was_barged || now.since(front.since) >= self.rules.fair_after
     }
 
     /// Whether a caller that came later may take what is idle.
     #[inline]
     pub(super) fn may_barge(&self, now: Moment) -> bool {
-        self.front.is_none_or(|front| now.since(front.since) < self.settings.fair_after)
+        self.front.is_none_or(|front| now.since(front.since) < self.rules.fair_after)
     }
 
     /// Hands a connection off to the first waiter, or makes it idle. `fresh`: it was proven well just now. If it
@@ -178,9 +178,9 @@ impl<C, W: Clone> Ledger<C, W> {
         if let Some(front) = self.front {
             return self.supply_queue(front, index, conn, now, fresh);
         }
-        let floor = self.settings.min_idle as usize;
+        let floor = self.rules.min_idle as usize;
         let since = self.slots[index as usize].unused_since;
-        if self.idle.len() >= floor && since.plus_nanos(self.spans.max_idle) <= now {
+        if self.idle.len() >= floor && since.plus_nanos(self.rules.max_idle()) <= now {
             sometimes!("what comes back is evicted at once");
             return self.close_connection(index, conn, CloseReason::Idle, now);
         }
@@ -190,7 +190,7 @@ impl<C, W: Clone> Ledger<C, W> {
     fn supply_queue(&mut self, front: Front, index: u32, conn: C, now: Moment, fresh: bool) {
         // A connection that the executor brings was made for the waiters, so the first waiter gets it. The first waiter
         // also gets a connection that would be evicted before `fair_after` is over.
-        let lasts = self.settings.max_idle.is_none_or(|max| max > self.settings.fair_after);
+        let lasts = self.rules.max_idle.is_none_or(|max| max > self.rules.fair_after);
         let well = fresh || !self.needs_check(&self.slots[index as usize], now);
         if well && (fresh || !lasts || self.is_handed_off(front, now)) {
             if let Some(waiter) = self.unqueue(now, front.ticket) {

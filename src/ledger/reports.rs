@@ -47,10 +47,10 @@ impl<C, W: Clone> Ledger<C, W> {
     /// An open dials now.
     fn dial(&mut self, index: u32, now: Moment, jitter: f64) {
         self.last_dial = now;
-        let dies = match self.settings.max_lifetime {
+        let dies = match self.rules.max_lifetime {
             None => Moment::NEVER,
             Some(whole) => {
-                let off = whole.mul_f64(self.settings.lifetime_jitter.clamp(0.0, 1.0) * jitter.clamp(0.0, 1.0));
+                let off = whole.mul_f64(self.rules.lifetime_jitter.clamp(0.0, 1.0) * jitter.clamp(0.0, 1.0));
                 now.plus(whole.saturating_sub(off))
             }
         };
@@ -58,7 +58,7 @@ impl<C, W: Clone> Ledger<C, W> {
         let slot = &mut self.slots[index as usize];
         (slot.born, slot.proven, slot.dies, slot.generation) = (now, now, dies, generation);
         self.restart_open(index, now);
-        self.start_limit(index, now.plus(self.settings.open_timeout));
+        self.start_limit(index, now.plus(self.rules.open_timeout));
         self.count_on(index, now.plus(self.open_patience()));
     }
 
@@ -81,7 +81,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 self.start_closing(index, now);
                 self.count_on(index, now.plus(CLOSE_PATIENCE));
             }
-            State::Closing(Close::Runs, _) => self.start_limit(index, now.plus(self.settings.close_timeout)),
+            State::Closing(Close::Runs, _) => self.start_limit(index, now.plus(self.rules.close_timeout)),
             _ => {}
         }
     }
@@ -117,7 +117,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if dies != Moment::NEVER {
                 l.lifetimes.insert((dies, index));
                 l.arm(dies);
-                if l.settings.min_idle > 0 {
+                if l.rules.min_idle > 0 {
                     l.arm(dies.minus(l.lead()));
                 }
             }

@@ -540,7 +540,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.slots[index as usize].uses += 1;
         self.change(index, State::InUse { caller, warned: false }, now);
         self.tally.checkouts += 1;
-        if let Some(threshold) = self.settings.leak_threshold {
+        if let Some(threshold) = self.rules.leak_threshold {
             if self.in_use_since.note(index, now) {
                 self.arm(now.plus(threshold));
             }
@@ -590,7 +590,7 @@ impl<C, W: Clone> Ledger<C, W> {
         if self.slots[index as usize].generation < self.generation {
             self.replaced.insert((now, index));
         }
-        self.start_limit(index, now.plus(self.settings.close_timeout));
+        self.start_limit(index, now.plus(self.rules.close_timeout));
     }
 
     // ---------------------------------------------------------------------------------------------- the idle stack
@@ -598,7 +598,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Puts a connection into the idle stack, which is sorted by the time of the last use.
     #[inline]
     pub(super) fn push_idle(&mut self, index: u32, conn: C, now: Moment) {
-        let expiring_soon = self.settings.min_idle > 0 && {
+        let expiring_soon = self.rules.min_idle > 0 && {
             let dies = self.slots[index as usize].dies;
             dies != Moment::NEVER && dies <= now.plus(self.lead())
         };
@@ -614,7 +614,7 @@ impl<C, W: Clone> Ledger<C, W> {
         }
         let due = self.idle_deadline();
         self.arm(due);
-        if let Some(period) = self.settings.keepalive {
+        if let Some(period) = self.rules.keepalive {
             let unproven_since = self.slots[index as usize].unproven_since();
             if self.unproven_since.note(index, unproven_since) && self.keepalive.is_none() {
                 self.arm(unproven_since.plus(period));
@@ -627,8 +627,8 @@ impl<C, W: Clone> Ledger<C, W> {
     /// deadline that lies ahead.
     #[inline]
     pub(super) fn idle_deadline(&self) -> Moment {
-        match self.idle.get(self.settings.min_idle as usize) {
-            Some(&(index, _)) => self.slots[index as usize].since.plus_nanos(self.spans.max_idle),
+        match self.idle.get(self.rules.min_idle as usize) {
+            Some(&(index, _)) => self.slots[index as usize].since.plus_nanos(self.rules.max_idle()),
             None => Moment::NEVER,
         }
     }

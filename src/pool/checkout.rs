@@ -64,7 +64,7 @@ impl<M: Manage> Pool<M> {
         if shared.time.seems_forked(now) {
             return Err(shared.forked_error());
         }
-        let checks_here = || shared.user.keeps_limits && shared.settings.validation_timeout <= timeout;
+        let checks_here = shared.user.keeps_limits && shared.settings.validation_timeout <= timeout;
         let mut other = Take::Nothing;
         let ready = shared.with_at_home(|l| match l.take(now, caller, checks_here) {
             // One pointer leaves the lock. A larger answer is copied just before the lock is released, and the
@@ -77,7 +77,8 @@ impl<M: Manage> Pool<M> {
         });
         match ready {
             Some(Some(conn)) => {
-                // `Nothing` still, and its drop is a call that does nothing.
+                // What is still `Nothing` is not dropped, for that is a call.
+                debug_assert!(matches!(other, Take::Nothing));
                 std::mem::forget(other);
                 Ok(self.check_out(conn, now, false))
             }

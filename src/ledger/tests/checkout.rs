@@ -21,7 +21,7 @@ fn a_caller_whose_own_check_failed_keeps_its_place() {
     let mut w = World::new(Settings { validate: Validate::Always, max_size: 1, ..settings() });
     w.takes.close = ms(10);
     w.burst(1);
-    let Take::Check(token, conn, ticket) = w.ledger.take(w.now, here(), || true) else { panic!() };
+    let Take::Check(token, conn, ticket) = w.ledger.take(w.now, here(), true) else { panic!() };
     w.apply();
     let later = w.get();
     w.ledger.check_failed(w.now, &token, CloseReason::Invalid);
@@ -45,7 +45,7 @@ fn the_caller_of_an_own_check_is_known() {
     let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
-    let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), || true) else { panic!() };
+    let Take::Check(token, conn, _) = l.take(Moment::BIRTH, here(), true) else { panic!() };
     let checking = |slot: &Slot| (slot.as_seen(), slot.caller().map(|caller| caller.thread));
     assert_eq!(l.slots().map(checking).collect::<Vec<_>>(), [(ConnectionState::Checking, Some(1))]);
     let (token, _) = l.own_check_passed(Moment::BIRTH, Moment::BIRTH, token, conn, here()).unwrap();

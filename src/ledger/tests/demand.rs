@@ -66,7 +66,7 @@ fn an_ordered_open_may_serve_a_caller_that_does_not_wait() {
     let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
     let token = l.begin(Moment::BIRTH, token, 0.0).expect("asked for since");
     assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
-    assert!(matches!(l.take(Moment::BIRTH, here(), || false), Take::Ready(..)));
+    assert!(matches!(l.take(Moment::BIRTH, here(), false), Take::Ready(..)));
 }
 
 #[test]
@@ -290,7 +290,7 @@ fn wishes_of_callers_that_do_not_wait_prepare_one_connection_at_a_time() {
     }
     assert_eq!(w.dials.len(), 1);
     w.run(ms(100));
-    assert!(matches!(w.ledger.take(w.now, here(), || false), Take::Ready(..)));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Ready(..)));
 }
 
 #[test]

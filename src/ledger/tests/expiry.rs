@@ -104,7 +104,7 @@ fn the_resolution_of_the_clock_hands_nothing_out_late() {
     let mut w = World::with_resolution(Settings { max_lifetime: Some(secs(3)), ..settings() }, ms(4));
     w.use_once(ms(1));
     w.run_to(Moment::BIRTH.plus(ms(2_996)));
-    assert!(matches!(w.ledger.take(w.now, here(), || false), Take::Nothing), "the true time may be 3,000 ms");
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing), "the true time may be 3,000 ms");
     w.apply();
     w.run(ms(1));
     assert_eq!(w.closed_for(CloseReason::Lifetime), 1);
@@ -402,7 +402,7 @@ fn a_connection_that_was_idle_for_too_long_while_it_was_reset_is_kept_for_the_fl
         w.takes.check = secs(2);
         w.returned_as(a, Condition::Reset);
         w.run(ms(1_999));
-        w.ledger.settings.min_idle = floor;
+        w.ledger.rules.change(|s| s.min_idle = floor);
         w.run(ms(1));
         assert_eq!((w.counts().idle, w.closed_for(CloseReason::Idle)), (floor, 1 - floor as usize));
     }

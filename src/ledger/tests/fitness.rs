@@ -45,7 +45,7 @@ fn validation_follows_its_policy() {
         let mut w = World::new(Settings { validate, ..settings() });
         w.burst(1);
         w.run(idle);
-        match w.ledger.take(w.now, here(), || true) {
+        match w.ledger.take(w.now, here(), true) {
             Take::Ready(..) => assert!(!expected, "{validate:?} after {idle:?}"),
             Take::Check(..) => assert!(expected, "{validate:?} after {idle:?}"),
             Take::Nothing => panic!(),
@@ -77,11 +77,11 @@ fn a_connection_checked_for_one_caller_serves_the_next() {
     w.burst(1);
     w.run(secs(5));
     // Checked for a `try_get`, which does not wait for it.
-    assert!(matches!(w.ledger.take(w.now, here(), || false), Take::Nothing));
+    assert!(matches!(w.ledger.take(w.now, here(), false), Take::Nothing));
     w.ledger.prepare(w.now);
     w.apply();
     w.run(ms(100));
-    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), || false) else { panic!("the check served no caller") };
+    let Take::Ready(token, conn) = w.ledger.take(w.now, here(), false) else { panic!("the check served no caller") };
     w.checked_out(1, token, conn);
     w.returned(1);
     // Checked for a waiter that left.

@@ -156,7 +156,7 @@ impl Large {
     fn take_all(&mut self) {
         while self.l.counts().idle > 0 {
             self.now = self.now.plus(EACH);
-            let taken = match self.step(|l, now| l.take(now, here(), || true)) {
+            let taken = match self.step(|l, now| l.take(now, here(), true)) {
                 Take::Ready(token, conn) => (token, conn),
                 Take::Check(token, conn, _) => {
                     let passed = self.step(|l, now| l.own_check_passed(now, now, token, conn, here()));
@@ -198,7 +198,7 @@ fn suspicion(s: &mut Settings) {
 
 /// One is found dead while all others are idle.
 fn one_dies(w: &mut Large) {
-    let (token, conn) = match w.step(|l, now| l.take(now, here(), || true)) {
+    let (token, conn) = match w.step(|l, now| l.take(now, here(), true)) {
         Take::Ready(token, conn) => (token, conn),
         other => panic!("{other:?}"),
     };
@@ -303,7 +303,7 @@ fn a_caller_that_finds_all_expired_closes_a_batch() {
     w.look();
     w.now = Moment::BIRTH.plus(ms(59_998));
     assert!(w.l.alarm() > w.now);
-    assert!(matches!(w.step(|l, now| l.take(now, here(), || false)), Take::Nothing));
+    assert!(matches!(w.step(|l, now| l.take(now, here(), false)), Take::Nothing));
     let closed = w.l.counts().closing;
     assert!(closed > 0 && closed <= n / 16, "{closed}");
     assert!(w.l.alarm() <= w.now);
@@ -343,7 +343,7 @@ const SCENARIOS: [Scenario; 12] = [
     ("a checkout and its return, 1,000 times", |n| {
         let mut w = Large::idle(n, rest);
         for _ in 0..1_000 {
-            let Take::Ready(token, conn) = w.step(|l, now| l.take(now, here(), || true)) else { panic!("all idle") };
+            let Take::Ready(token, conn) = w.step(|l, now| l.take(now, here(), true)) else { panic!("all idle") };
             w.step(|l, now| l.returned(now, token, conn, Condition::Keep));
         }
         w

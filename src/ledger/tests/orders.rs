@@ -176,9 +176,9 @@ fn the_floor_stands_when_min_idle_or_max_size_are_idle() {
                 let threads: Vec<_> = (0..idle).map(|_| w.get()).collect();
                 threads.into_iter().for_each(|thread| w.returned(thread));
             }
-            (w.ledger.settings.min_idle, w.ledger.settings.max_size) = (min_idle, max_size);
+            w.ledger.rules.change(|s| (s.min_idle, s.max_size) = (min_idle, max_size));
             assert_eq!(w.ledger.floor_stands(), idle == 2, "{idle} idle");
-            (w.ledger.settings.min_idle, w.ledger.settings.max_size) = (0, 5);
+            w.ledger.rules.change(|s| (s.min_idle, s.max_size) = (0, 5));
         }
     }
     let l: Ledger<Conn, Thread> = Ledger::new(Settings { min_idle: 5, ..settings() }, Duration::ZERO);
@@ -251,7 +251,7 @@ fn who_watches_is_told_of_changes_and_nothing_is_told_if_no_thread_watches() {
         assert!(l.opened(now, token, 1).is_ok());
         changed(&mut l, "a connection is idle");
         let token = {
-            l.take(now, here(), || false);
+            l.take(now, here(), false);
             open(&mut l)
         };
         l.reap(now.plus(secs(10)), 0.0);

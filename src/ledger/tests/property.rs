@@ -120,7 +120,7 @@ impl World {
     }
 
     fn check_against_naive(&self) {
-        let (l, limits) = (&self.ledger, &self.ledger.settings);
+        let (l, limits) = (&self.ledger, &self.ledger.rules);
         let idle: Vec<_> = l.idle.iter().map(|&(i, _)| l.slots[i as usize].since).collect();
         let naive = self.naive_idle();
         assert_eq!(idle, naive, "the stack, by last use");
@@ -196,7 +196,7 @@ fn live(settings: Settings, ops: Vec<Op>) {
             Op::Blink(n) => w.run(us(n)),
             Op::Sleepy(n) => w.wake_time = us(n),
             Op::Resize(n) if n >= floor => {
-                w.greatest = w.greatest.max(w.ledger.settings.max_size);
+                w.greatest = w.greatest.max(w.ledger.rules.max_size);
                 w.ledger.resize(w.read(), n);
             }
             Op::Resize(_) => {}
@@ -236,7 +236,7 @@ fn live(settings: Settings, ops: Vec<Op>) {
     (w.refuse, w.leaves_one, w.spawns, w.skew) = (None, false, true, Duration::ZERO);
     w.takes = Takes { open: ms(1), ..QUICK };
     w.release();
-    w.ledger.settings.max_lifetime = Some(secs(1_000_000));
+    w.ledger.rules.change(|s| s.max_lifetime = Some(secs(1_000_000)));
     for _ in 0..200 {
         for thread in w.in_use.keys().copied().collect::<Vec<_>>() {
             w.returned(thread);
@@ -244,8 +244,8 @@ fn live(settings: Settings, ops: Vec<Op>) {
         w.run(secs(1));
     }
     assert_eq!(w.counts().waiting, 0, "a waiter was forgotten");
-    assert!(w.counts().total() <= max.max(w.ledger.settings.max_size));
-    assert!(w.ledger.closed || w.counts().idle >= floor.min(w.ledger.settings.max_size));
+    assert!(w.counts().total() <= max.max(w.ledger.rules.max_size));
+    assert!(w.ledger.closed || w.counts().idle >= floor.min(w.ledger.rules.max_size));
     w.ledger.close(w.now);
     w.apply();
     w.run(secs(60));

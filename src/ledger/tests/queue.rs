@@ -237,14 +237,14 @@ fn a_notified_waiter_may_take_a_connection_if_one_is_left_for_the_first() {
 #[test]
 fn a_connection_that_became_suspect_is_checked_for_notified_waiters() {
     let (mut w, threads) = all_in_use(2);
-    w.ledger.settings.validate = Validate::AfterIdle(secs(1));
+    w.ledger.rules.change(|s| s.validate = Validate::AfterIdle(secs(1)));
     w.takes.check = us(5);
     let first = w.get();
     w.returned(threads[0]);
     w.run(us(1));
     w.returned_as(threads[1], Condition::Broken);
     assert!(
-        matches!(w.ledger.take(w.now, here(), || true), Take::Nothing),
+        matches!(w.ledger.take(w.now, here(), true), Take::Nothing),
         "a caller that came later does not take it for a check of its own"
     );
     w.run(us(4));
@@ -267,7 +267,7 @@ fn close_dismisses_notified_waiters_in_order() {
 #[test]
 fn a_connection_that_would_be_evicted_is_handed_off() {
     let (mut w, threads) = all_in_use(1);
-    w.ledger.settings.max_idle = Some(Duration::ZERO);
+    w.ledger.rules.change(|s| s.max_idle = Some(Duration::ZERO));
     let first = w.get();
     w.returned(threads[0]);
     assert!(w.has(first) && w.closes.is_empty());
@@ -276,7 +276,7 @@ fn a_connection_that_would_be_evicted_is_handed_off() {
 #[test]
 fn a_wish_to_prepare_checks_nothing_that_waiters_are_notified_for() {
     let (mut w, threads) = all_in_use(1);
-    w.ledger.settings.validate = Validate::AfterIdle(secs(1));
+    w.ledger.rules.change(|s| s.validate = Validate::AfterIdle(secs(1)));
     let first = w.get();
     w.returned(threads[0]);
     w.ledger.prepare(w.now);

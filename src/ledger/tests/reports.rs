@@ -135,7 +135,7 @@ fn a_check_of_a_caller_s_own_that_fails_waits_for_its_close_and_is_counted() {
     for (reason, suspect) in [(CloseReason::Invalid, true), (CloseReason::Panicked, false)] {
         let mut w = World::new(Settings { validate: Validate::Always, ..settings() });
         w.burst(1);
-        let Take::Check(token, _, _) = w.ledger.take(w.now, here(), || true) else { panic!() };
+        let Take::Check(token, _, _) = w.ledger.take(w.now, here(), true) else { panic!() };
         w.ledger.check_failed(w.now, &token, reason);
         assert_eq!((w.ledger.counted.ordered_closes(), w.ledger.counted.begun_closes()), (1, 0));
         assert_eq!(w.ledger.tally.closes[reason as usize], 1);
@@ -211,7 +211,7 @@ fn an_abandoned_check_changes_no_slot_that_is_checked_again() {
     assert!(w.has(a), "a new connection, in the slot of the abandoned check");
     w.returned(a);
     w.run(secs(2));
-    let Take::Check(token, ..) = w.ledger.take(w.now, here(), || true) else { panic!() };
+    let Take::Check(token, ..) = w.ledger.take(w.now, here(), true) else { panic!() };
     let (index, old) = (token.index, token.id - 1);
     w.ledger.check_failed(w.now, &Token { index, id: old }, CloseReason::Invalid);
     assert!(w.ledger.checked(w.now, w.now, Token { index, id: old }, 1).is_err());
@@ -227,7 +227,7 @@ fn the_reaper_is_to_look_at_the_end_of_the_life_of_what_is_in_use() {
         let Some(Order::Job(SlotJob::Open(token))) = l.effects.orders.pop() else { panic!() };
         let token = l.begin(Moment::BIRTH, token, 0.0).unwrap();
         l.alarm = Moment::NEVER;
-        l.settings.min_idle = floor;
+        l.rules.change(|s| s.min_idle = floor);
         assert!(l.opened(Moment::BIRTH, token, 1).is_ok());
         assert_eq!(l.alarm(), Moment::BIRTH.plus(alarm), "a floor of {floor}");
     }

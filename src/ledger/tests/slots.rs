@@ -93,7 +93,7 @@ fn a_checkout_sets_no_alarm_that_is_over() {
     let mut w = World::new(Settings { max_idle: None, leak_threshold: Some(secs(5)), ..settings() });
     w.use_once(ms(1));
     w.run(secs(60));
-    let (token, _) = match w.ledger.take(w.now, here(), || false) {
+    let (token, _) = match w.ledger.take(w.now, here(), false) {
         Take::Ready(token, conn) => (token, conn),
         other => panic!("{other:?}"),
     };

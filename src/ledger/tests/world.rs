@@ -238,7 +238,7 @@ impl World {
     pub(super) fn with_resolution(settings: Settings, resolution: Duration) -> World {
         let floor = settings.min_idle;
         let mut ledger = Ledger::new(settings, resolution);
-        ledger.settings.min_idle = floor;
+        ledger.rules.change(|s| s.min_idle = floor);
         World {
             ledger,
             now: Moment::BIRTH,
@@ -308,8 +308,7 @@ impl World {
     /// To be called after each call of the ledger: its orders never went beyond `max_size`, at no moment of that call.
     pub(super) fn watch_the_bound(&mut self) {
         let l = &self.ledger;
-        let (before, after, max) =
-            (i64::from(self.total), i64::from(l.counts().total()), i64::from(l.settings.max_size));
+        let (before, after, max) = (i64::from(self.total), i64::from(l.counts().total()), i64::from(l.rules.max_size));
         let orders = &l.effects.orders[self.seen..];
         let frees_slot = |order: &Order<Conn>| match order {
             Order::Abandon { id, .. } => !l.slots().any(|slot| slot.id == *id),
@@ -374,7 +373,7 @@ impl World {
         assert!(self.dialled[&conn] > self.replaced, "replaced, and checked out");
         // P9: the open or check that proved this connection well began after every other was found dead.
         assert!(
-            self.proven[&conn] > self.suspect || self.ledger.settings.validate == Validate::Never,
+            self.proven[&conn] > self.suspect || self.ledger.rules.validate == Validate::Never,
             "suspect, and checked out"
         );
         assert!(self.in_use.insert(thread, (token, conn)).is_none());
@@ -502,7 +501,7 @@ impl World {
         let dialled = self.jobs.values().filter(|(event, job)| *event == Event::Opened && self.is_counted_on(job));
         let others = self.counts().abandoned + dialled.count() as u32;
         let probe = self.dials.last().is_none_or(|last| self.now.since(*last) + self.most_skew >= PROBE_PERIOD);
-        let most = self.greatest.max(self.ledger.settings.max_size) + u32::from(self.ledger.failure.is_none());
+        let most = self.greatest.max(self.ledger.rules.max_size) + u32::from(self.ledger.failure.is_none());
         assert!(others < most || probe, "{others} may be abandoned, and one more is dialled");
     }
 
@@ -592,7 +591,7 @@ impl World {
     pub(super) fn own_check(&mut self, own: Own) {
         let Own { thread, token, conn, ticket, begun, event } = own;
         let now = self.read();
-        let limit = self.ledger.settings.validation_timeout;
+        let limit = self.ledger.rules.validation_timeout;
         if self.dead.contains(&conn) || self.now.since(begun) >= limit {
             self.server.remove(&conn);
             self.suspect = self.event();
@@ -709,7 +708,7 @@ impl World {
     pub(super) fn assert_may_barge(&self) {
         if let Some(&(first, _, since)) = self.waiting.front() {
             let waited = self.ledger.now.since(since);
-            assert!(waited < self.ledger.settings.fair_after, "{first} was barged after {waited:?}");
+            assert!(waited < self.ledger.rules.fair_after, "{first} was barged after {waited:?}");
         }
     }
 
@@ -722,7 +721,7 @@ impl World {
     pub(super) fn get_or_check(&mut self, here: bool) -> Thread {
         self.next_thread += 1;
         let thread = self.next_thread;
-        match self.ledger.take(self.read(), self::here(), || here) {
+        match self.ledger.take(self.read(), self::here(), here) {
             Take::Ready(token, conn) => {
                 self.assert_may_barge();
                 self.checked_out(thread, token, conn);
@@ -731,7 +730,7 @@ impl World {
                 assert!(here, "the caller did not offer to check");
                 self.serial += 1;
                 let event = self.event();
-                let until = self.now.plus(self.takes.check.min(self.ledger.settings.validation_timeout));
+                let until = self.now.plus(self.takes.check.min(self.ledger.rules.validation_timeout));
                 self.own.insert((until, self.serial), Own { thread, token, conn, ticket, begun: self.now, event });
             }
             Take::Nothing => self.join(thread, None),
@@ -852,11 +851,10 @@ impl World {
     pub(super) fn has_room(&self, now: Moment) -> bool {
         let (l, counts) = (&self.ledger, self.counts());
         let alone = counts.opening == 0;
-        counts.total() < l.settings.max_size
-            && counts.opening < l.settings.parallel_opens
+        counts.total() < l.rules.max_size
+            && counts.opening < l.rules.parallel_opens
             && l.failure.is_none_or(|f| alone && f.retry <= now)
-            && (counts.abandoned + counts.opening < l.settings.max_size
-                || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
+            && (counts.abandoned + counts.opening < l.rules.max_size || alone && l.last_dial.plus(PROBE_PERIOD) <= now)
     }
 
     /// To be called when everything that is due was done. Each waiter is notified and on its way, or a job that may
@@ -970,14 +968,14 @@ impl World {
             _ => None,
         });
         assert_eq!(l.replaced.first().map_or(Moment::NEVER, |&(since, _)| since), replaced);
-        if let Some(period) = l.settings.keepalive.filter(|_| l.keepalive.is_none() && !l.closed) {
+        if let Some(period) = l.rules.keepalive.filter(|_| l.keepalive.is_none() && !l.closed) {
             let due = of(&|slot| match slot.state {
                 State::Idle { .. } => Some(slot.since.max(slot.proven).plus(period)),
                 _ => None,
             });
             assert!(l.alarm <= due.max(now), "a keepalive without an alarm");
         }
-        if let Some(threshold) = l.settings.leak_threshold.filter(|_| !l.closed) {
+        if let Some(threshold) = l.rules.leak_threshold.filter(|_| !l.closed) {
             let due = of(&|slot| match slot.state {
                 State::InUse { warned: false, .. } => Some(slot.since.plus(threshold)),
                 _ => None,

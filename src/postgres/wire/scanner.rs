@@ -328,7 +328,6 @@ impl Scanner {
     }
 
     /// The frontend has sent a message to its end.
-    #[inline]
     fn on_frontend(&mut self, tag: u8) {
         self.was_used |= self.reader == Reader::Caller;
         match tag {
@@ -376,11 +375,8 @@ impl Scanner {
     fn on_backend(&mut self, tag: u8) {
         let unasked = !self.has_asked();
         let body = self.backend.prefix();
-        match &mut self.reader {
-            Reader::Caller => {}
-            Reader::Login { left } | Reader::Question { left, .. } => {
-                *left = left.saturating_sub(self.backend.length());
-            }
+        if let Reader::Login { left } | Reader::Question { left, .. } = &mut self.reader {
+            *left = left.saturating_sub(self.backend.length());
         }
         match tag {
             b'Z' => {
@@ -541,7 +537,7 @@ impl Scanner {
 
     /// The server may have something to answer.
     fn has_asked(&self) -> bool {
-        !self.pending.is_empty() || self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty
+        self.copy_in || self.frontend.is_inside() || self.batch != Batch::Empty || !self.pending.is_empty()
     }
 
     /// The oldest request has failed, perhaps before its end was sent, and its `ReadyForQuery` has not come.
