@@ -34,6 +34,15 @@ fn a_connection_returned_later_is_suspect_too() {
 }
 
 #[test]
+fn a_pool_that_never_validates_does_not_on_suspicion_either() {
+    let mut w = World::new(Settings { validate: Validate::Never, max_size: 2, ..settings() });
+    w.burst(2);
+    let broken = w.get();
+    w.returned_as(broken, Condition::Broken);
+    assert!(matches!(w.ledger.take(w.now, here(), true), Take::Ready(..)));
+}
+
+#[test]
 fn validation_follows_its_policy() {
     for (validate, idle, expected) in [
         (Validate::Never, secs(100), false),

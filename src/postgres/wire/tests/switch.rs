@@ -2,14 +2,23 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use ::postgres::tls::{ChannelBinding, TlsStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::fake::{Fake, let_in, message, read_message};
 use super::support::ms;
 use super::tls::Identity;
 use super::*;
+use crate::postgres::wire::negotiation::Transport;
+use crate::postgres::wire::tap::Tap;
+use crate::postgres::wire::watch::Watched;
 
 /// How soon an aborted call must end: long after any scheduling noise, and before any other limit.
 const PROMPTLY: Duration = Duration::from_secs(2);
@@ -191,4 +200,101 @@ fn a_watch_does_not_keep_a_finished_connection_alive() {
     assert!(!watch.is_aborted());
     assert_lets_go(&watch);
     fake.result();
+}
+
+/// A stream on which nothing ever happens but what `during` does at each poll.
+struct Nothing<F>(F);
+
+impl<F: FnMut() + Unpin> Nothing<F> {
+    fn polled<T>(&mut self) -> Poll<T> {
+        (self.0)();
+        Poll::Pending
+    }
+}
+
+impl<F: FnMut() + Unpin> AsyncRead for Nothing<F> {
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.polled()
+    }
+}
+
+impl<F: FnMut() + Unpin> AsyncWrite for Nothing<F> {
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        self.polled()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.polled()
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.polled()
+    }
+}
+
+impl<F: FnMut() + Unpin> TlsStream for Nothing<F> {
+    fn channel_binding(&self) -> ChannelBinding {
+        ChannelBinding::none()
+    }
+}
+
+/// Counts how often its thread is woken.
+#[derive(Default)]
+struct Woken(AtomicUsize);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Each way of a stream to wait, and the same with `lingers`, where a shutdown reads.
+fn wait_in_each_way<F: FnMut() + Unpin>(during: impl Fn(&Arc<Watch>) -> F, see: impl Fn(&Watch, Poll<bool>, &Woken)) {
+    for (way, lingers) in [(0, false), (1, false), (2, false), (3, false), (3, true)] {
+        let watch = Watch::new();
+        let transport = Transport::Tls(Nothing(during(&watch)));
+        let mut tap = Tap { transport, watched: Watched::begin(Arc::clone(&watch)), login_timer: None, lingers };
+        let mut poll = |cx: &mut Context<'_>| {
+            let tap = Pin::new(&mut tap);
+            match way {
+                0 => tap.poll_read(cx, &mut ReadBuf::new(&mut [0; 8])).map(|result| result.is_err()),
+                1 => tap.poll_write(cx, b"Q").map(|result| result.is_err()),
+                2 => tap.poll_flush(cx).map(|result| result.is_err()),
+                _ => tap.poll_shutdown(cx).map(|result| result.is_err()),
+            }
+        };
+        // Another thread polled before.
+        let _ = poll(&mut Context::from_waker(Waker::noop()));
+        let woken = Arc::new(Woken::default());
+        let polled = poll(&mut Context::from_waker(&Waker::from(Arc::clone(&woken))));
+        see(&watch, polled, &woken);
+    }
+}
+
+#[test]
+fn an_abort_wakes_the_thread_that_polled_last() {
+    wait_in_each_way(
+        |_| || {},
+        |watch, polled, woken| {
+            assert!(polled.is_pending());
+            watch.abort();
+            assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+        },
+    );
+}
+
+#[test]
+fn an_abort_in_the_middle_of_a_poll_is_seen_before_the_thread_sleeps() {
+    wait_in_each_way(
+        |watch| {
+            let (watch, mut polls) = (Arc::clone(watch), 0);
+            move || {
+                polls += 1;
+                if polls == 2 {
+                    watch.abort();
+                }
+            }
+        },
+        |_, polled, _| assert_eq!(polled, Poll::Ready(true)),
+    );
 }
