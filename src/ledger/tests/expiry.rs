@@ -237,6 +237,7 @@ fn a_leak_is_reported_once_per_checkout() {
     w.run(secs(60));
     assert_eq!(w.leaks, [id]);
     w.returned(a);
+    assert_eq!(w.ledger.tally.usage_time.max(), secs(65), "since the checkout, not since the report");
     let b = w.get();
     w.run(secs(5));
     assert_eq!(w.leaks, [id, id]);
