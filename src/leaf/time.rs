@@ -36,10 +36,16 @@ impl PoolTime {
         self.waiting.store(waiting, Ordering::Relaxed);
     }
 
+    /// Whether there is a waiter.
+    #[inline]
+    pub(crate) fn has_waiters(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) != 0
+    }
+
     /// The time: coarse, and precise while there is a waiter.
     #[inline]
     pub(crate) fn now(&self) -> Moment {
-        if self.waiting.load(Ordering::Relaxed) == 0 { self.clock.coarse() } else { self.clock.precise() }
+        if self.has_waiters() { self.clock.precise() } else { self.clock.coarse() }
     }
 
     /// The time to the nanosecond.
@@ -64,7 +70,7 @@ impl PoolTime {
     pub(crate) fn seems_forked(&self, now: Moment) -> bool {
         // Always by the coarse clock. A look at the time of the precise one would lie ahead of the coarse clock, and
         // would be taken for a fresh one until the coarse clock has caught up.
-        let now = if self.waiting.load(Ordering::Relaxed) == 0 { now } else { self.clock.coarse() };
+        let now = if self.has_waiters() { self.clock.coarse() } else { now };
         self.home.seems_elsewhere(self.born + now.nanos_since(Moment::BIRTH))
     }
 }

@@ -141,7 +141,8 @@ impl<M: Manage> PooledConnection<M> {
         drop(in_hand);
         // A connection was found dead at the end of the look above, not at the beginning of the return.
         let now = if condition == Condition::Keep { now } else { shared.time.now() };
-        core.returned(now, token, conn, condition);
+        let has_waiters = shared.time.has_waiters();
+        core.returned(now, token, conn, condition, has_waiters);
         kept::keep(core);
     }
 }

@@ -65,18 +65,31 @@ pub(crate) struct Core<M: Manage> {
 /// How often a thread tries a lock that another has, before it looks at its process and sleeps. The lock is as a rule free
 /// again after tens of nanoseconds, and both are system calls, which take longer.
 const TRIES: u32 = 4;
-/// How many pauses of the processor a thread makes before each try: about a microsecond, for as long as some checkouts take. A
-/// thread that tries again at once takes the memory from the one that has the lock, and both then wait for memory most of the
-/// time. With 1 pause, two busy threads get half as much done (docs/performance.md, "The lock").
+/// How many pauses of the processor a thread makes before each try. A thread that tries again at once takes the memory of the
+/// lock from the one that has it, and both then wait for memory most of the time (docs/performance.md, "Leaving the lock
+/// alone").
 const PAUSES: u32 = 64;
+/// The same while there are waiters. Then a thread that comes late finds no connection, and must sleep.
+const PAUSES_BESIDE_WAITERS: u32 = 1;
+
+fn pauses(has_waiters: bool) -> u32 {
+    if has_waiters { PAUSES_BESIDE_WAITERS } else { PAUSES }
+}
 
 // -------------------------------------------------------------------------------------------------- the lock
 
 impl<M: Manage> Core<M> {
     /// A connection is returned. The owner of the pool that it carries moves into the ledger with it.
     #[inline]
-    pub(crate) fn returned(&self, now: Moment, token: Token, conn: Box<PoolConn<M>>, condition: Condition) {
-        let Some(mut ledger) = self.lock_at_home() else {
+    pub(crate) fn returned(
+        &self,
+        now: Moment,
+        token: Token,
+        conn: Box<PoolConn<M>>,
+        condition: Condition,
+        has_waiters: bool,
+    ) {
+        let Some(mut ledger) = self.lock_at_home(has_waiters) else {
             // This is a forked child, and the connection belongs to the parent: not even its drop may run here.
             return std::mem::forget((token, conn));
         };
@@ -88,26 +101,26 @@ impl<M: Manage> Core<M> {
 
     /// The lock. `None`: this is a forked child, and the thread that has the lock is the parent's.
     #[inline]
-    fn lock_at_home(&self) -> Option<MutexGuard<'_, PoolLedger<M>>> {
-        self.ledger.try_lock().or_else(|| self.lock_slowly())
+    fn lock_at_home(&self, has_waiters: bool) -> Option<MutexGuard<'_, PoolLedger<M>>> {
+        self.ledger.try_lock().or_else(|| self.lock_slowly(has_waiters))
     }
 
     #[cold]
-    fn lock_slowly(&self) -> Option<MutexGuard<'_, PoolLedger<M>>> {
-        self.spin().or_else(|| if self.home.is_elsewhere() { None } else { Some(self.ledger.lock()) })
+    fn lock_slowly(&self, has_waiters: bool) -> Option<MutexGuard<'_, PoolLedger<M>>> {
+        self.spin(has_waiters).or_else(|| if self.home.is_elsewhere() { None } else { Some(self.ledger.lock()) })
     }
 
     /// The lock, for a thread that is not in a forked child.
     #[inline]
-    fn lock(&self) -> MutexGuard<'_, PoolLedger<M>> {
-        self.ledger.try_lock().or_else(|| self.spin()).unwrap_or_else(|| self.ledger.lock())
+    fn lock(&self, has_waiters: bool) -> MutexGuard<'_, PoolLedger<M>> {
+        self.ledger.try_lock().or_else(|| self.spin(has_waiters)).unwrap_or_else(|| self.ledger.lock())
     }
 
     /// Tries the lock for a few microseconds.
     #[cold]
-    fn spin(&self) -> Option<MutexGuard<'_, PoolLedger<M>>> {
+    fn spin(&self, has_waiters: bool) -> Option<MutexGuard<'_, PoolLedger<M>>> {
         for _ in 0..TRIES {
-            for _ in 0..PAUSES {
+            for _ in 0..pauses(has_waiters) {
                 std::hint::spin_loop();
             }
             if let Some(ledger) = self.ledger.try_lock() {
@@ -168,7 +181,7 @@ impl<M: Manage> Shared<M> {
     /// Asks the ledger, and applies the effects.
     #[inline]
     pub(crate) fn with<R>(self: &Arc<Self>, ask: impl FnOnce(&mut PoolLedger<M>) -> R) -> R {
-        let mut ledger = self.core.lock();
+        let mut ledger = self.lock();
         let answer = ask(&mut ledger);
         if !ledger.effects.is_empty() {
             self.apply(ledger);
@@ -180,7 +193,7 @@ impl<M: Manage> Shared<M> {
     /// free. (A free lock is taken: the thread asks [`seems_forked`](PoolTime::seems_forked) before.)
     #[inline]
     pub(crate) fn with_at_home<R>(self: &Arc<Self>, ask: impl FnOnce(&mut PoolLedger<M>) -> R) -> Option<R> {
-        let mut ledger = self.core.lock_at_home()?;
+        let mut ledger = self.core.lock_at_home(self.time.has_waiters())?;
         let answer = ask(&mut ledger);
         if !ledger.effects.is_empty() {
             self.apply(ledger);
@@ -189,8 +202,9 @@ impl<M: Manage> Shared<M> {
     }
 
     /// The lock itself, to look.
+    #[inline]
     pub(crate) fn lock(&self) -> MutexGuard<'_, PoolLedger<M>> {
-        self.core.lock()
+        self.core.lock(self.time.has_waiters())
     }
 
     /// Applies the effects: serves waiters, releases the lock, wakes threads and posts jobs.
@@ -383,13 +397,13 @@ impl<M: Manage> Shared<M> {
     // ---------------------------------------------------------------------------------------------- looking
 
     pub(crate) fn counts(&self) -> Counts {
-        self.core.lock().counts()
+        self.lock().counts()
     }
 
     /// Copies of the slots that `pick` picks. Their text, such as the names of threads, is made later, without the
     /// lock.
     pub(crate) fn slots(&self, pick: impl Fn(&Slot) -> bool) -> Vec<Slot> {
-        self.core.lock().slots().filter(|slot| pick(slot)).cloned().collect()
+        self.lock().slots().filter(|slot| pick(slot)).cloned().collect()
     }
 
     /// The slots as the user sees them, by number.
