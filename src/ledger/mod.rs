@@ -214,6 +214,11 @@ impl<C, W: Clone> Ledger<C, W> {
         ends
     }
 
+    /// The reaper was woken after its end, and has not come. The alarm that woke it is over as well.
+    pub(crate) fn lacks_reaper(&mut self) {
+        self.alarm = Moment::NEVER;
+    }
+
     /// When the reaper is to call [`reap`](Ledger::reap) next.
     pub(crate) fn alarm(&self) -> Moment {
         self.alarm

@@ -10,7 +10,8 @@
 //! that goes on to close its connection counts as a check.
 //!
 //! No job is lost if a thread cannot be started. An open is returned to the thread that posted it. A close is returned
-//! as well, if the executor has no thread at all. Every other job waits in the backlog for a thread.
+//! as well, if the executor has no thread at all. Every other job waits in the backlog for a thread. If nobody looks at
+//! the backlog again, a thread can [take](Executor::take_close) the closes from it.
 //!
 //! No thread pool on crates.io does this: those can neither abandon a job that hangs nor limit jobs by kind.
 
@@ -240,6 +241,11 @@ impl<J: Task> Executor<J> {
     /// Puts a job in the backlog, for the next [`run_backlog`](Executor::run_backlog).
     pub(crate) fn defer(&self, job: J) {
         self.inner.lock().defer(job);
+    }
+
+    /// Takes a close from the backlog, if there is one, for a thread that will run it itself.
+    pub(crate) fn take_close(&self) -> Option<J> {
+        self.inner.lock().backlog[Kind::Close as usize].pop_front()
     }
 
     /// The job that has this slot takes longer than usual: it no longer counts against the limit of its kind, and jobs

@@ -47,6 +47,9 @@ pub(crate) trait Timed: Send + Sync + 'static {
 
     /// The thread ends.
     fn ended(&self);
+
+    /// The thread was to start anew after its end, and could not. Does what cannot wait for another.
+    fn lacks_reaper(self: &Arc<Self>);
 }
 
 /// What the reaper does next.
@@ -114,8 +117,9 @@ impl Reaper {
             reaper.alarm.notify();
         } else if may_start() && !reaper.runs.swap(true, Ordering::SeqCst) {
             sometimes!("the reaper is started anew for a late return");
-            // If that fails, the close of that connection has no limit. No caller is left to wait for it.
-            let _ = Reaper::start(host);
+            if Reaper::start(host).is_err() {
+                host.lacks_reaper();
+            }
         }
     }
 }

@@ -105,7 +105,7 @@ pub fn run(plan: &Plan, trace: bool) -> Account {
     let mut config = shuttle::Config::new();
     config.stack_size = 1 << 18;
     config.failure_persistence = shuttle::FailurePersistence::None;
-    config.max_steps = shuttle::MaxSteps::FailAfter(3_000_000);
+    config.max_steps = shuttle::MaxSteps::FailAfter(10_000_000);
     config.silence_warnings = true;
     let carried_out = plan.clone();
     let runner = shuttle::Runner::new(order, config);

@@ -153,6 +153,10 @@ fn duration(dice: &mut Rng, from: Duration, to: Duration) -> Duration {
     Duration::from_secs_f64((from + (to - from) * dice.f64()).exp())
 }
 
+const fn us(n: u64) -> Duration {
+    Duration::from_micros(n)
+}
+
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
@@ -176,12 +180,12 @@ impl Plan {
         let mut steps = Vec::new();
         let faults = if crowd || dice.u32(0..3) == 0 { Faults::default() } else { Faults::draw(dice) };
         // Some lives are busy for a moment, and some are long and mostly quiet.
-        let paces = [Duration::from_micros(20), ms(2), ms(200), s(10), s(600), s(20_000)];
+        let paces = [us(20), ms(2), ms(200), s(10), s(600), s(20_000)];
         let pace = if crowd { paces[0] } else { *dice.choice(paces.iter()).expect("some") };
         if crowd {
             (limits.max_size, limits.min_idle) = (dice.u32(2..=3), 0);
             (limits.max_waiting, limits.validate) = (None, Validate::AfterIdle(s(1)));
-            limits.fair_after = *dice.choice([Duration::from_micros(700), ms(5)].iter()).expect("some");
+            limits.fair_after = *dice.choice([us(200), us(700), ms(5)].iter()).expect("some");
         }
         // What the pool does over and over by itself has no shorter period than a hundredth of that, or a life would
         // consist of it.
@@ -205,7 +209,7 @@ impl Plan {
             seed,
             tick: *dice.choice([1_000_000, 4_000_000, 10_000_000].iter()).expect("some"),
             stay: *dice.choice([0.0, 0.5, 0.9, 0.98].iter()).expect("some"),
-            haste: if crowd { 0.01 } else { *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some") },
+            haste: if crowd { *dice.choice([0.01, 0.05].iter()).expect("some") } else { *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some") },
             limits,
             manager: Manager {
                 keeps_limits: dice.bool(),
@@ -257,14 +261,14 @@ impl Limits {
             max_waiting: maybe(dice, 4, |dice| dice.u32(0..6)),
             keepalive: maybe(dice, 3, |dice| duration(dice, ms(50), s(600))),
             leak_threshold: maybe(dice, 3, |dice| duration(dice, ms(10), s(600))),
-            fair_after: *dice.choice([Duration::ZERO, Duration::from_micros(700), ms(50)].iter()).expect("some"),
+            fair_after: *dice.choice([Duration::ZERO, us(700), ms(50)].iter()).expect("some"),
         }
     }
 }
 
 impl Odds {
     fn draw(dice: &mut Rng) -> Odds {
-        let mut odds = Odds { slow: duration(dice, Duration::from_micros(50), ms(200)), ..Odds::default() };
+        let mut odds = Odds { slow: duration(dice, us(50), ms(200)), ..Odds::default() };
         let share = |dice: &mut Rng| if dice.u32(0..3) == 0 { dice.u32(0..400) } else { 0 };
         odds.fail = share(dice);
         odds.refuse = share(dice) / 4;
@@ -291,10 +295,10 @@ impl Faults {
 
 impl Act {
     fn of_a_user(dice: &mut Rng, limits: &Limits, pace: Duration) -> Act {
-        let hold = if dice.bool() { Duration::ZERO } else { duration(dice, Duration::from_micros(1), pace) };
+        let hold = if dice.bool() { Duration::ZERO } else { duration(dice, us(1), pace) };
         let timeout = match dice.u32(0..6) {
             0 => Duration::ZERO,
-            1 => duration(dice, Duration::from_micros(10), ms(20)),
+            1 => duration(dice, us(10), ms(20)),
             2 => limits.validation_timeout / 2,
             _ => duration(dice, ms(1), s(30)),
         };

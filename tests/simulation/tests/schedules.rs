@@ -107,6 +107,7 @@ explored! {
     two_closes_and_a_guard_at_once
     a_return_after_the_end_of_the_reaper
     a_close_that_hangs_after_the_end_of_the_reaper_has_its_limit
+    a_return_after_the_end_of_the_reaper_when_no_thread_can_be_started
     an_open_that_hangs_is_abandoned_and_comes_late
     the_last_handle_goes_while_an_open_runs
     no_thread_can_be_started_for_a_while
@@ -115,8 +116,8 @@ explored! {
 
 // -------------------------------------------------------------------------------------------------- the manager
 
-/// Connections that are numbers, and are counted. The first `hangs` opens hang until they are released, and so do closes if
-/// `closes_hang`.
+/// Connections that are numbers, and are counted. The first `hangs` opens hang until they are released, and so do the first
+/// `closes_hang` closes.
 struct Numbers(Arc<Counted>);
 
 #[derive(Default)]
@@ -124,7 +125,8 @@ struct Counted {
     alive: AtomicU32,
     opened: AtomicU32,
     hangs: u32,
-    closes_hang: bool,
+    closed: AtomicU32,
+    closes_hang: u32,
     keeps_limits: bool,
     dead: Mutex<Vec<u32>>,
     released: Mutex<bool>,
@@ -194,7 +196,7 @@ impl Manage for Numbers {
     }
 
     fn close(&self, conn: Number, _: Duration) {
-        if self.0.closes_hang {
+        if self.0.closed.fetch_add(1, Ordering::Relaxed) < self.0.closes_hang {
             self.0.hang();
         }
         drop(conn);
@@ -338,7 +340,7 @@ fn a_return_after_the_end_of_the_reaper() {
 }
 
 fn a_close_that_hangs_after_the_end_of_the_reaper_has_its_limit() {
-    let counted = Arc::new(Counted { closes_hang: true, ..Counted::default() });
+    let counted = Arc::new(Counted { closes_hang: 1, ..Counted::default() });
     let pool = pool(&counted, |b| b.close_timeout(Duration::from_millis(5)));
     let conn = get(&pool);
     assert!(!pool.close(Duration::ZERO).is_complete());
@@ -349,6 +351,24 @@ fn a_close_that_hangs_after_the_end_of_the_reaper_has_its_limit() {
     counted.release();
     is_whole(&pool.close(LONG));
     assert_eq!((counted.alive(), pool.stats().abandoned), (0, 0));
+}
+
+fn a_return_after_the_end_of_the_reaper_when_no_thread_can_be_started() {
+    let counted = Arc::new(Counted { closes_hang: 1, ..Counted::default() });
+    let pool = pool(&counted, |b| b.max_size(3).close_timeout(Duration::from_millis(5)));
+    let (first, second, third) = (get(&pool), get(&pool), get(&pool));
+    assert!(!pool.close(Duration::ZERO).is_complete());
+    // The only thread of the executor hangs, and is written off. Then the reaper ends.
+    drop(first);
+    thread::sleep(LONG);
+    world(|world| world.threads = false);
+    drop(second);
+    drop(third);
+    assert_eq!(counted.alive(), 1, "who returned them has closed them: {}", pool.connections());
+    world(|world| world.threads = true);
+    counted.release();
+    is_whole(&pool.close(LONG));
+    assert_eq!(counted.alive(), 0);
 }
 
 fn an_open_that_hangs_is_abandoned_and_comes_late() {
