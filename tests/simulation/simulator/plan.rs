@@ -209,7 +209,11 @@ impl Plan {
             seed,
             tick: *dice.choice([1_000_000, 4_000_000, 10_000_000].iter()).expect("some"),
             stay: *dice.choice([0.0, 0.5, 0.9, 0.98].iter()).expect("some"),
-            haste: if crowd { *dice.choice([0.01, 0.05].iter()).expect("some") } else { *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some") },
+            haste: if crowd {
+                *dice.choice([0.01, 0.05].iter()).expect("some")
+            } else {
+                *dice.choice([0.0, 0.0, 0.0, 0.003].iter()).expect("some")
+            },
             limits,
             manager: Manager {
                 keeps_limits: dice.bool(),

@@ -1,7 +1,7 @@
 //! The fake server, and the manager of its connections. It knows the truth that the promises are held against.
 
 use super::plan::{Closer, Faults, Manager, Odds, Plan};
-use super::promises::Judge;
+use super::promises::{Judge, stalls};
 use super::{broken, note};
 use fastrand::Rng;
 use millpond::event::{AcquireEvent, CheckoutEvent, HandleEvent, ReleaseEvent};
@@ -295,8 +295,11 @@ impl Manage for Fake {
             Ok(()) => link.proven = begun,
             Err(_) => (link.alive, link.told) = (false, true),
         }
-        // (At its limit the check is abandoned: then the pool counts it as dead by itself, at a moment that nobody tells.)
-        if result.is_err() && now() - begun + Duration::from_micros(5) < limit {
+        // (At its limit the check is abandoned: then the pool has counted it as dead by itself, before. Its limit began when
+        // a thread was asked for, and that may have been slow.)
+        let late = Duration::from_millis(1) + stalls(now() - limit);
+        let in_time = now() - begun + late < limit && !aborted.load(Ordering::Relaxed);
+        if result.is_err() && in_time {
             state.told_dead = Some(now());
         }
         note(|| format!("server: {} validated, {result:?}", conn.id));
