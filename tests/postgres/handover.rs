@@ -1,6 +1,6 @@
 //! Nobody ever receives another's transaction, nor another's answers.
 
-use crate::support::{Server, capture, logged, ms, wait_until};
+use crate::support::{Fault, Proxy, Server, capture, logged, ms, wait_until};
 use log::Level;
 use millpond::postgres::{Connector, Pool, PostgresManager, Reset};
 use millpond::{CloseReason, PooledConnection};
@@ -90,6 +90,27 @@ const MESSES: [Mess; 14] = [
         let _ = c.simple_query("SELECT 1");
     }),
 ];
+
+/// The caller has its answer, and the end of it is still under way.
+#[test]
+fn a_copy_whose_end_comes_late_costs_no_connection() {
+    let proxy = Proxy::to(Server::shared().addr());
+    let manager = PostgresManager::parse(&proxy.conninfo("latecopy"), NoTls).unwrap();
+    let pool = manager.builder().max_size(1).connection_timeout(Duration::from_secs(20)).open().unwrap();
+    let mut client = pool.get().unwrap();
+    client.batch_execute("CREATE TEMP TABLE late (n int4)").unwrap();
+    let mut rows = client.copy_in("COPY late FROM STDIN").unwrap();
+    rows.write_all(b"1\n").unwrap();
+    // That a row was copied comes through, and that the server is ready does not.
+    proxy.fault(.., Fault::StallAfter(b"C0000COPY 1\0".len()));
+    assert_eq!(rows.finish().unwrap(), 1);
+    drop(client);
+    proxy.heal();
+    assert_clean(&mut pool.get().unwrap(), "a copy");
+    let stats = pool.stats();
+    assert_eq!((stats.opens, proxy.accepted()), (1, 1), "{stats}");
+    assert!(pool.close(Duration::from_secs(20)).is_complete());
+}
 
 /// `often`: how many times what depends on chance is tried.
 fn cleans_up<T: Connector>(manager: PostgresManager<T>, messes: &[Mess], often: usize) {

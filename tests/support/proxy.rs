@@ -278,6 +278,9 @@ impl Line {
     fn accept(self: &Arc<Line>, listener: &TcpListener) {
         for client in listener.incoming() {
             if self.deaf.load(SeqCst) {
+                // A child of another test, between its fork and its exec, has the listener as well, and it would listen
+                // on. This ends it for all who have it.
+                let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Both);
                 return;
             }
             let Ok(client) = client else {

@@ -15,6 +15,9 @@ pub(in crate::postgres) type SendCancel = Arc<dyn Fn(Duration) -> Result<(), Err
 
 /// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 pub(in crate::postgres) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
+/// After so long without an effect the pool sends another cancel request, and waits twice as long the next time. The server
+/// ignores one that comes just before the backend begins with the query.
+const AGAIN: Duration = Duration::from_millis(50);
 /// How long a server takes to act on a cancel request, at best.
 const REACTION: Duration = Duration::from_millis(1);
 
@@ -102,11 +105,17 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
     if !watch.is_waiting() {
         return;
     }
-    let begun = Instant::now();
-    let _ = send(limit);
+    let deadline = Instant::now() + limit;
+    let left = || deadline.saturating_duration_since(Instant::now());
+    let mut pause = AGAIN;
     // The server's own error ("canceling statement due to user request") is to come before the abort.
-    while watch.is_waiting() && begun.elapsed() < limit {
-        thread::sleep(REACTION);
+    while watch.is_waiting() && !left().is_zero() {
+        let _ = send(left());
+        let next = deadline.min(Instant::now() + pause);
+        while watch.is_waiting() && Instant::now() < next {
+            thread::sleep(REACTION);
+        }
+        pause *= 2;
     }
     // The answer that has arrived needs a moment to reach the caller that waits for it.
     thread::sleep(REACTION);

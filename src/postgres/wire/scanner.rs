@@ -137,7 +137,7 @@ pub(super) struct Scanner {
     /// of the protocol, which `postgres` speaks.
     #[cfg_attr(not(unix), allow(dead_code))]
     key: Option<Key>,
-    /// From `CopyInResponse` to the next `ReadyForQuery`.
+    /// From `CopyInResponse` to the `CommandComplete` of the COPY, or the next `ReadyForQuery`.
     copy_in: bool,
     poisoned: bool,
     /// A message had a length that cannot be. So it is not known where the next one begins, and nothing is read any
@@ -422,6 +422,14 @@ impl Scanner {
                 // In the extended protocol the batch's own `Sync` is already on its way; in COPY the server ignores it.
                 if matches!(self.pending.front(), Some(Request::Batch | Request::Bind)) {
                     self.pending.pop_front();
+                }
+            }
+            // The COPY has taken all rows, and is over. What is still to come is the answer to the `Sync` behind it, which
+            // may not be sent yet.
+            b'C' if self.copy_in => {
+                self.copy_in = false;
+                if self.pending.is_empty() {
+                    self.batch = Batch::Other;
                 }
             }
             b'E' => {

@@ -258,6 +258,13 @@ fn read_slowly(parts: &[Part]) -> Found {
                         return Found::NotKnown;
                     }
                 }
+                if tag == b'C' && in_copy {
+                    in_copy = false;
+                    // The `Sync` behind the COPY was not sent yet.
+                    if answered == requests.len() {
+                        batch.push(b'd');
+                    }
+                }
                 if tag == b'G' {
                     in_copy = true;
                     // The server ignores the `Sync` of the batch, which it gets in the COPY.

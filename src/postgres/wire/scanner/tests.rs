@@ -454,6 +454,47 @@ fn poison_3_an_error_in_a_copy() {
     assert!(scanner.is_poisoned());
 }
 
+/// The caller has its answer before the `ReadyForQuery`, and perhaps before the `Sync` was sent.
+#[test]
+fn a_copy_is_over_when_its_rows_are_taken() {
+    let taken = || message(b'C', b"COPY 1\0");
+    for begin in [message(b'Q', b"copy\0"), [message(b'B', b""), message(b'E', b""), sync()].concat()] {
+        let is_simple = begin[0] == b'Q';
+        for early in [false, true] {
+            let mut scanner = logged_in();
+            scanner.sent(&begin);
+            scanner.received(&message(b'G', b"\0\0\0"));
+            scanner.sent(&[message(b'd', b"1"), message(b'c', b"")].concat());
+            assert!(scanner.in_copy());
+            if early {
+                scanner.received(&taken());
+                assert!(!scanner.in_copy() && scanner.is_busy());
+            }
+            if !is_simple {
+                scanner.sent(&sync());
+            }
+            if !early {
+                scanner.received(&taken());
+            }
+            assert!(!scanner.in_copy() && scanner.is_busy() && !scanner.is_lost());
+            scanner.received(&ready(b'I'));
+            assert!(scanner.is_idle());
+            assert_eq!(scanner.outstanding(), 0);
+        }
+    }
+}
+
+/// A constraint that is checked at the end.
+#[test]
+fn an_error_behind_a_copy_is_an_ordinary_one() {
+    let mut scanner = logged_in();
+    scanner.sent(&[message(b'B', b""), message(b'E', b""), sync()].concat());
+    scanner.received(&message(b'G', b"\0\0\0"));
+    scanner.sent(&[message(b'd', b"1"), message(b'c', b""), sync()].concat());
+    scanner.received(&[message(b'C', b"COPY 1\0"), error("ERROR", "23503"), ready(b'I')].concat());
+    assert!(scanner.is_idle());
+}
+
 #[test]
 fn poison_4_bytes_that_are_not_the_protocol() {
     for length in [i32::MIN, -1, 0, 3] {
