@@ -68,7 +68,7 @@ const TRIES: u32 = 4;
 /// How many pauses of the processor a thread makes before each try. A thread that tries again at once takes the memory of the
 /// lock from the one that has it, and both then wait for memory most of the time (docs/performance.md, "Leaving the lock
 /// alone").
-const PAUSES: u32 = 64;
+const PAUSES: u32 = 40;
 /// The same while there are waiters. Then a thread that comes late finds no connection, and must sleep.
 const PAUSES_BESIDE_WAITERS: u32 = 1;
 
