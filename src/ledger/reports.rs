@@ -137,6 +137,9 @@ impl<C, W: Clone> Ledger<C, W> {
                 return l.reported_late();
             }
             let born = l.slots[index as usize].born;
+            // A recycle forgets a refusal, also one that was under way: it may be of the old password.
+            let is_old = l.slots[index as usize].generation < l.generation;
+            let reach = if is_old && reach == Reach::Refusal { Reach::Server } else { reach };
             l.start_closing(index, now);
             l.tally.failed_opens += 1;
             l.failed(now, born, FailedOpen::AsReported, reach, jitter);

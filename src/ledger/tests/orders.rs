@@ -127,6 +127,23 @@ fn recycle_ends_a_refusal_and_its_back_off() {
 }
 
 #[test]
+fn a_refusal_that_was_under_way_at_a_recycle_is_forgotten_as_well() {
+    let mut w = World::new(settings());
+    w.takes.open = ms(20);
+    let a = w.get();
+    w.run(ms(10));
+    w.replaced = w.event();
+    w.ledger.recycle(w.now);
+    w.apply();
+    w.refuse = Some(Reach::Refusal);
+    w.run(ms(10));
+    assert_eq!((w.ledger.tally.failed_opens, w.ledger.is_refusing()), (1, false));
+    w.refuse = None;
+    w.run(ms(70));
+    assert!(w.has(a), "it was not told of the refusal, and the next attempt was 50 ms later");
+}
+
+#[test]
 fn close_tells_the_reaper_and_who_watches() {
     let mut w = World::new(settings());
     w.burst(1);
