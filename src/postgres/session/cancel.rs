@@ -108,12 +108,19 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
     let deadline = Instant::now() + limit;
     let left = || deadline.saturating_duration_since(Instant::now());
     let mut pause = AGAIN;
-    // The server's own error ("canceling statement due to user request") is to come before the abort.
-    while watch.is_waiting() && !left().is_zero() {
-        let _ = send(left());
-        let next = deadline.min(Instant::now() + pause);
+    loop {
+        let begun = Instant::now();
+        // None is sent to a server that is silent, nor so late that it could not be answered: it would take a thread for
+        // longer.
+        let is_silent = send(left()).is_err() && begun.elapsed() >= AGAIN;
+        let is_last = is_silent || left() < 2 * pause;
+        let next = if is_last { deadline } else { Instant::now() + pause };
+        // The server's own error ("canceling statement due to user request") is to come before the abort.
         while watch.is_waiting() && Instant::now() < next {
             thread::sleep(REACTION);
+        }
+        if is_last || !watch.is_waiting() {
+            break;
         }
         pause *= 2;
     }
