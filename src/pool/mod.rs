@@ -90,8 +90,9 @@ impl<M: Manage> Pool<M> {
     /// If the close of such a connection takes more than a tenth of `close_timeout` while a caller waits for its place,
     /// it is abandoned like a close past that limit: the server at the other end may be the one that failed.
     ///
-    /// Call it after a failover, or when a password was changed. The pool forgets a permanent refusal, and makes the
-    /// next attempt soon.
+    /// Call it after a failover, or when a password was changed. The pool forgets a permanent refusal, that of an attempt
+    /// under way as well, and makes the next attempt soon. (If it is called more often than a login takes, no caller is
+    /// told of a refusal before its deadline.)
     pub fn recycle(&self) {
         let shared = self.shared();
         if shared.is_forked() {

@@ -3,14 +3,13 @@
 //! Every trouble is met by every way to close. Each time the close takes no longer than its grace, says what is left,
 //! and later nothing is: no thread of the pool, no connection at the server.
 
-use crate::support::{Fault, Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, within};
+use crate::support::{Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, within};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use millpond::event::{HandleEvent, ReleaseEvent};
 use millpond::postgres::{Pool, PooledConnection, PostgresManager};
 use millpond::{CloseReport, ConnectionState, ErrorKind};
 use parking_lot::Mutex;
 use postgres::NoTls;
-use postgres::error::SqlState;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -315,29 +314,6 @@ fn closes_under(trouble: Trouble, way: Way) {
 fn closes_in_every_way_under(trouble: Trouble) {
     let _beside = beside_others();
     WAYS.into_iter().for_each(|way| closes_under(trouble, way));
-}
-
-/// The server ignores a request to cancel that comes just before the query begins. Here the first one does not even come.
-#[test]
-fn a_query_that_the_first_request_does_not_cancel() {
-    let _beside = beside_others();
-    let (server, app) = (Server::shared(), "close-again");
-    let proxy = Proxy::to(server.addr());
-    let manager = PostgresManager::parse(&proxy.conninfo(app), NoTls).unwrap();
-    let pool = manager.builder().max_size(1).open().unwrap();
-    let mut used = pool.get().unwrap();
-    let query = thread::spawn(move || used.batch_execute("SELECT pg_sleep(60)").unwrap_err());
-    let runs = || server.backends(app).iter().any(|backend| backend.state == "active");
-    assert!(wait_until(within(SOON), runs));
-    let next = proxy.accepted();
-    proxy.fault(next..=next, Fault::Reset);
-    let report = pool.close(Duration::ZERO);
-    assert_eq!(report.aborted.len(), 1, "{report}");
-    let error = query.join().unwrap();
-    assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED), "{error}");
-    assert_eq!(proxy.accepted(), next + 2);
-    assert!(pool.close(SOON).is_complete());
-    assert_eq!(server.wait_for(app, 0, within(SOON)), 0, "connections at the server");
 }
 
 #[test]

@@ -15,9 +15,6 @@ pub(in crate::postgres) type SendCancel = Arc<dyn Fn(Duration) -> Result<(), Err
 
 /// How long the pool waits for a cancel request of its own to be sent and to have its effect.
 pub(in crate::postgres) const CANCEL_LIMIT: Duration = Duration::from_secs(1);
-/// After so long without an effect the pool sends another cancel request, and waits twice as long the next time. The server
-/// ignores one that comes just before the backend begins with the query.
-const AGAIN: Duration = Duration::from_millis(50);
 /// How long a server takes to act on a cancel request, at best.
 const REACTION: Duration = Duration::from_millis(1);
 
@@ -105,24 +102,11 @@ pub(in crate::postgres) fn cancel_within(limit: Duration, send: &SendCancel, wat
     if !watch.is_waiting() {
         return;
     }
-    let deadline = Instant::now() + limit;
-    let left = || deadline.saturating_duration_since(Instant::now());
-    let mut pause = AGAIN;
-    loop {
-        let begun = Instant::now();
-        // None is sent to a server that is silent, nor so late that it could not be answered: it would take a thread for
-        // longer.
-        let is_silent = send(left()).is_err() && begun.elapsed() >= AGAIN;
-        let is_last = is_silent || left() < 2 * pause;
-        let next = if is_last { deadline } else { Instant::now() + pause };
-        // The server's own error ("canceling statement due to user request") is to come before the abort.
-        while watch.is_waiting() && Instant::now() < next {
-            thread::sleep(REACTION);
-        }
-        if is_last || !watch.is_waiting() {
-            break;
-        }
-        pause *= 2;
+    let begun = Instant::now();
+    let _ = send(limit);
+    // The server's own error ("canceling statement due to user request") is to come before the abort.
+    while watch.is_waiting() && begun.elapsed() < limit {
+        thread::sleep(REACTION);
     }
     // The answer that has arrived needs a moment to reach the caller that waits for it.
     thread::sleep(REACTION);
