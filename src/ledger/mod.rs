@@ -102,7 +102,8 @@ pub(crate) struct Ledger<C, W> {
     next_ticket: u64,
     /// How often all connections were declared outdated. Changed by `outdate`.
     generation: u64,
-    /// How many connections were found dead; not counted by a pool that never checks. A connection that was last proven well before the last of them is suspect.
+    /// How many connections were found dead; not counted by a pool that never checks. A connection that was last proven
+    /// well before the last of them is suspect.
     /// (The ledger counts instead of comparing times, since the order of the steps is certain and a clock's is not.)
     found_dead: u64,
     /// When a caller that does not wait last asked for a connection. A connection that was used or checked since serves

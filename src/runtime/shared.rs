@@ -471,7 +471,8 @@ impl<M: Manage> Timed for Shared<M> {
     fn lacks_reaper(self: &Arc<Self>) {
         // First, so that whoever puts a job in the backlog after the loop starts the reaper, or comes here.
         self.with(|l| l.lacks_reaper());
-        // Nobody looks at the backlog again. (The closes have no limit then, and no caller is left to wait for them.)
+        // Nobody looks at the backlog again. (The closes have no limit then, nor has one that another thread has begun
+        // meanwhile. No caller is left to wait for them.)
         while let Some(job) = self.executor.take_close() {
             self.run_on_caller(job);
         }
