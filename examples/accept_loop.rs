@@ -9,7 +9,8 @@
 //! closes. `PORT` changes the port.
 
 use millpond::Workers;
-use millpond::postgres::{Pool, builder};
+use millpond::postgres::{Pool, PostgresManager, ServerGuards};
+use postgres::NoTls;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::error::Error;
@@ -45,10 +46,12 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let pool = builder(&env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?)?
-        .name("lines")
-        .max_size(4)
-        .open()?;
+    let address = env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?;
+    // A statement that still hangs when the program has ended is ended by the server, which looks this often.
+    let check = Some(Duration::from_secs(2));
+    let guards = ServerGuards { client_connection_check_interval: check, ..ServerGuards::default() };
+    let manager = PostgresManager::parse(&address, NoTls)?.server_guards(guards);
+    let pool = manager.builder().name("lines").max_size(4).open()?;
     // On return and on panic: all clients are told first, then the guard waits for their threads.
     let mut clients = pool.guard().owning_with(Vec::<Client>::new(), |clients, deadline| {
         OVER.store(true, SeqCst);

@@ -4,6 +4,7 @@
 //! DATABASE_URL=postgres://user@host/database cargo run --example async_server
 //! curl -d 'Grease the wheel' localhost:3000/notes      # in a second terminal: the number of the note
 //! curl localhost:3000/notes/1
+//! curl localhost:3000/ready                            # for a balancer
 //! ```
 //!
 //! `pool.get()` blocks its thread, which a task of the runtime must not do: so `spawn_blocking`. A connection stays within
@@ -17,7 +18,8 @@ use axum::extract::{Path, State};
 use axum::http::{StatusCode, header::RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use millpond::postgres::{Connection, Pool, builder};
+use millpond::postgres::{Connection, Pool, PostgresManager, ServerGuards};
+use postgres::NoTls;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::env;
@@ -41,11 +43,13 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    // A request waits for a second. And beyond 64 that wait, one more is told so at once: each takes a thread.
-    let pool = builder(&env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?)?
-        .name("notes")
-        .max_size(4)
-        .max_waiting(64);
+    let address = env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?;
+    // A statement that still hangs when the program has ended is ended by the server, which looks this often.
+    let check = Some(Duration::from_secs(2));
+    let guards = ServerGuards { client_connection_check_interval: check, ..ServerGuards::default() };
+    let manager = PostgresManager::parse(&address, NoTls)?.server_guards(guards);
+    // A request waits for a second. Beyond 64 that wait, one more is told so at once: each takes a thread.
+    let pool = manager.builder().name("notes").max_size(4).max_waiting(64);
     let pool = pool.connection_timeout(Duration::from_secs(1)).open()?;
     let guard = pool.guard();
     pool.get()?.batch_execute(SCHEMA)?;
@@ -55,7 +59,8 @@ fn run() -> Result<(), Failure> {
     let port = env::var("PORT").map_or(Ok(3000), |port| port.parse())?;
     let listener = runtime.block_on(TcpListener::bind(("127.0.0.1", port)))?;
     let address = listener.local_addr()?;
-    let app = Router::new().route("/notes", post(create)).route("/notes/{id}", get(read)).with_state(pool);
+    let app = Router::new().route("/notes", post(create)).route("/notes/{id}", get(read));
+    let app = app.route("/ready", get(ready)).with_state(pool);
     let (stop, stopped) = oneshot::channel::<()>();
     let until = async { drop(stopped.await) };
     let server = runtime.spawn(async { axum::serve(listener, app).with_graceful_shutdown(until).await });
@@ -105,6 +110,13 @@ async fn read(State(pool): State<Pool>, Path(id): Path<i64>) -> Result<Response,
     })
 }
 
+/// For a balancer. "All in use" is no reason to send clients elsewhere; "the server is down" is.
+async fn ready(State(pool): State<Pool>) -> (StatusCode, String) {
+    let health = pool.health();
+    let status = if health.serves() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, format!("{health}\n"))
+}
+
 /// What a client is told instead; the error's own words stay in the log.
 struct Refusal(Failure);
 
@@ -115,6 +127,7 @@ impl IntoResponse for Refusal {
             Some(e) if e.is_exhausted() => {
                 (StatusCode::SERVICE_UNAVAILABLE, [(RETRY_AFTER, "1")], "too busy, come again\n").into_response()
             }
+            Some(e) if e.is_unavailable() => (StatusCode::SERVICE_UNAVAILABLE, "no database here\n").into_response(),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "something went wrong here\n").into_response(),
         }
     }

@@ -11,7 +11,8 @@
 //! Ctrl-C and SIGTERM end it: the jobs that have begun are done, then the pool closes.
 
 use millpond::Workers;
-use millpond::postgres::{Pool, Transaction, builder};
+use millpond::postgres::{Pool, PostgresManager, ServerGuards, Transaction};
+use postgres::NoTls;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::error::Error;
@@ -43,10 +44,12 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Failure> {
-    let pool = builder(&env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?)?
-        .name("jobs")
-        .max_size(WORKERS as u32)
-        .open()?;
+    let address = env::var("DATABASE_URL").or(Err("which database? DATABASE_URL names none"))?;
+    // A statement that still hangs when the program has ended is ended by the server, which looks this often.
+    let check = Some(Duration::from_secs(2));
+    let guards = ServerGuards { client_connection_check_interval: check, ..ServerGuards::default() };
+    let manager = PostgresManager::parse(&address, NoTls)?.server_guards(guards);
+    let pool = manager.builder().name("jobs").max_size(WORKERS as u32).open()?;
     let guard = pool.guard().grace(Duration::from_secs(20)); // longer than a job takes
     pool.get()?.batch_execute(SCHEMA)?;
     let mut signals = Signals::new([SIGTERM, SIGINT])?;

@@ -25,7 +25,7 @@ type Failure = Box<dyn Error + Send + Sync>;
 const SCHEMA: &str =
     "CREATE TABLE IF NOT EXISTS entries (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, entry text NOT NULL)";
 const READ: &str = "SELECT entry FROM entries WHERE id = $1";
-/// How long a reader waits for a connection to a standby, and for the standby to catch up.
+/// How long a reader waits for a standby to catch up.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
@@ -48,7 +48,7 @@ fn run() -> Result<(), Failure> {
     let writer = manager(TargetSessionAttrs::ReadWrite)?.builder().name("writer").max_size(4).open()?;
     let writer_guard = writer.guard();
     // Without a check that a standby is there: the program works without one as well.
-    let reader = millpond::Pool::builder().name("reader").max_size(8).connection_timeout(PATIENCE);
+    let reader = millpond::Pool::builder().name("reader").max_size(8).connection_timeout(Duration::from_secs(1));
     let reader = reader.build_unchecked(manager(TargetSessionAttrs::ReadOnly)?);
     let reader_guard = reader.guard();
     let pools = Pools { writer, reader };
@@ -87,8 +87,11 @@ impl Pools {
         Ok((self.writer.get()?.query_one_cached(READ, &[&id])?.get(0), false))
     }
 
-    /// `None`: no standby has got that far.
+    /// `None`: there is no standby, or none has got that far.
     fn read_from_standby(&self, id: i64, at: PgLsn) -> Result<Option<String>, Failure> {
+        if !self.reader.health().serves() {
+            return Ok(None);
+        }
         let mut client = self.reader.get()?;
         if !caught_up(&mut client, at)? {
             return Ok(None);

@@ -2,7 +2,7 @@
 
 use crate::corner::Corner;
 use crate::program::Program;
-use crate::support::{SOON, beside_others, wait_until, within};
+use crate::support::{SOON, Server, beside_others, wait_until, within};
 use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -192,6 +192,8 @@ fn an_async_server() {
     let (status, _, body) = request(address, "GET", "/notes/1", "");
     assert_eq!((status, &*body), (200, "grease the wheel"));
     assert_eq!(request(address, "GET", "/notes/2", "").0, 404);
+    let ready = request(address, "GET", "/ready", "");
+    assert_eq!((ready.0, &*ready.2), (200, "ready"));
 
     // All connections are in use; one request more has to wait, and is told to come again.
     let lock = corner.lock("notes");
@@ -241,4 +243,34 @@ fn an_async_server_does_not_wait_for_ever() {
     assert_eq!(corner.left(), 0);
     let _ = hanging.join();
     drop(lock);
+}
+
+/// A balancer sends clients elsewhere while the database is down, and only then.
+#[test]
+fn an_async_server_says_that_its_database_is_down() {
+    let _beside = beside_others();
+    let server = Server::start();
+    let mut program = Program::start("async_server", &server.conninfo("threaded_async_down"));
+    let address = program.address();
+    assert_eq!(request(address, "POST", "/notes", "before").0, 201);
+
+    server.stop_fast();
+    let mut ready = (0, String::new(), String::new());
+    let down = wait_until(within(SOON), || {
+        // It learns of it by its clients.
+        let (status, head, _) = request(address, "POST", "/notes", "lost");
+        assert!([500, 503].contains(&status) && !head.contains("retry-after"), "{head}");
+        ready = request(address, "GET", "/ready", "");
+        ready.0 == 503
+    });
+    assert!(down && ready.2.starts_with("down"), "{ready:?}");
+    assert_eq!(request(address, "POST", "/notes", "lost").0, 503);
+
+    server.start_again();
+    // Nobody but the balancer asks.
+    assert!(wait_until(within(SOON), || request(address, "GET", "/ready", "").0 == 200));
+    assert_eq!(request(address, "POST", "/notes", "after").0, 201);
+    program.signal(Signal::TERM);
+    program.ends_cleanly();
+    assert_eq!(server.wait_for("threaded_async_down", 0, within(SOON)), 0);
 }
