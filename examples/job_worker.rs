@@ -73,7 +73,10 @@ fn run() -> Result<(), Failure> {
 
 fn work(pool: &Pool) {
     while !OVER.load(SeqCst) {
-        match do_next(pool) {
+        // Whatever panics costs one connection and a pause, and no worker.
+        let next =
+            catch_unwind(AssertUnwindSafe(|| do_next(pool))).unwrap_or_else(|_| Err("a worker has panicked".into()));
+        match next {
             Ok(true) => {}
             Ok(false) => thread::park_timeout(PAUSE),
             Err(e) => {

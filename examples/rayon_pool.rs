@@ -7,6 +7,8 @@
 //! The drop of a `rayon::ThreadPool` tells its threads to end when no job is left, and does not wait for them. Rayon
 //! lets its user start the threads; so the guard gets their handles, drops the rayon pool and waits for the threads.
 //!
+//! Without a handler for them, a panic in a job that nobody waits for ends the whole process, and no guard is dropped.
+//!
 //! A connection is checked out within one job, and returned before the job waits for others (`join`, `scope`,
 //! `par_iter`): a thread of rayon's that waits takes up another job meanwhile, which may want a connection as well.
 
@@ -33,7 +35,8 @@ fn run() -> Result<(), Failure> {
     pool.get()?.batch_execute(SCHEMA)?;
 
     let mut threads = Vec::new();
-    let rayon = rayon::ThreadPoolBuilder::new().num_threads(4).spawn_handler(|thread| {
+    let rayon = rayon::ThreadPoolBuilder::new().num_threads(4).panic_handler(|_| eprintln!("a job has panicked"));
+    let rayon = rayon.spawn_handler(|thread| {
         threads.push(thread::Builder::new().name(format!("rayon-{}", thread.index())).spawn(|| thread.run())?);
         Ok(())
     });
@@ -65,7 +68,8 @@ fn run() -> Result<(), Failure> {
 fn keep(pool: &Pool, start: i64) -> Result<(), Failure> {
     let next = |&n: &i64| (n != 1).then(|| if n % 2 == 0 { n / 2 } else { 3 * n + 1 });
     let steps = std::iter::successors(Some(start), next).count() as i64 - 1;
-    let sql = "INSERT INTO walks VALUES ($1, $2) ON CONFLICT (start) DO UPDATE SET steps = excluded.steps";
-    pool.get()?.execute_cached(sql, &[&start, &steps])?;
-    Ok(())
+    let sql = "INSERT INTO walks VALUES ($1, $2) ON CONFLICT (start) DO UPDATE SET steps = excluded.steps \
+               RETURNING steps";
+    let kept: i64 = pool.get()?.query_one_cached(sql, &[&start, &steps])?.get(0);
+    if kept != steps { Err(format!("not {kept}").into()) } else { Ok(()) }
 }

@@ -166,8 +166,9 @@ impl Mill {
     fn start(&mut self, processes: u32) -> Result<(), Failure> {
         let mut command = Command::new(env::current_exe()?);
         let child = command.arg(processes.to_string()).stdin(Stdio::piped()).spawn()?;
-        println!("worker {} started", child.id());
+        let pid = child.id();
         self.workers.push((child, Instant::now()));
+        println!("worker {pid} started");
         Ok(())
     }
 

@@ -51,7 +51,7 @@ fn run() -> Result<(), Failure> {
 }
 
 fn keep(pool: &Pool, n: i64) -> Result<(), Failure> {
-    let sql = "INSERT INTO squares VALUES ($1, $1 * $1) ON CONFLICT (n) DO UPDATE SET square = excluded.square \
+    let sql = "INSERT INTO squares VALUES ($1::bigint, $1 * $1) ON CONFLICT (n) DO UPDATE SET square = excluded.square \
                RETURNING square";
     let square: i64 = pool.get()?.query_one_cached(sql, &[&n])?.get(0);
     if square != n * n { Err(format!("not {square}").into()) } else { Ok(()) }

@@ -51,14 +51,16 @@ fn rayon() {
     assert_eq!(corner.left(), 0);
 }
 
-/// The jobs that nobody waits for hang; the program waits for them, since its guard does.
+/// Of the jobs that nobody waits for two panic and the last are slow. The program waits for them, since its guard does.
 #[test]
-fn rayon_waits_for_what_it_has_begun() {
+fn rayon_finishes_what_it_has_begun() {
     let _beside = beside_others();
-    let mut corner = Corner::new("threaded_rayon_waits");
-    slow_down(&mut corner, "walks (start bigint PRIMARY KEY, steps bigint NOT NULL)", "NEW.start > 96");
-    Program::start("rayon_pool", &corner.address()).ends_cleanly();
-    assert_eq!(corner.ask("SELECT count(*) FROM walks"), 100);
+    let mut corner = Corner::new("threaded_rayon_finishes");
+    slow_down(&mut corner, "walks (start bigint PRIMARY KEY, steps bigint)", "NEW.start > 96");
+    spoil(&mut corner, "walks", "steps", "NEW.start IN (60, 95)");
+    let words = Program::start("rayon_pool", &corner.address()).ends_cleanly();
+    assert_eq!(words.matches("a job has panicked").count(), 2, "{words}");
+    assert_eq!(corner.ask("SELECT count(steps) FROM walks"), 98);
     assert_eq!(corner.left(), 0);
 }
 
@@ -66,11 +68,9 @@ fn rayon_waits_for_what_it_has_begun() {
 fn threadpool() {
     let _beside = beside_others();
     let mut corner = Corner::new("threaded_threadpool");
-    // The last jobs are slow, and the two before them kill their threads. All others are done.
+    // The last jobs are slow, and two before them panic. All others are done.
     slow_down(&mut corner, "squares (n bigint PRIMARY KEY, square bigint)", "NEW.n > 96");
-    let sql = "CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.square = NULL; RETURN NEW; END'; \
-               CREATE TRIGGER nothing BEFORE INSERT ON squares FOR EACH ROW WHEN (NEW.n IN (90, 95)) EXECUTE FUNCTION nothing()";
-    corner.client.batch_execute(sql).unwrap();
+    spoil(&mut corner, "squares", "square", "NEW.n IN (90, 95)");
     let words = Program::start("thread_pool", &corner.address()).ends_cleanly();
     assert_eq!(words.matches("panicked").count(), 2, "{words}");
     assert_eq!(corner.ask("SELECT count(*) FROM squares WHERE square = n * n"), 98);
@@ -84,6 +84,15 @@ fn slow_down(corner: &mut Corner, table: &str, rows: &str) {
         "CREATE TABLE {table}; \
          CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.25); RETURN NEW; END'; \
          CREATE TRIGGER slow BEFORE INSERT ON {name} FOR EACH ROW WHEN ({rows}) EXECUTE FUNCTION slow()"
+    );
+    corner.client.batch_execute(&sql).unwrap();
+}
+
+/// Has the server keep no value for these rows, which the program does not expect.
+fn spoil(corner: &mut Corner, table: &str, column: &str, rows: &str) {
+    let sql = format!(
+        "CREATE FUNCTION spoil() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.{column} = NULL; RETURN NEW; END'; \
+         CREATE TRIGGER spoil BEFORE INSERT ON {table} FOR EACH ROW WHEN ({rows}) EXECUTE FUNCTION spoil()"
     );
     corner.client.batch_execute(&sql).unwrap();
 }
@@ -120,6 +129,7 @@ fn without_a_database_each_says_so_in_one_line() {
         "async_server",
         "job_worker",
         "rayon_pool",
+        "reader_writer",
         "scoped_threads",
         "several_pools",
         "supervisor",

@@ -1,7 +1,7 @@
 //! A primary and its streaming standby, and a program with a pool for each.
 
 use crate::program::Program;
-use crate::support::{History, SOON, Server, alone, within};
+use crate::support::{History, SOON, Server, alone, wait_until, within};
 
 /// All of them in one list, as a program is told where its database is. A primary sends on what it has flushed, and
 /// these flush late unless they are told otherwise.
@@ -15,8 +15,8 @@ fn address(servers: &[&Server]) -> String {
     )
 }
 
-fn entries(server: &Server) -> i64 {
-    server.connect().query_one("SELECT count(*) FROM entries", &[]).unwrap().get(0)
+fn level(server: &Server) -> i32 {
+    server.connect().query_one("SELECT level FROM levels", &[]).unwrap().get(0)
 }
 
 /// How many of its 20 reads the program had from a standby.
@@ -25,9 +25,13 @@ fn from_standby(words: &str) -> u32 {
     rest.split(' ').next().and_then(|n| n.parse().ok()).expect("a number")
 }
 
-/// Whether the program asked here for an entry.
+/// Whether the program asked here for a level.
 fn was_read(history: &History) -> bool {
-    history.0.iter().flat_map(|sample| &sample.backends).any(|backend| backend.query.contains("FROM entries"))
+    history
+        .0
+        .iter()
+        .flat_map(|sample| &sample.backends)
+        .any(|backend| backend.query.contains("SELECT level FROM levels"))
 }
 
 #[test]
@@ -36,13 +40,13 @@ fn a_reader_and_a_writer() {
     let primary = Server::with(Server::STREAMING);
     let standby = Server::standby_of(&primary);
     // Each in its turn is the first in the list: the roles decide, and not the order.
-    for (n, order) in [[&primary, &standby], [&standby, &primary]].into_iter().enumerate() {
+    for order in [[&primary, &standby], [&standby, &primary]] {
         let watch = standby.watch("pair");
         let words = Program::start("reader_writer", &address(&order)).ends_cleanly();
         // All of them, unless the machine stands still.
         assert!(from_standby(&words) > 10 && was_read(&watch.end()), "{words}");
         assert_eq!(words.matches("nothing is left").count(), 2, "{words}");
-        assert_eq!(entries(&primary), 20 * (n as i64 + 1));
+        assert_eq!(level(&primary), 20);
         for server in [&primary, &standby] {
             assert_eq!(server.wait_for("pair", 0, within(SOON)), 0);
         }
@@ -54,9 +58,22 @@ fn a_standby_that_is_behind_is_not_believed() {
     let _alone = alone();
     let primary = Server::with(Server::STREAMING);
     let standby = Server::standby_of(&primary);
+    let program = || Program::start("reader_writer", &address(&[&primary, &standby])).ends_cleanly();
+    // It shows the end of this, and none of what comes later.
+    let words = program();
+    assert!(
+        wait_until(within(SOON), || standby
+            .connect()
+            .query_opt("SELECT FROM levels WHERE level = 20", &[])
+            .is_ok_and(|row| row.is_some())),
+        "{words}"
+    );
     standby.connect().batch_execute("SELECT pg_wal_replay_pause()").unwrap();
-    let words = Program::start("reader_writer", &address(&[&primary, &standby])).ends_cleanly();
+    let watch = standby.watch("pair");
+    let words = program();
     assert_eq!(from_standby(&words), 0, "{words}");
+    assert!(watch.end().0.iter().any(|sample| sample.count() > 0), "it was asked how far it is");
+    assert!(!words.contains("instead"), "{words}");
     for server in [&primary, &standby] {
         assert_eq!(server.wait_for("pair", 0, within(SOON)), 0);
     }

@@ -35,10 +35,27 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Starts an example on this database, with `PORT=0`.
-    pub(crate) fn start(name: &str, database: &str) -> Program {
+    fn command(name: &str, database: &str) -> Command {
         let mut command = Command::new(built(name));
         command.env("DATABASE_URL", database).env("PORT", "0").env("RUST_BACKTRACE", "0");
+        command
+    }
+
+    /// Runs an example whose output nobody reads, to its end: the first thing that it prints makes it panic.
+    #[track_caller]
+    pub(crate) fn panics(name: &str, database: &str) {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Program::command(name, database);
+        let child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).spawn().expect("the example");
+        let program = Program { child, lines: channel().1, seen: String::new() };
+        let (status, _) = program.end();
+        assert_eq!(status.code(), Some(101), "it does not panic: {status}");
+    }
+
+    /// Starts an example on this database, with `PORT=0`.
+    pub(crate) fn start(name: &str, database: &str) -> Program {
+        let mut command = Program::command(name, database);
         let (reader, writer) = std::io::pipe().expect("a pipe");
         let error = writer.try_clone().expect("a second end");
         let child = command.stdin(Stdio::null()).stdout(writer).stderr(error).spawn().expect("the example");

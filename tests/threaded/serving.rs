@@ -8,6 +8,17 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::thread;
 
+/// The main thread panics when all else runs: what it prints first it cannot print.
+#[test]
+fn a_panic_of_the_main_thread_closes_the_pool() {
+    let _beside = beside_others();
+    let corner = Corner::new("threaded_main_panics");
+    for name in ["accept_loop", "job_worker", "async_server"] {
+        Program::panics(name, &corner.address());
+        assert_eq!(corner.left(), 0, "{name}");
+    }
+}
+
 // ---------------------------------------------------------------------------------------------- the accept loop
 
 /// A client that sends lines.
@@ -123,6 +134,25 @@ fn jobs_are_done_once_each() {
     assert_eq!(corner.ask("SELECT count(*) FROM jobs WHERE error = 'it panicked'"), 1);
     programs.iter_mut().for_each(|program| program.signal(Signal::TERM));
     programs.into_iter().for_each(|program| drop(program.ends_cleanly()));
+    assert_eq!(corner.left(), 0);
+}
+
+/// A panic outside of a job: the worker goes on, and does the job when it can.
+#[test]
+fn a_worker_outlives_a_panic() {
+    let _beside = beside_others();
+    let mut corner = Corner::new("threaded_jobs_panic");
+    let mut program = Program::start("job_worker", &corner.address());
+    program.line("working");
+    // Not what the program expects of a row.
+    let sql = "ALTER TABLE jobs ALTER id TYPE int; INSERT INTO jobs (recipient) VALUES ('ada')";
+    corner.client.batch_execute(sql).unwrap();
+    (0..5).for_each(|_| drop(program.line("a worker has panicked")));
+    assert_eq!(corner.ask("SELECT count(*) FROM jobs WHERE done_at IS NULL"), 1);
+    corner.client.batch_execute("ALTER TABLE jobs ALTER id TYPE bigint").unwrap();
+    program.line("job 1: done");
+    program.signal(Signal::TERM);
+    program.ends_cleanly();
     assert_eq!(corner.left(), 0);
 }
 

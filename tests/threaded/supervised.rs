@@ -157,3 +157,13 @@ fn workers_that_hang_end_as_well() {
     assert_gone(&workers);
     mill.wait_for(0, ALL);
 }
+
+/// The supervisor panics once its first worker is started, since nobody reads what it prints.
+#[test]
+fn workers_end_with_a_supervisor_that_panics() {
+    let _beside = beside_others();
+    let mut mill = Mill::allowing(ENOUGH);
+    let port = mill.server.port();
+    Program::panics("supervisor", &format!("host=127.0.0.1 port={port} user=app dbname=postgres"));
+    mill.wait_for(0, ALL);
+}
