@@ -5,8 +5,8 @@
 //! nc 127.0.0.1 7878      # in a second terminal: a line, Enter
 //! ```
 //!
-//! Ctrl-C and SIGTERM end it: no client is accepted any more, what has been received is answered, and then the pool
-//! closes. `PORT` changes the port.
+//! Ctrl-C and SIGTERM end it: no client is accepted any more, the lines at work are answered, and then the pool closes.
+//! `PORT` changes the port.
 
 use millpond::Workers;
 use millpond::postgres::{Pool, PostgresManager, ServerGuards};
@@ -85,7 +85,10 @@ fn run() -> Result<(), Failure> {
                     Ok(()) => {}
                     Err(e) => eprintln!("a client has gone: {e}"),
                 });
-                clients.push(Client(weak, thread?));
+                match thread {
+                    Ok(thread) => clients.push(Client(weak, thread)),
+                    Err(e) => eprintln!("no thread for a client: {e}"),
+                }
             }
             Ok(mut stream) => drop(writeln!(stream, "too many clients, come again")),
             // A client that left before it was accepted ends no server. And if files are short, a pause helps.

@@ -31,7 +31,7 @@ fn run() -> Result<(), Failure> {
     // For work that people wait for: some connections, and little patience.
     let orders = builder(&address)?.name("orders").max_size(3).connection_timeout(Duration::from_secs(2)).open()?;
     let orders_guard = orders.guard();
-    // For work that nobody waits for: one at a time, the others wait. None is opened before it is needed, nor kept.
+    // For work that nobody waits for: one at a time, and what is idle for a second is closed.
     let reports = builder(&address)?.name("reports").max_size(1).max_idle(Duration::from_secs(1)).open()?;
     let reports_guard = reports.guard();
 

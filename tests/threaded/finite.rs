@@ -2,7 +2,7 @@
 
 use crate::corner::Corner;
 use crate::program::Program;
-use crate::support::beside_others;
+use crate::support::{SOON, beside_others, wait_until, within};
 
 #[test]
 fn scoped_threads() {
@@ -106,6 +106,24 @@ fn several_pools() {
     let at = |text: &str| words.find(text).unwrap_or_else(|| panic!("no `{text}` in:\n{words}"));
     assert!(at("pool 'reports' closed in") < at("pool 'orders' closed in"));
     assert_eq!(words.matches("nothing is left").count(), 2, "{words}");
+    assert_eq!(corner.left(), 0);
+}
+
+/// The first report hangs, and the others wait for its connection: the orders are all done meanwhile.
+#[test]
+fn no_order_waits_for_a_report() {
+    let _beside = beside_others();
+    let mut corner = Corner::new("threaded_several_hang");
+    let sql = "CREATE TABLE gate (); CREATE FUNCTION pg_sleep(numeric) RETURNS bigint LANGUAGE sql AS \
+               'SELECT count(*) FROM gate'";
+    corner.client.batch_execute(sql).unwrap();
+    let gate = corner.lock("gate");
+    let program = Program::start("several_pools", &corner.address());
+    assert!(wait_until(within(SOON), || corner.waiting("pg_sleep") == 1));
+    assert!(wait_until(within(SOON), || program.threads("clerk") == 0), "{} clerks wait", program.threads("clerk"));
+    assert_eq!((program.threads("report-"), corner.waiting("pg_sleep")), (3, 1));
+    drop(gate);
+    program.ends_cleanly();
     assert_eq!(corner.left(), 0);
 }
 

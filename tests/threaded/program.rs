@@ -4,6 +4,8 @@ use crate::support::{SOON, wait_until, within};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -44,10 +46,15 @@ impl Program {
     /// Runs an example whose output nobody reads, to its end: the first thing that it prints makes it panic.
     #[track_caller]
     pub(crate) fn panics(name: &str, database: &str) {
-        let (reader, writer) = std::io::pipe().expect("a pipe");
+        let (reader, writer) = UnixStream::pair().expect("a pipe");
         drop(reader);
         let mut command = Program::command(name, database);
-        let child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null()).spawn().expect("the example");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(OwnedFd::from(writer))
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the example");
         let program = Program { child, lines: channel().1, seen: String::new() };
         let (status, _) = program.end();
         assert_eq!(status.code(), Some(101), "it does not panic: {status}");
@@ -56,9 +63,14 @@ impl Program {
     /// Starts an example on this database, with `PORT=0`.
     pub(crate) fn start(name: &str, database: &str) -> Program {
         let mut command = Program::command(name, database);
-        let (reader, writer) = std::io::pipe().expect("a pipe");
+        let (reader, writer) = UnixStream::pair().expect("a pipe");
         let error = writer.try_clone().expect("a second end");
-        let child = command.stdin(Stdio::null()).stdout(writer).stderr(error).spawn().expect("the example");
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(OwnedFd::from(writer))
+            .stderr(OwnedFd::from(error))
+            .spawn()
+            .expect("the example");
         // Only the example and what it starts hold the other end of the pipe now.
         drop(command);
         let (sender, lines) = channel();
@@ -94,6 +106,13 @@ impl Program {
 
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("a process to signal");
+    }
+
+    /// How many of its threads have a name that begins so.
+    pub(crate) fn threads(&self, prefix: &str) -> usize {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("its threads").flatten();
+        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        tasks.map(name).filter(|name| name.starts_with(prefix)).count()
     }
 
     /// Waits for the end of the example and of all that it has started: with which status, and after which words.
