@@ -50,8 +50,9 @@ fn run() -> Result<(), Failure> {
     let guard = reports_guard.owning(threads);
 
     let mut finished = 0;
-    for result in results {
-        result?;
+    for (name, result) in results {
+        result.map_err(|e| format!("{name}: {}", millpond::Cause::text(&*e)))?;
+        println!("{name} has finished");
         finished += 1;
     }
     if finished < guard.len() {
@@ -67,11 +68,11 @@ fn run() -> Result<(), Failure> {
 /// Starts a thread that says what came of its work.
 fn start(
     name: String,
-    done: &Sender<Result<(), Failure>>,
+    done: &Sender<(String, Result<(), Failure>)>,
     work: impl FnOnce() -> Result<(), Failure> + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let done = done.clone();
-    thread::Builder::new().name(name).spawn(move || drop(done.send(work())))
+    thread::Builder::new().name(name.clone()).spawn(move || drop(done.send((name, work()))))
 }
 
 fn order(pool: &Pool) -> Result<(), Failure> {

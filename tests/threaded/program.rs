@@ -108,13 +108,6 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).expect("a process to signal");
     }
 
-    /// How many of its threads have a name that begins so.
-    pub(crate) fn threads(&self, prefix: &str) -> usize {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).expect("its threads").flatten();
-        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        tasks.map(name).filter(|name| name.starts_with(prefix)).count()
-    }
-
     /// Waits for the end of the example and of all that it has started: with which status, and after which words.
     #[track_caller]
     pub(crate) fn end(mut self) -> (ExitStatus, String) {
