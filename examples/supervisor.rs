@@ -2,8 +2,9 @@
 //!
 //! ```sh
 //! DATABASE_URL=postgres://user@127.0.0.1/database cargo run --example supervisor
-//! kill -9 PID                  # a worker's, in a second terminal: what it left is shown and ended, and it is replaced
-//! pkill -USR1 -o supervisor    # one worker more, if the server allows as many connections; else it is refused
+//! # In a second terminal, with the numbers that the first one shows:
+//! kill -9 WORKER          # what it left is shown and ended, and it is replaced
+//! kill -USR1 SUPERVISOR   # one worker more, if the server allows as many connections; else it is refused
 //! ```
 //!
 //! A worker that is killed closes nothing. The server notices that an idle connection's client is gone; a backend that
@@ -112,7 +113,8 @@ struct Mill {
 
 fn supervise() -> Result<(), Failure> {
     let mut signals = Signals::new([SIGCHLD, SIGTERM, SIGINT, SIGUSR1])?;
-    let pool = manager()?.builder().name("mill").max_size(1).max_idle(Duration::ZERO).open()?;
+    let pool = manager()?.builder().name("mill").max_size(1).max_idle(Duration::ZERO);
+    let pool = pool.connection_timeout(Duration::from_secs(5)).open()?;
     let guard = pool.guard();
     pool.get()?.batch_execute(SCHEMA)?;
 
@@ -168,7 +170,7 @@ impl Mill {
         let child = command.arg(processes.to_string()).stdin(Stdio::piped()).spawn()?;
         let pid = child.id();
         self.workers.push((child, Instant::now()));
-        println!("worker {pid} started");
+        println!("worker {pid} started by {}", std::process::id());
         Ok(())
     }
 

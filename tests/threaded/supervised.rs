@@ -63,7 +63,7 @@ const WAITING: &str = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'ap
 /// The process of the worker that is started next.
 #[track_caller]
 fn started(program: &mut Program) -> u32 {
-    let line = program.line(" started");
+    let line = program.line(" started by ");
     let pid = line.strip_prefix("worker ").and_then(|line| line.split(' ').next()?.parse().ok());
     pid.unwrap_or_else(|| panic!("no worker in `{line}`"))
 }
