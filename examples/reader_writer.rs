@@ -42,7 +42,8 @@ struct Pools {
 fn run() -> Result<(), Failure> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
     let manager = |attrs| -> Result<_, Failure> {
-        let mut config: Config = address.parse()?;
+        // Not in the error's own words: they may be those of a password.
+        let mut config: Config = address.parse().map_err(|_| "that is no address of a database")?;
         Ok(PostgresManager::new(config.target_session_attrs(attrs).clone(), NoTls))
     };
     let writer = manager(TargetSessionAttrs::ReadWrite)?.builder().name("writer").max_size(4).open()?;

@@ -138,10 +138,10 @@ fn an_error_in_one_of_several_pools_closes_both() {
     assert_eq!(corner.left(), 0);
 }
 
+/// And nothing of the address, for it may have a password in it.
 #[test]
 fn without_a_database_each_says_so_in_one_line() {
     let _beside = beside_others();
-    let nobody = "host=127.0.0.1 port=1 user=nobody connect_timeout=1";
     let all = [
         "accept_loop",
         "async_server",
@@ -154,8 +154,8 @@ fn without_a_database_each_says_so_in_one_line() {
         "thread_pool",
     ];
     for name in all {
-        let (status, words) = Program::start(name, &format!("{nobody} password=secret nonsense=1")).end();
+        let (status, words) = Program::start(name, "host=127.0.0.1 port=1 password=secret nonsense=secret").end();
         assert!(status.code() == Some(1) && words.lines().count() == 1, "{name}: {status}:\n{words}");
-        assert!(words.contains("unknown option") && !words.contains("secret"), "{name}: {words}");
+        assert!(!words.contains("secret") && !words.contains("nonsense"), "{name}: {words}");
     }
 }
