@@ -95,6 +95,8 @@
 
 pub mod error;
 pub mod event;
+#[cfg(doc)]
+pub mod guide;
 mod hooks;
 mod leaf;
 mod ledger;
