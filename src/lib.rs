@@ -117,6 +117,7 @@ mod settings;
 mod stats;
 
 pub use crate::error::{Cause, Error, ErrorKind};
+pub use crate::event::{HandleEvent, NopEventHandler};
 pub use crate::health::{Failing, Health, LastError};
 pub use crate::leaf::histogram::Distribution;
 pub use crate::manage::{Manage, Opening, Returned, Start};
@@ -127,7 +128,10 @@ pub use crate::pool::connection::PooledConnection;
 pub use crate::pool::guard::{PoolGuard, Workers};
 pub use crate::settings::{Settings, Validate};
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, State, Stats};
-pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
+pub use r2d2::{
+    self, CustomizeConnection, Extensions, HandleError, LoggingErrorHandler, ManageConnection, NopConnectionCustomizer,
+    NopErrorHandler,
+};
 
 #[cfg(doc)]
 #[doc = include_str!("../docs/coming-from-r2d2.md")]
