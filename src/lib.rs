@@ -84,6 +84,7 @@
 //! # Features
 //!
 //! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
+//! * `diesel`: `millpond::diesel`, a [`PooledConnection`] is a Diesel connection. Needs Rust 1.86, as Diesel 2.3 does.
 //!
 //! # Limits
 //!
@@ -96,6 +97,8 @@
 //!   thread that checked it out.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "diesel")]
+pub mod diesel;
 pub mod error;
 pub mod event;
 #[cfg(doc)]
