@@ -202,14 +202,13 @@ impl<T: Connector> PostgresManager<T> {
     ///
     /// Not covered are: sequences, which go on counting; what the server does elsewhere (`dblink`, `COPY ... TO
     /// PROGRAM`); and a `BEGIN READ WRITE`, a `RESET ALL` or an `AND CHAIN` in SQL once the test transaction was ended
-    /// in SQL.
+    /// in SQL. **Do not use this behind a pooler in transaction mode.** The test transaction itself keeps its server; but
+    /// once it was ended in SQL, the next statement may go to a server where it is committed.
     ///
     /// # Errors
     ///
     /// `build` and `get` fail for good with another [`reset`](PostgresManager::reset) than [`Reset::Rollback`], and if
-    /// the role may not make a temporary table, or the database has no PL/pgSQL. They fail as well where it shows that
-    /// the session is not kept, as behind a pooler in transaction mode; but that need not show: **do not use this
-    /// behind one**.
+    /// the role may not make a temporary table, or the database has no PL/pgSQL.
     #[must_use]
     pub fn test_transaction(mut self, on: bool) -> Self {
         self.test_transaction = on;

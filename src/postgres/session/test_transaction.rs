@@ -18,10 +18,9 @@ use ::postgres::SimpleQueryMessage;
 use ::postgres::error::SqlState;
 use std::time::Duration;
 
-/// Outside of the transaction, so that its end does not undo it.
-const READ_ONLY: &str = "SET default_transaction_read_only = on";
-
-/// The transaction, its guard, and the savepoint of the first checkout.
+/// The transaction, its guard, and the savepoint of the first checkout. Before it the session is set to read only, in a
+/// transaction of its own, so that the end of the test transaction does not undo that. All of it is one message, so that
+/// a pooler has no occasion to send its parts to several servers.
 ///
 /// The trigger must raise at a commit and at no other time. A `SET CONSTRAINTS ALL IMMEDIATE` of the user's runs it as
 /// well, and then it only makes the next row, whose turn comes later. At a commit that turn comes within the same
@@ -30,7 +29,8 @@ const READ_ONLY: &str = "SET default_transaction_read_only = on";
 ///
 /// The table also keeps the server from preparing the transaction (`PREPARE TRANSACTION`), and the row that awaits its
 /// trigger keeps the table from being dropped.
-const BEGIN: &str = "BEGIN READ WRITE; \
+const BEGIN: &str = "BEGIN; SET default_transaction_read_only = on; COMMIT; \
+    BEGIN READ WRITE; \
     CREATE TEMP TABLE millpond_test_transaction (at pg_catalog.timestamptz); \
     CREATE FUNCTION pg_temp.millpond_test_transaction() RETURNS pg_catalog.trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ \
     BEGIN \
@@ -76,15 +76,12 @@ pub(super) struct TestTransaction {
 impl Connection {
     /// Begins the test transaction, once, when the connection is opened.
     pub(in crate::postgres) fn begin_test_transaction(&mut self) -> Result<(), Error> {
-        let failed = |e| Error::doing("cannot begin the test transaction", e);
         self.expecting_little();
-        self.client.completed(|client| client.batch_execute(READ_ONLY)).map_err(failed)?;
-        self.expecting_little();
-        let answer = self.client.completed(|client| client.simple_query(BEGIN)).map_err(failed)?;
+        let answer = self.client.completed(|client| client.simple_query(BEGIN));
+        let answer = answer.map_err(|e| Error::doing("cannot begin the test transaction", e))?;
         let reads_only = answer.iter().any(|m| matches!(m, SimpleQueryMessage::Row(row) if row.get(0) == Some("on")));
         if !reads_only {
-            let text = "cannot begin the test transaction: the session does not keep what is set \
-                (behind a pooler in transaction mode?)";
+            let text = "cannot begin the test transaction: the session does not become read-only outside of it";
             return Err(Error::own(text, true));
         }
         self.test = Some(TestTransaction { open: 0, is_new: true, lost: None });
@@ -139,7 +136,8 @@ impl Connection {
                 Err(e) if e.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => true,
                 // There is no transaction, or it is another one.
                 Err(e) if is_elsewhere(&e) => {
-                    return self.end_test_transaction(Some("had ended its test transaction (by a COMMIT or ROLLBACK?)"));
+                    return self
+                        .end_test_transaction(Some("had ended its test transaction (by a COMMIT or ROLLBACK?)"));
                 }
                 Err(e) => return Err(e),
             };
@@ -191,7 +189,7 @@ impl Connection {
     fn end_test_transaction(&mut self, why: Option<&str>) -> Result<(), Error> {
         self.remark = why.map(|why| format!("{why}. The rows of its test transaction are gone"));
         if self.watch.as_ref().is_some_and(|watch| watch.is_idle()) {
-            // A pooler may give its connection to others.
+            // A pooler in transaction mode may give its server to others.
             let _ = self.client.completed(|client| client.batch_execute("RESET default_transaction_read_only"));
         }
         Err(Error::own("its test transaction is over", false))
@@ -200,5 +198,7 @@ impl Connection {
 
 /// Whether the savepoint of the checkout does not exist.
 fn is_elsewhere(e: &Error) -> bool {
-    e.code().is_some_and(|code| *code == SqlState::NO_ACTIVE_SQL_TRANSACTION || *code == SqlState::S_E_INVALID_SPECIFICATION)
+    e.code().is_some_and(|code| {
+        *code == SqlState::NO_ACTIVE_SQL_TRANSACTION || *code == SqlState::S_E_INVALID_SPECIFICATION
+    })
 }
