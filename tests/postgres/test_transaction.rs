@@ -344,13 +344,14 @@ fn what_on_acquire_does_is_there_after_an_error() {
 /// Each way out of the test transaction, and the SQLSTATE with which it fails.
 type WayOut = (&'static str, Result<(), &'static str>);
 
-const WAYS_OUT: [WayOut; 9] = [
+const WAYS_OUT: [WayOut; 10] = [
     ("COMMIT", Err("2D000")),
     ("END", Err("2D000")),
     ("COMMIT AND CHAIN", Err("2D000")),
     ("PREPARE TRANSACTION 'tt'", Err("2D000")),
     ("SET CONSTRAINTS ALL IMMEDIATE; COMMIT", Err("2D000")),
     ("SET session_replication_role = replica; COMMIT", Err("2D000")),
+    ("SET session_replication_role = replica; SET CONSTRAINTS ALL IMMEDIATE; COMMIT", Err("2D000")),
     ("BEGIN; COMMIT; BEGIN", Err("2D000")),
     ("ROLLBACK", Ok(())),
     ("ABORT", Ok(())),
