@@ -27,6 +27,8 @@ impl Connection {
     /// # }
     /// ```
     ///
+    /// In a [test transaction](crate::postgres::PostgresManager::test_transaction) it is a savepoint.
+    ///
     /// # Errors
     ///
     /// As [`Client::transaction`].
@@ -58,7 +60,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Those of `start`.
+    /// Those of `start`. In a [test transaction](crate::postgres::PostgresManager::test_transaction) another isolation
+    /// level than the session's fails (SQLSTATE 25001), and ends the test transaction.
     pub fn begin_with<'a>(
         &'a mut self,
         start: impl FnOnce(&'a mut Client) -> Result<::postgres::Transaction<'a>, Error>,
