@@ -162,7 +162,7 @@ impl<T: Connector> PostgresManager<T> {
     ///
     /// Each connection begins one transaction when it is opened. All that its callers do happens inside it, from checkout
     /// to checkout, and is rolled back when the connection is closed. So the next caller of the connection finds the
-    /// rows of the one before, and nobody else ever sees them. See `docs/guide/rolled_back_tests.md`.
+    /// rows of the one before, and nobody else ever sees them. See [the guide](crate::guide::rolled_back_tests).
     ///
     /// ```no_run
     /// use millpond::postgres::PostgresManager;
