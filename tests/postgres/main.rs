@@ -34,6 +34,7 @@ mod session;
 #[cfg(target_os = "linux")]
 mod silence;
 mod statements;
+mod test_transaction;
 mod transactions;
 #[cfg(target_os = "linux")]
 mod unix;
