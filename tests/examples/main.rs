@@ -1,6 +1,8 @@
 //! The examples, run as their users run them: as programs, over HTTP, ended by signals.
 
+mod browser;
 mod notes;
+mod page;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -91,6 +93,11 @@ impl Corner {
     fn hanging(&self) -> usize {
         let hangs = |b: &&support::Backend| b.state == "active" && b.query.contains("notes");
         self.database.backends(self.name).iter().filter(hangs).count()
+    }
+
+    /// How many of the pool's connections are within a transaction.
+    fn in_transaction(&self) -> usize {
+        self.database.backends(self.name).iter().filter(|b| b.state.contains("in transaction")).count()
     }
 
     fn connections(&self) -> i64 {
