@@ -24,6 +24,9 @@
 //! # fn main() {}
 //! ```
 //!
+//! The [guide] has what does not belong to one type: choosing the numbers, shutting down, TLS, migrations, reading the
+//! stats, troubleshooting by text, and the names of other pools' settings beside ours.
+//!
 //! # What it pools
 //!
 //! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is a `Manage`, so the managers, customizers and
@@ -95,6 +98,8 @@
 
 pub mod error;
 pub mod event;
+#[cfg(doc)]
+pub mod guide;
 mod health;
 mod hooks;
 mod leaf;

@@ -23,6 +23,7 @@ mod failover;
 #[cfg(target_os = "linux")]
 mod faults;
 mod guards;
+mod guide;
 mod handover;
 mod hostile;
 mod manager;
