@@ -129,8 +129,9 @@ impl CloseReport {
     }
 }
 
-/// How long `close` waits, even past its grace, for its report to reach the log: the process may end right after it.
-const REPORT_GRACE: Duration = Duration::from_millis(20);
+/// How long `close` waits, even past its grace, for its report to reach the log and its cancels to reach the server: the
+/// process may end right after it.
+const LAST_GRACE: Duration = Duration::from_millis(20);
 
 /// Who closes the pool, from where, and with which grace.
 pub(crate) struct Closer {
@@ -236,12 +237,16 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let over = deadline.is_some_and(|at| Instant::now() >= at);
     let mut aborted = vain.as_ref().map_or(Vec::new(), |vain| vain.aborted.clone());
     aborted.retain(|id| left.iter().any(|row| row.id == *id));
+    let mut awaited = false;
     if over {
         sometimes!(!left.is_empty(), "a grace is over and something is left");
         for row in left.iter() {
             let in_use = row.state == ConnectionState::InUse;
-            if shared.abort(row.id, in_use) && !aborted.contains(&row.id) {
-                aborted.push(row.id);
+            if shared.abort(row.id, in_use) {
+                awaited = true;
+                if !aborted.contains(&row.id) {
+                    aborted.push(row.id);
+                }
             }
         }
         let now = shared.time.precise();
@@ -263,7 +268,10 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
     let level = if report.is_complete() { Level::Info } else { Level::Warn };
     if level <= log::max_level() {
         shared.record(level, || report.outcome().to_string());
-        let until = Instant::now() + REPORT_GRACE;
+        awaited = true;
+    }
+    if awaited {
+        let until = Instant::now() + LAST_GRACE;
         shared.watch(Some(until), || (shared.executor.threads() <= report.threads + my_thread).then_some(()));
     }
     report.elapsed = begun.elapsed();

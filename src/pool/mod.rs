@@ -26,6 +26,7 @@ use crate::settings::{Settings, check_floor};
 use crate::stats::{Connections, Counts, Facts, State, Stats, Tally};
 use log::Level;
 use std::fmt;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +46,11 @@ impl<M: Manage> Drop for Handle<M> {
         self.shared.end("its last handle was dropped", None);
     }
 }
+
+/// A panic costs the connection that it meets, and leaves the pool as it is. So a `Pool` may be used on both sides of a
+/// [`catch_unwind`](std::panic::catch_unwind).
+impl<M: Manage> UnwindSafe for Pool<M> {}
+impl<M: Manage> RefUnwindSafe for Pool<M> {}
 
 impl<M: Manage> Clone for Pool<M> {
     fn clone(&self) -> Self {

@@ -3,7 +3,8 @@
 //! Every trouble is met by every way to close. Each time the close takes no longer than its grace, says what is left,
 //! and later nothing is: no thread of the pool, no connection at the server.
 
-use crate::support::{Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, within};
+use crate::guide::Process;
+use crate::support::{Database, Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, within};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use millpond::event::{HandleEvent, ReleaseEvent};
 use millpond::postgres::{Pool, PooledConnection, PostgresManager};
@@ -11,7 +12,9 @@ use millpond::{CloseReport, ConnectionState, ErrorKind};
 use parking_lot::Mutex;
 use postgres::NoTls;
 use std::fmt;
+use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -339,4 +342,54 @@ fn in_every_way_with_a_query_that_is_stuck() {
 #[test]
 fn in_every_way_with_64_waiters() {
     closes_in_every_way_under(Trouble::Waiters);
+}
+
+const AT_WORK: &str = "close-at-work";
+
+/// The process that ends as soon as its pool is closed, while three of its threads wait for answers.
+fn end_at_work() -> ! {
+    let manager = PostgresManager::parse(&Database::get().conninfo(AT_WORK), NoTls).unwrap();
+    let pool: Pool = manager.builder().name("at work").max_size(3).open().unwrap();
+    for _ in 0..3 {
+        let pool = pool.clone();
+        thread::spawn(move || {
+            let mut connection = pool.get().unwrap();
+            let _ = connection.simple_query("SELECT pg_sleep(600)");
+            thread::park();
+        });
+    }
+    // Until the test has seen the three, and closes the pipe.
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    let report = pool.close(Duration::ZERO);
+    std::process::exit(if report.aborted.len() == 3 { 0 } else { 1 })
+}
+
+/// A server whose client is gone works on for an answer that nobody reads. So what is at work is cancelled, and the
+/// cancels have left before `close` returns, though no logger is there for which it would wait.
+#[test]
+fn what_is_at_work_is_cancelled_though_the_process_ends_at_once() {
+    const TEST: &str = "close::what_is_at_work_is_cancelled_though_the_process_ends_at_once";
+    const END: &str = "MILLPOND_TEST_END_AT_WORK";
+    if std::env::var_os(END).is_some() {
+        end_at_work();
+    }
+    let _beside = beside_others();
+    let server = Server::shared();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", TEST, "--test-threads=1"]).env(END, "1").env("DATABASE_URL", server.url());
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut process = Process(command.spawn().unwrap());
+    let at_work = || server.backends(AT_WORK).iter().filter(|b| b.state == "active").count();
+    assert!(wait_until(within(SOON), || at_work() == 3), "{} are at work", at_work());
+    drop(process.0.stdin.take());
+    let mut status = None;
+    assert!(
+        wait_until(within(SOON), || {
+            status = process.0.try_wait().unwrap();
+            status.is_some()
+        }),
+        "it does not end"
+    );
+    assert!(status.unwrap().success(), "{status:?}");
+    assert_eq!(server.wait_for(AT_WORK, 0, within(SEEN)), 0);
 }

@@ -71,7 +71,7 @@ fn eight_that_start_at_once_migrate_once_behind_a_transaction_pooler() {
 // ---------------------------------------------------------------------------------------------------- where `Drop` does not run
 
 /// A process, killed if it is still there when the test is over.
-struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Drop for Process {
     fn drop(&mut self) {

@@ -298,3 +298,18 @@ fn of_the_user_spares_what_was_taken_during_it() {
     assert_eq!(pool.stats().closed_for(CloseReason::Panicked), 1);
     nothing_is_lost(pool, &fake);
 }
+
+/// `catch_unwind` takes a closure that uses a pool as it is: a panic leaves the pool well.
+#[test]
+fn a_pool_is_unwind_safe() {
+    let _alone = alone();
+    let fake = Fake::new();
+    let pool = builder().build(fake.direct()).unwrap();
+    let caught = catch_unwind(|| {
+        let _in_use = pool.get().unwrap();
+        panic_quietly();
+    });
+    assert!(caught.is_err());
+    assert_eq!(pool.stats().closed_for(CloseReason::Panicked), 1);
+    nothing_is_lost(pool, &fake);
+}
