@@ -244,8 +244,16 @@ impl Drop for Bouncer {
     }
 }
 
-/// Debian keeps it out of an ordinary user's PATH.
+/// Names the program, for tests on another version than the one that is installed.
+pub const PGBOUNCER: &str = "MILLPOND_PGBOUNCER";
+
+/// The program that [`PGBOUNCER`] names, or else the first of the usual ones. Debian keeps it out of an ordinary user's
+/// PATH.
 fn find() -> PathBuf {
+    if let Some(program) = programs::named(PGBOUNCER) {
+        assert!(program.is_file(), "{PGBOUNCER} names no program: {}", program.display());
+        return program;
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
     let candidates = std::env::split_paths(&path).chain(folders.map(PathBuf::from));
