@@ -146,6 +146,25 @@ impl Bouncer {
         messages.into_iter().filter_map(row).collect()
     }
 
+    /// Its version, such as (1, 18), for what differs between versions.
+    pub fn version(&self) -> (u32, u32) {
+        let rows = self.admin("SHOW VERSION");
+        let text = rows.first().and_then(|row| row.get(0)).unwrap_or_default();
+        let mut numbers = text.trim_start_matches("PgBouncer ").split('.').map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+            _ => panic!("no version: {text}"),
+        }
+    }
+
+    /// How many prepared statements it keeps for each server connection: `None` if it does not know the setting, as
+    /// before 1.21.
+    pub fn prepared_statements(&self) -> Option<u32> {
+        let rows = self.admin("SHOW CONFIG");
+        let row = rows.iter().find(|row| row.get("key") == Some("max_prepared_statements"))?;
+        Some(row.get("value").and_then(|value| value.parse().ok()).expect("a number"))
+    }
+
     /// How many clients it has that mean the server, rather than its own console.
     pub fn clients(&self) -> usize {
         self.admin("SHOW CLIENTS").iter().filter(|row| row.get("database") != Some("pgbouncer")).count()
