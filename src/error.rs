@@ -140,7 +140,14 @@ impl Error {
         matches!(*self.0, ErrorKind::Timeout(_))
     }
 
-    /// Whether the other side refuses for a reason that will not go away by trying again.
+    /// Whether no connection came in time although the pool was not full: the server could not be reached, or took too
+    /// long. A server that answers 503 does so for this as well as for [`is_exhausted`](Error::is_exhausted), but with no
+    /// `Retry-After`, since the pool cannot know when. The [cause](Error::cause) says why, if an attempt to connect failed.
+    pub fn is_unavailable(&self) -> bool {
+        self.is_timeout() && !self.is_exhausted()
+    }
+
+    /// Whether the other side refuses for a reason that will not go away by trying again: a wrong password, say.
     pub fn is_connect(&self) -> bool {
         matches!(*self.0, ErrorKind::Connect(_))
     }
@@ -160,8 +167,9 @@ impl Error {
         matches!(*self.0, ErrorKind::Config(_))
     }
 
-    /// Whether the pool has all it may have and all of it is in use: a server that answers 503 does so for this.
-    /// (`false` while a connection is being opened, for then it is the other side that takes its time.)
+    /// Whether the pool has all it may have and all of it is in use: a server that answers 503 with `Retry-After` does so for
+    /// this. (`false` while a connection is being opened, for then it is the other side that takes its time: see
+    /// [`is_unavailable`](Error::is_unavailable).)
     pub fn is_exhausted(&self) -> bool {
         match &*self.0 {
             ErrorKind::Timeout(t) => t.in_use > 0 && t.opening == 0 && t.in_use + t.checking + t.closing >= t.max_size,

@@ -95,6 +95,7 @@
 
 pub mod error;
 pub mod event;
+mod health;
 mod hooks;
 mod leaf;
 mod ledger;
@@ -111,6 +112,7 @@ mod settings;
 mod stats;
 
 pub use crate::error::{Cause, Error, ErrorKind};
+pub use crate::health::{Failing, Health, LastError};
 pub use crate::leaf::histogram::Distribution;
 pub use crate::manage::{Manage, Opening, Returned, Start};
 pub use crate::pool::Pool;

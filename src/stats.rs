@@ -1,5 +1,7 @@
 //! What users see of a pool at work: [`Stats`], [`Connections`], and why connections are closed ([`CloseReason`]).
 
+use crate::health::{Failing, Health, LastError};
+use crate::leaf::clock::nanos;
 use crate::leaf::histogram::Distribution;
 use crate::leaf::text::{Escaping, Short, Shown, Times, write_table};
 use std::fmt::{self, Write as _};
@@ -174,9 +176,18 @@ pub struct Stats {
     pub age: Duration,
     /// Whether it is closed.
     pub closed: bool,
+    /// How it is, as [`Pool::health`](crate::Pool::health) says it. (To read it here asks for no attempt to connect.)
+    pub health: Health,
+    /// The present run of failed attempts to open a connection: since when, how many, and when the next is made.
+    /// `None`: the last attempt came through, or there was none.
+    pub failing: Option<Failing>,
+    /// Why the last open failed that did, and how long ago. It stays when later ones succeed.
+    pub last_error: Option<LastError>,
 
     /// The greatest number of connections, as it is set now.
     pub max_size: u32,
+    /// The floor, as it is set.
+    pub min_idle: u32,
     /// Connections ready to be handed out.
     pub idle: u32,
     /// Connections that are checked out.
@@ -200,6 +211,9 @@ pub struct Stats {
     pub timeouts: u64,
     /// How often `max_waiting` made a checkout fail.
     pub rejected: u64,
+    /// How often a caller got a connection past one that had waited for longer: see
+    /// [`fair_after`](crate::Builder::fair_after).
+    pub barged: u64,
     /// Connections opened.
     pub opens: u64,
     /// Attempts to open one that failed.
@@ -217,12 +231,17 @@ pub struct Stats {
 
     /// How long the waiters waited, until they had a connection or left.
     pub wait_time: Distribution,
+    /// How long those waited who left without a connection, at their deadline or because the pool refused or closed.
+    /// These are in `wait_time` as well: `wait_time.since(&left_time)` is of those who got one.
+    pub left_time: Distribution,
     /// How long connections were checked out, in steps of the coarse clock (4 ms on most Linux systems).
     pub usage_time: Distribution,
     /// How long it took to open a connection.
     pub open_time: Distribution,
-    /// The greatest time by which the pool was late in closing an idle or aged connection, counted from the deadline
-    /// to the moment the close began to run.
+    /// By how much the pool was late in closing idle and aged connections, counted from the deadline to the moment the
+    /// close began to run.
+    pub lateness: Distribution,
+    /// The greatest of these: `lateness.max()`.
     pub max_lateness: Duration,
 
     pub(crate) closes_by: [u64; CloseReason::ALL.len()],
@@ -233,19 +252,27 @@ pub(crate) struct Facts {
     pub(crate) name: String,
     pub(crate) age: Duration,
     pub(crate) closed: bool,
+    pub(crate) health: Health,
+    pub(crate) failing: Option<Failing>,
+    pub(crate) last_error: Option<LastError>,
     pub(crate) max_size: u32,
+    pub(crate) min_idle: u32,
     pub(crate) dropped_records: u64,
 }
 
 impl Stats {
     pub(crate) fn new(facts: Facts, counts: Counts, tally: Tally) -> Stats {
-        let Facts { name, age, closed, max_size, dropped_records } = facts;
+        let Facts { name, age, closed, health, failing, last_error, max_size, min_idle, dropped_records } = facts;
         let Counts { idle, in_use, checking, opening, closing, waiting, abandoned } = counts;
         Stats {
             name,
             age,
             closed,
+            health,
+            failing,
+            last_error,
             max_size,
+            min_idle,
             idle,
             in_use,
             checking,
@@ -257,6 +284,7 @@ impl Stats {
             waits: tally.waits,
             timeouts: tally.timeouts,
             rejected: tally.rejected,
+            barged: tally.barged,
             opens: tally.opens,
             failed_opens: tally.failed_opens,
             closes: tally.closes.iter().sum(),
@@ -265,9 +293,11 @@ impl Stats {
             leaks: tally.leaks,
             dropped_records,
             wait_time: tally.wait_time,
+            left_time: tally.left_time,
             usage_time: tally.usage_time,
             open_time: tally.open_time,
-            max_lateness: tally.max_lateness,
+            max_lateness: tally.lateness.max(),
+            lateness: tally.lateness,
             closes_by: tally.closes,
         }
     }
@@ -275,6 +305,49 @@ impl Stats {
     /// How many connections were closed for this reason.
     pub fn closed_for(&self, reason: CloseReason) -> u64 {
         self.closes_by[reason as usize]
+    }
+
+    /// What happened between `earlier`, an older look at the same pool, and this one: the p99 of the last minute
+    /// instead of that of the pool's life.
+    ///
+    /// Counts and distributions are the difference of the two, and `age` is the time between them. What is a level
+    /// (`idle`, `waiting`, `health` and so on) stays as it is now. If `earlier` is the later of the two, all is zero.
+    ///
+    /// ```
+    /// # fn watch(pool: &millpond::Pool<impl millpond::Manage>) {
+    /// let before = pool.stats();
+    /// std::thread::sleep(std::time::Duration::from_millis(10));
+    /// let recent = pool.stats().since(&before);
+    /// println!("{} checkouts, p99 of the waits {:?}", recent.checkouts, recent.wait_time.quantile(0.99));
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn since(&self, earlier: &Stats) -> Stats {
+        let lateness = self.lateness.since(&earlier.lateness);
+        let closes_by = std::array::from_fn(|i| self.closes_by[i].saturating_sub(earlier.closes_by[i]));
+        Stats {
+            age: self.age.saturating_sub(earlier.age),
+            checkouts: self.checkouts.saturating_sub(earlier.checkouts),
+            waits: self.waits.saturating_sub(earlier.waits),
+            timeouts: self.timeouts.saturating_sub(earlier.timeouts),
+            rejected: self.rejected.saturating_sub(earlier.rejected),
+            barged: self.barged.saturating_sub(earlier.barged),
+            opens: self.opens.saturating_sub(earlier.opens),
+            failed_opens: self.failed_opens.saturating_sub(earlier.failed_opens),
+            closes: self.closes.saturating_sub(earlier.closes),
+            detached: self.detached.saturating_sub(earlier.detached),
+            abandonments: self.abandonments.saturating_sub(earlier.abandonments),
+            leaks: self.leaks.saturating_sub(earlier.leaks),
+            dropped_records: self.dropped_records.saturating_sub(earlier.dropped_records),
+            wait_time: self.wait_time.since(&earlier.wait_time),
+            left_time: self.left_time.since(&earlier.left_time),
+            usage_time: self.usage_time.since(&earlier.usage_time),
+            open_time: self.open_time.since(&earlier.open_time),
+            max_lateness: lateness.max(),
+            lateness,
+            closes_by,
+            ..self.clone()
+        }
     }
 
     /// All slots in use: what `max_size` bounds.
@@ -288,6 +361,9 @@ impl fmt::Display for Stats {
         let closed = if self.closed { ", closed" } else { "" };
         write!(f, "pool '{}': {} of {} connections", Shown(&self.name), self.size(), self.max_size)?;
         writeln!(f, ", built {} ago{closed}", Short(self.age))?;
+        if !self.closed {
+            writeln!(f, "  health     {}", self.health)?;
+        }
         write!(f, "  now        {} idle, {} in use", self.idle, self.in_use)?;
         let between = [
             (self.checking, "checking"),
@@ -308,6 +384,9 @@ impl fmt::Display for Stats {
         write!(f, "\n  waited     {}", self.wait_time)?;
         write!(f, "\n  in use     {}", self.usage_time)?;
         write!(f, "\n  to open    {}", self.open_time)?;
+        if let Some(error) = self.last_error.as_ref().filter(|_| !matches!(self.health, Health::Down { .. })) {
+            write!(f, "\n  last error {error}")?;
+        }
         match self.max_lateness {
             Duration::ZERO => writeln!(f, "\n  evictions  never late"),
             late => writeln!(f, "\n  evictions  at most {} late", Short(late)),
@@ -420,10 +499,12 @@ pub(crate) struct Tally {
     pub(crate) detached: u64,
     pub(crate) abandonments: u64,
     pub(crate) leaks: u64,
+    pub(crate) barged: u64,
     pub(crate) wait_time: Distribution,
+    pub(crate) left_time: Distribution,
     pub(crate) usage_time: Distribution,
     pub(crate) open_time: Distribution,
-    pub(crate) max_lateness: Duration,
+    pub(crate) lateness: Distribution,
 }
 
 impl Tally {
@@ -433,7 +514,13 @@ impl Tally {
 
     /// The close of an idle or aged connection begins `late` after its deadline.
     pub(crate) fn evicted_late(&mut self, late: Duration) {
-        self.max_lateness = self.max_lateness.max(late);
+        self.lateness.record(nanos(late));
+    }
+
+    /// A waiter leaves without a connection, which it waited for so long.
+    pub(crate) fn left_after(&mut self, nanos: u64) {
+        self.wait_time.record(nanos);
+        self.left_time.record(nanos);
     }
 }
 

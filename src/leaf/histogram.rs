@@ -1,6 +1,7 @@
 //! [`Distribution`]: how long things took. The histogram is a fixed array, made by hand: the pool writes it under its
 //! lock at every return, and the histograms on crates.io allocate there, or count in atomics.
 
+use crate::leaf::clock::nanos;
 use crate::leaf::text::{Short, Times};
 use std::fmt;
 use std::time::Duration;
@@ -13,7 +14,8 @@ const STEP_BITS: u32 = 3;
 const OCTAVES: u32 = 43;
 const BUCKETS: usize = ((OCTAVES - STEP_BITS + 1) * STEPS) as usize;
 
-/// How long something took, over the whole life of the pool: count, sum, greatest, and quantiles.
+/// How long something took: count, sum, greatest, and quantiles. Over the whole life of the pool, or
+/// [between two looks](Distribution::since).
 ///
 /// Quantiles come from a histogram whose buckets are an eighth of a power of two wide: what [`quantile`] says is at
 /// most 12.5 % above the true value, and never above [`max`].
@@ -76,6 +78,40 @@ impl Distribution {
             }
         }
         self.max()
+    }
+}
+
+impl Distribution {
+    /// What was recorded after `earlier`, an older look at the same distribution. The greatest is then that of its bucket, at most
+    /// 12.5 % above the true one, unless it is the greatest of all. What `earlier` has more of counts as none.
+    #[must_use]
+    pub fn since(&self, earlier: &Distribution) -> Distribution {
+        let buckets: [u64; BUCKETS] = std::array::from_fn(|i| self.buckets[i].saturating_sub(earlier.buckets[i]));
+        let max = match buckets.iter().rposition(|&n| n > 0) {
+            Some(_) if self.max > earlier.max => self.max,
+            Some(last) => upper(last).min(self.max),
+            None => 0,
+        };
+        let count = self.count.saturating_sub(earlier.count);
+        Distribution { count, sum: self.sum.saturating_sub(earlier.sum), max, buckets }
+    }
+
+    /// The buckets that have anything in them, the shortest first: the greatest time that falls into it, and how many did. The
+    /// last bucket has no bound, and shows [`max`](Distribution::max).
+    pub fn buckets(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
+        let bound = |i| Duration::from_nanos(if i == BUCKETS - 1 { self.max } else { upper(i) });
+        self.buckets.iter().enumerate().filter(|&(_, &n)| n > 0).map(move |(i, &n)| (bound(i), n))
+    }
+
+    /// How many were certainly not longer than `limit`: those in the buckets that end there or before. For exporters with
+    /// bounds of their own. What lies in the same bucket as `limit`, which is an eighth wide, is not counted, unless `limit` is
+    /// the greatest of all or above it.
+    pub fn at_most(&self, limit: Duration) -> u64 {
+        let limit = nanos(limit);
+        if limit >= self.max {
+            return self.count;
+        }
+        self.buckets.iter().enumerate().take_while(|&(i, _)| upper(i) <= limit).map(|(_, n)| n).sum()
     }
 }
 
@@ -144,5 +180,39 @@ mod tests {
             assert!(got >= exact && got <= exact.mul_f64(1.125), "{q}: {got:?}");
         }
         assert_eq!(d.quantile(1.0), d.max());
+    }
+
+    #[test]
+    fn between_two_looks() {
+        let (ms, mut d) = (|n: u64| n * 1_000_000, Distribution::default());
+        d.record(ms(100));
+        let first = d.clone();
+        for n in 1..=9 {
+            d.record(ms(n));
+        }
+        let recent = d.since(&first);
+        assert_eq!((recent.count(), recent.sum()), (9, Duration::from_millis(45)));
+        // The greatest of the nine is known by its bucket, and no hundred milliseconds are among them.
+        assert!((9..11).contains(&recent.max().as_millis()) && recent.quantile(1.0) == recent.max(), "{recent}");
+        d.record(ms(500));
+        assert_eq!(d.since(&first).max(), Duration::from_millis(500), "the greatest of all is exact");
+        assert_eq!(d.since(&d).to_string(), "never");
+        assert_eq!(first.since(&d).count(), 0, "the wrong way round");
+    }
+
+    #[test]
+    fn buckets_and_bounds() {
+        let mut d = Distribution::default();
+        for ns in [3, 3, 1_000, 50_000_000, u64::MAX] {
+            d.record(ns);
+        }
+        let buckets: Vec<_> = d.buckets().collect();
+        assert_eq!(buckets.iter().map(|&(_, n)| n).sum::<u64>(), d.count());
+        assert!(buckets.is_sorted() && buckets.len() == 4, "{buckets:?}");
+        assert_eq!((buckets[0], buckets[3].0), ((Duration::from_nanos(3), 2), d.max()));
+        for (limit, n) in [(2, 0), (3, 2), (900, 2), (1_150, 3), (60_000_000, 4), (u64::MAX, 5)] {
+            assert_eq!(d.at_most(Duration::from_nanos(limit)), n, "{limit}");
+        }
+        assert_eq!(d.at_most(Duration::MAX), 5);
     }
 }

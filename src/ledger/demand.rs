@@ -52,7 +52,9 @@ pub(super) struct Failure {
     pub(super) reach: Reach,
     /// The server is not dialled before this moment.
     pub(super) retry: Moment,
-    why: FailedOpen,
+    /// When the first open of the run failed, and how many have failed since, this one included.
+    pub(super) since: Moment,
+    pub(super) attempts: u64,
 }
 
 /// Why the last open failed.
@@ -69,13 +71,13 @@ pub(crate) enum FailedOpen {
 impl<C, W: Clone> Ledger<C, W> {
     /// Why the last open failed, if opens fail at present.
     pub(crate) fn failing(&self) -> Option<FailedOpen> {
-        self.failure.map(|failure| failure.why)
+        self.failure.and(self.last_failed).map(|(_, why)| why)
     }
 
     /// An open that was abandoned has come back with a cause, which says more than that it was abandoned.
     pub(super) fn reported_late(&mut self) {
-        if let Some(failure) = &mut self.failure {
-            failure.why = FailedOpen::AsReported;
+        if let (Some(_), Some((_, why))) = (self.failure, &mut self.last_failed) {
+            *why = FailedOpen::AsReported;
         }
     }
 
@@ -247,6 +249,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn prepare(&mut self, now: Moment) {
         self.step(now, |l, now| {
             if !l.closed {
+                l.note_starved(now);
                 l.shorten_back_off(now);
                 l.ask();
             }
@@ -283,7 +286,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// The earliest moment at which another connection may be dialled as things stand. `NEVER`: only an event can make
     /// room.
-    fn dial_at(&self, now: Moment) -> Moment {
+    pub(super) fn dial_at(&self, now: Moment) -> Moment {
         if self.counted.total() >= self.rules.max_size { Moment::NEVER } else { self.dial_with_room_at(now) }
     }
 
@@ -384,7 +387,9 @@ impl<C, W: Clone> Ledger<C, W> {
         };
         let whole = first.saturating_mul(1u32.checked_shl(count - 1).unwrap_or(u32::MAX)).min(longest);
         let retry = now.plus(whole.mul_f64(1.0 - BACKOFF_JITTER * jitter.clamp(0.0, 1.0)).max(first));
-        self.failure = Some(Failure { count, other, last: now, reach, retry, why });
+        let (since, attempts) = self.failure.map_or((now, 0), |before| (before.since, before.attempts));
+        self.failure = Some(Failure { count, other, last: now, reach, retry, since, attempts: attempts + 1 });
+        self.last_failed = Some((now, why));
         self.asked = false;
         self.effects.changed |= self.watchers > 0;
     }

@@ -23,6 +23,7 @@ mod demand;
 
 mod checkout;
 mod expiry;
+mod health;
 mod orders;
 mod reports;
 
@@ -30,6 +31,7 @@ mod reports;
 mod tests;
 
 pub(crate) use demand::FailedOpen;
+pub(crate) use health::{FailedRun, Health};
 pub(crate) use slots::Slot;
 pub(crate) use values::{Caller, Condition, Join, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
 
@@ -96,6 +98,14 @@ pub(crate) struct Ledger<C, W> {
     check_failures: u32,
     /// The present run of failed opens.
     failure: Option<Failure>,
+    /// When the last open failed that did, and why. Kept when the run of failures is over.
+    last_failed: Option<(Moment, FailedOpen)>,
+    /// About the longest of the last few thousand checkouts, in nanoseconds.
+    recent_use: u64,
+    /// When a connection was last checked out or became idle: what waiters wait for.
+    last_progress: Moment,
+    /// When the first caller came since then that got nothing at once. Before `last_progress`: none has.
+    starved_at: Moment,
     /// When the server was last dialled.
     last_dial: Moment,
     next_id: u64,
@@ -150,6 +160,10 @@ impl<C, W: Clone> Ledger<C, W> {
             abandoned: 0,
             check_failures: 0,
             failure: None,
+            last_failed: None,
+            recent_use: 0,
+            last_progress: Moment::BIRTH,
+            starved_at: Moment::BIRTH,
             last_dial: Moment::BIRTH,
             next_id: 1,
             next_ticket: 0,

@@ -66,6 +66,7 @@ impl<C, W: Clone> Ledger<C, W> {
                 return (Join::Refused, Some(handle));
             }
             let waiting = l.waiting();
+            l.note_starved(now);
             if waiting == 0 {
                 l.shorten_back_off(now);
             }
@@ -120,6 +121,7 @@ impl<C, W: Clone> Ledger<C, W> {
             if let Some(front) = l.front.as_mut().filter(|_| !is_first) {
                 sometimes!("a later waiter passes the first");
                 front.barged += 1;
+                l.tally.barged += 1;
             }
             l.tally.wait_time.record(now.nanos_since(ticket.since));
             l.check_out(index, now, caller);
@@ -132,7 +134,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let waiter = l.unqueue(now, ticket)?;
             l.tally.timeouts += 1;
-            l.tally.wait_time.record(now.nanos_since(ticket.since));
+            l.tally.left_after(now.nanos_since(ticket.since));
             Some(waiter.handle)
         })
     }
@@ -150,7 +152,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Empties the queue: all waiters get this outcome.
     pub(super) fn dismiss_queue(&mut self, now: Moment, outcome: impl Fn() -> Outcome<C>) {
         while let Some(waiter) = self.front.and_then(|front| self.unqueue(now, front.ticket)) {
-            self.tally.wait_time.record(now.nanos_since(waiter.ticket.since));
+            self.tally.left_after(now.nanos_since(waiter.ticket.since));
             self.effects.served.push((waiter.handle, outcome()));
         }
     }

@@ -2,9 +2,9 @@
 //! The ledger then changes no slot, and the job closes the connection that it brings.
 
 use super::Ledger;
-use super::demand::FailedOpen;
+use super::demand::{FailedOpen, Failure};
 use super::slots::{CHECK_PATIENCE, Check, Close, State};
-use super::values::{Reach, Token};
+use super::values::{Order, Reach, Token};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
@@ -110,7 +110,9 @@ impl<C, W: Clone> Ledger<C, W> {
             }
             // A single open moves the usual time by a quarter at most, since it says little of what is usual.
             l.usual_open = Some(l.usual_open.map_or(took, |usual| took.clamp(usual * 3 / 4, usual * 5 / 4)));
-            l.failure = None;
+            if let Some(Failure { since, attempts, .. }) = l.failure.take() {
+                l.effects.orders.push(Order::Recovered { after: now.since(since), attempts });
+            }
             // (The run of failed checks ends even if this connection is suspect by now: the server answers.)
             l.check_failures = 0;
             l.tally.opens += 1;

@@ -540,6 +540,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.slots[index as usize].uses += 1;
         self.change(index, State::InUse { caller, warned: false }, now);
         self.tally.checkouts += 1;
+        self.last_progress = now;
         if let Some(threshold) = self.rules.leak_threshold {
             if self.in_use_since.note(index, now) {
                 self.arm(now.plus(threshold));
@@ -598,6 +599,7 @@ impl<C, W: Clone> Ledger<C, W> {
     /// Puts a connection into the idle stack, which is sorted by the time of the last use.
     #[inline]
     pub(super) fn push_idle(&mut self, index: u32, conn: C, now: Moment) {
+        self.last_progress = now;
         let expiring_soon = self.rules.min_idle > 0 && {
             let dies = self.slots[index as usize].dies;
             dies != Moment::NEVER && dies <= now.plus(self.lead())

@@ -96,6 +96,8 @@ pub(crate) enum Order<C> {
     /// The close of this connection takes longer than usual: it no longer counts among the closes that run side by
     /// side.
     Slow { id: u64 },
+    /// A connection was opened after this many failed attempts, the first of them so long ago.
+    Recovered { after: Duration, attempts: u64 },
     /// A connection was in use for longer than `leak_threshold`.
     Leak { id: u64, caller: Option<Caller>, in_use_for: Duration },
 }

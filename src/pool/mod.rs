@@ -17,7 +17,9 @@ pub(crate) mod guard;
 mod refusals;
 
 use crate::error::Error;
+use crate::health::{Failing, Health, LastError};
 use crate::leaf::clock::Moment;
+use crate::ledger;
 use crate::manage::Manage;
 use crate::runtime::shared::Shared;
 use crate::settings::{Settings, check_floor};
@@ -120,16 +122,53 @@ impl<M: Manage> Pool<M> {
     /// What the pool is doing and has done. Made to be called every few seconds: it takes the pool's lock for a moment.
     pub fn stats(&self) -> Stats {
         let shared = self.shared();
-        let (dropped_records, counts, max_size, closed, tally) = if shared.is_forked() {
-            (0, Counts::default(), shared.settings.max_size, false, Tally::default())
-        } else {
-            let dropped_records = shared.executor.dropped_records();
-            let ledger = shared.lock();
-            let tally = ledger.tally.clone();
-            (dropped_records, ledger.counts(), ledger.rules().max_size, ledger.is_closed(), tally)
+        let (name, now) = (shared.name.to_string(), shared.time.precise());
+        let mut facts = Facts {
+            name,
+            age: now.since(Moment::BIRTH),
+            closed: false,
+            health: Health::Ready,
+            failing: None,
+            last_error: None,
+            max_size: shared.settings.max_size,
+            min_idle: shared.settings.min_idle,
+            dropped_records: 0,
         };
-        let (name, age) = (shared.name.to_string(), shared.time.precise().since(Moment::BIRTH));
-        Stats::new(Facts { name, age, closed, max_size, dropped_records }, counts, tally)
+        if shared.is_forked() {
+            return Stats::new(facts, Counts::default(), Tally::default());
+        }
+        let (health, run, failed, counts, tally) = {
+            let ledger = shared.lock();
+            (facts.closed, facts.max_size) = (ledger.is_closed(), ledger.rules().max_size);
+            (ledger.health(now), ledger.failed_run(now), ledger.last_failed(now), ledger.counts(), ledger.tally.clone())
+        };
+        facts.dropped_records = shared.executor.dropped_records();
+        facts.health = shared.health_in_words(health);
+        facts.failing = run.map(Failing::from);
+        facts.last_error = failed.and_then(|(ago, why)| Some(LastError { cause: shared.why_failed(why)?, ago }));
+        Stats::new(facts, counts, tally)
+    }
+
+    /// How the pool is: whether it serves, is full, is stuck or cannot reach its server. For readiness probes: see
+    /// [`Health`].
+    ///
+    /// It looks at counters, takes the pool's lock for a moment, and opens no connection. But a pool that is down and of which
+    /// nobody wants a connection would never learn that its server is back. So if the pool is down, it is asked to try again
+    /// as soon as it may, as by [`try_get`](Pool::try_get): a probe that takes the traffic away brings it back.
+    /// [`Stats::health`] asks for nothing.
+    pub fn health(&self) -> Health {
+        let shared = self.shared();
+        if shared.is_forked() {
+            return Health::Ready;
+        }
+        let now = shared.time.precise();
+        let health = shared.lock().health(now);
+        if let ledger::Health::Down(run) = &health {
+            if run.next_try.is_none() {
+                shared.with(|l| l.prepare(now));
+            }
+        }
+        shared.health_in_words(health)
     }
 
     /// Every connection, one row each: what it is doing, how old it is, who has it.

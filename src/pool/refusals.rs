@@ -1,9 +1,10 @@
 //! Why there is no connection: makes the errors of a pool.
 
 use crate::error::{Cause, Closed, Connect, Error, ErrorKind, Timeout};
+use crate::health::Health;
 use crate::leaf::text::Short;
 use crate::leaf::threads;
-use crate::ledger::FailedOpen;
+use crate::ledger::{self, FailedOpen, FailedRun};
 use crate::manage::Manage;
 use crate::runtime::shared::Shared;
 use crate::stats::ConnectionState;
@@ -44,8 +45,22 @@ impl<M: Manage> Shared<M> {
         }))
     }
 
+    /// How the pool is, with the words of the other side.
+    pub(crate) fn health_in_words(&self, health: ledger::Health) -> Health {
+        match health {
+            ledger::Health::Ready => Health::Ready,
+            ledger::Health::Busy => Health::Busy,
+            ledger::Health::Stuck { since } => Health::Stuck { since },
+            ledger::Health::Closed => Health::Closed,
+            ledger::Health::Down(FailedRun { since, attempts, next_try, why }) => {
+                let cause = self.why_failed(why).unwrap_or_else(|| Cause::message("an attempt to connect failed"));
+                Health::Down { cause, since, attempts, next_try }
+            }
+        }
+    }
+
     /// Why the last open failed, in words.
-    fn why_failed(&self, why: FailedOpen) -> Option<Cause> {
+    pub(crate) fn why_failed(&self, why: FailedOpen) -> Option<Cause> {
         match why {
             // The runtime stored the cause before it told the ledger.
             FailedOpen::AsReported => self.openings.cause(),

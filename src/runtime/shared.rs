@@ -303,6 +303,11 @@ impl<M: Manage> Shared<M> {
                 self.abort(id, cancel);
                 self.record(Level::Warn, || format!("abandoned {what} #{id}, which took longer than {}", Short(limit)));
             }
+            Order::Recovered { after, attempts } => self.record(Level::Info, || {
+                let attempts =
+                    if attempts == 1 { "1 failed attempt".into() } else { format!("{attempts} failed attempts") };
+                format!("connects again, after {} and {attempts}", Short(after))
+            }),
             Order::Leak { id, caller, in_use_for } => self.record(Level::Warn, || {
                 format!("#{id} has been checked out for {}{}: a leak?", Short(in_use_for), by(caller))
             }),

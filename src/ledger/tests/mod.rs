@@ -6,6 +6,7 @@ mod demand;
 mod expiry;
 mod fitness;
 mod growth;
+mod health;
 mod orders;
 mod property;
 mod queue;

@@ -148,6 +148,7 @@ pub(super) struct World {
     /// How long each of them had run, as it is told.
     pub(super) abandoned_after: Vec<Duration>,
     pub(super) leaks: Vec<u64>,
+    pub(super) recoveries: Vec<(Duration, u64)>,
     pub(super) dials: Vec<Moment>,
     pub(super) next_thread: Thread,
     pub(super) takes: Takes,
@@ -256,6 +257,7 @@ impl World {
             abandoned: 0,
             abandoned_after: vec![],
             leaks: Vec::new(),
+            recoveries: Vec::new(),
             dials: Vec::new(),
             next_thread: 0,
             takes: QUICK,
@@ -401,6 +403,7 @@ impl World {
                 return self.take_up();
             }
             Order::Leak { id, .. } => return self.leaks.push(id),
+            Order::Recovered { after, attempts } => return self.recoveries.push((after, attempts)),
         };
         self.post(task, token, conn);
     }
