@@ -36,3 +36,4 @@ mod statements;
 mod transactions;
 #[cfg(target_os = "linux")]
 mod unix;
+mod versions;

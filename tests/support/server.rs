@@ -128,9 +128,8 @@ impl Server {
     /// Has the data folder copied while the server knows of it. Returns the file that belongs to the copy.
     fn backed_up(&self, copy: impl FnOnce() -> io::Result<()>) -> Result<String, String> {
         let mut client = self.connect();
-        let version: String = client.query_one("SHOW server_version_num", &[]).expect("a version").get(0);
         // Renamed in 15.
-        let (start, stop) = match version.as_str() >= "150000" {
+        let (start, stop) = match self.version() >= 15 {
             true => ("pg_backup_start('standby', true)", "pg_backup_stop(false)"),
             false => ("pg_start_backup('standby', true, false)", "pg_stop_backup(false, false)"),
         };
