@@ -344,6 +344,19 @@ fn no_postgresql_is_one_clear_message() {
     assert!(message.contains("apt-get install postgresql") && message.contains("in: /nowhere, "), "{message}");
 }
 
+/// A test of one version that ran on another would say nothing.
+#[test]
+fn programs_that_are_named_are_the_only_ones() {
+    let _beside = beside_others();
+    if is_child() {
+        let panic = catch_unwind(support::programs::find).expect_err("there is none");
+        return println!("{}", panic.downcast_ref::<String>().expect("a message"));
+    }
+    let environment = [(support::programs::POSTGRES, "/nowhere")];
+    let printed = in_a_process("programs_that_are_named_are_the_only_ones", &environment, None);
+    assert!(printed.contains("in: /nowhere\n"), "{printed}");
+}
+
 #[test]
 fn threads_are_found_by_name() {
     let _beside = beside_others();

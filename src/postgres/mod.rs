@@ -75,10 +75,10 @@
 //! PgBouncer in transaction mode may send each transaction to another server, where a statement that was prepared
 //! before does not exist (26000), or another program's has its name (42P05). Set
 //! [`statement_cache(0)`](PostgresManager::statement_cache), unless the pooler tracks prepared statements itself
-//! (PgBouncer since 1.21, `max_prepared_statements`). Then the `_cached` functions use no statement that outlives a
-//! transaction: the first time a connection meets an SQL text they learn the types of its parameters, in a short
-//! transaction (three round trips; four if not observed), and from then on send text and parameters in one message, in
-//! one round trip.
+//! (PgBouncer since 1.21, if `max_prepared_statements` is set; by itself since 1.24). Then the `_cached` functions use
+//! no statement that outlives a transaction: the first time a connection meets an SQL text they learn the types of its
+//! parameters, in a short transaction (three round trips; four if not observed), and from then on send text and
+//! parameters in one message, in one round trip.
 //!
 //! Two things do *not* work there, whatever this crate does. One is `query` with a text instead of a statement, outside
 //! a transaction: use `query_cached` or `query_typed`. The other are, at times, types that are not built in: `postgres`

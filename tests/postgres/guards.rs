@@ -67,8 +67,7 @@ fn one_that_the_server_does_not_know_is_named() {
     let _beside = crate::support::beside_others();
     let guards = ServerGuards { transaction_timeout: Some(Duration::from_secs(60)), ..ServerGuards::default() };
     let pool = manager(&params()).server_guards(guards).builder().open();
-    let version: String = Server::shared().connect().query_one("SHOW server_version_num", &[]).unwrap().get(0);
-    if version.parse::<u32>().unwrap() >= 170_000 {
+    if Server::shared().version() >= 17 {
         return assert_eq!(show(&pool.unwrap(), "transaction_timeout"), "1min");
     }
     let e = pool.unwrap_err();

@@ -38,3 +38,4 @@ mod test_transaction;
 mod transactions;
 #[cfg(target_os = "linux")]
 mod unix;
+mod versions;

@@ -146,6 +146,25 @@ impl Bouncer {
         messages.into_iter().filter_map(row).collect()
     }
 
+    /// Its version, such as (1, 18), for what differs between versions.
+    pub fn version(&self) -> (u32, u32) {
+        let rows = self.admin("SHOW VERSION");
+        let text = rows.first().and_then(|row| row.get(0)).unwrap_or_default();
+        let mut numbers = text.trim_start_matches("PgBouncer ").split('.').map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+            _ => panic!("no version: {text}"),
+        }
+    }
+
+    /// How many prepared statements it keeps for each server connection: `None` if it does not know the setting, as
+    /// before 1.21.
+    pub fn prepared_statements(&self) -> Option<u32> {
+        let rows = self.admin("SHOW CONFIG");
+        let row = rows.iter().find(|row| row.get("key") == Some("max_prepared_statements"))?;
+        Some(row.get("value").and_then(|value| value.parse().ok()).expect("a number"))
+    }
+
     /// How many clients it has that mean the server, rather than its own console.
     pub fn clients(&self) -> usize {
         self.admin("SHOW CLIENTS").iter().filter(|row| row.get("database") != Some("pgbouncer")).count()
@@ -244,8 +263,16 @@ impl Drop for Bouncer {
     }
 }
 
-/// Debian keeps it out of an ordinary user's PATH.
+/// Names the program, for tests on another version than the one that is installed.
+pub const PGBOUNCER: &str = "MILLPOND_PGBOUNCER";
+
+/// The program that [`PGBOUNCER`] names, or else the first of the usual ones. Debian keeps it out of an ordinary user's
+/// PATH.
 fn find() -> PathBuf {
+    if let Some(program) = programs::named(PGBOUNCER) {
+        assert!(program.is_file(), "{PGBOUNCER} names no program: {}", program.display());
+        return program;
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = ["/usr/sbin", "/usr/bin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
     let candidates = std::env::split_paths(&path).chain(folders.map(PathBuf::from));

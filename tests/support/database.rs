@@ -69,6 +69,12 @@ impl Database {
         self.config("observer").connect(NoTls).unwrap_or_else(|e| panic!("cannot connect to {}: {e:?}", self.address))
     }
 
+    /// The server's version, such as 15, for what differs between versions.
+    pub fn version(&self) -> u32 {
+        let number: String = self.connect().query_one("SHOW server_version_num", &[]).expect("a version").get(0);
+        number.parse::<u32>().expect("a number") / 10_000
+    }
+
     /// The connections that the server has under this name, the oldest first.
     pub fn backends(&self, app: &str) -> Vec<Backend> {
         self.ask(|client| look(client, app))

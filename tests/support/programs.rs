@@ -5,12 +5,19 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The folder that holds `initdb` and `postgres`.
+/// Names the folder of the server's programs, for tests on another version than the one that is installed.
+pub const POSTGRES: &str = "MILLPOND_POSTGRES";
+
+/// The folder that holds `initdb` and `postgres`: the one that [`POSTGRES`] names, or else the first of the usual ones.
 ///
 /// # Panics
 ///
-/// If there is none, with the command that installs PostgreSQL and the folders that were looked into.
+/// If there is none, with the command that installs PostgreSQL and the folders that were looked into. A folder that is
+/// named must be right: a test of one version that runs on another would say nothing.
 pub fn find() -> PathBuf {
+    if let Some(folder) = named(POSTGRES) {
+        return find_in(&[folder]);
+    }
     let mut candidates = Vec::new();
     if let Some(path) = std::env::var_os("PATH") {
         candidates.extend(std::env::split_paths(&path));
@@ -33,11 +40,9 @@ pub fn find() -> PathBuf {
     find_in(&candidates)
 }
 
-/// A program of the server's: in that folder, or beside the real `postgres` if there is but a link to it.
-pub fn beside(folder: &Path, program: &str) -> PathBuf {
-    let real = fs::canonicalize(folder.join("postgres")).unwrap_or_default().with_file_name(program);
-    let here = folder.join(program);
-    if here.exists() || !real.exists() { here } else { real }
+/// What this variable names. It may be set and empty, which names nothing.
+pub fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|name| !name.is_empty()).map(PathBuf::from)
 }
 
 /// As [`find`], in these folders only.

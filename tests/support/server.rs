@@ -5,9 +5,10 @@
 //! then stops the postmaster and removes the folder. So a server in a `static`, which nothing ever drops, goes too.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Deref;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::OnceLock;
@@ -93,20 +94,49 @@ impl Server {
     pub fn with(settings: &[(&str, &str)]) -> Server {
         let arguments =
             ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--pgdata=data"];
-        Server::made_by("initdb", &arguments, SETTINGS.iter().chain(settings))
+        Server::made_by(SETTINGS.iter().chain(settings), |programs, dir, user| {
+            let mut initdb = programs::command(programs.join("initdb"), dir, user);
+            let made = initdb.args(arguments).stdin(Stdio::null()).output();
+            let made = made.map_err(|e| format!("cannot run initdb in {}: {e}", programs.display()))?;
+            let said = String::from_utf8_lossy(&made.stdout) + String::from_utf8_lossy(&made.stderr);
+            if made.status.success() { Ok(()) } else { Err(format!("initdb failed: {said}")) }
+        })
     }
 
     /// Starts a streaming standby of a server that was started with [`STREAMING`](Server::STREAMING), with the same
-    /// settings.
+    /// settings. The server itself makes the copy, for `pg_basebackup` is missing where there are only its own programs.
     ///
     /// # Panics
     ///
     /// As [`with`](Server::with).
     pub fn standby_of(primary: &Server) -> Server {
-        let from = format!("--dbname={}", address(primary.port));
-        let arguments = ["--no-sync", "--checkpoint=fast", "--write-recovery-conf", "--pgdata=data", &from];
         let settings: Vec<_> = primary.settings.iter().map(|(k, v)| (&**k, &**v)).collect();
-        Server::made_by("pg_basebackup", &arguments, settings.iter())
+        Server::made_by(settings.iter(), |_, dir, user| {
+            let data = dir.join("data");
+            let label = primary.backed_up(|| copy(&primary.dir.path().join("data"), &data, user))?;
+            let connection = format!("primary_conninfo = '{}'\n", address(primary.port));
+            for (name, content) in
+                [("backup_label", &label), ("standby.signal", &String::new()), ("postgresql.auto.conf", &connection)]
+            {
+                fs::write(data.join(name), content).map_err(|e| format!("cannot write {name}: {e}"))?;
+                own(&data.join(name), user).map_err(|e| format!("cannot give {name} away: {e}"))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Has the data folder copied while the server knows of it. Returns the file that belongs to the copy.
+    fn backed_up(&self, copy: impl FnOnce() -> io::Result<()>) -> Result<String, String> {
+        let mut client = self.connect();
+        // Renamed in 15.
+        let (start, stop) = match self.version() >= 15 {
+            true => ("pg_backup_start('standby', true)", "pg_backup_stop(false)"),
+            false => ("pg_start_backup('standby', true, false)", "pg_stop_backup(false, false)"),
+        };
+        client.batch_execute(&format!("SELECT {start}")).map_err(|e| format!("no backup starts: {e:?}"))?;
+        copy().map_err(|e| format!("cannot copy the primary: {e}"))?;
+        let stopped = client.query_one(&format!("SELECT labelfile FROM {stop}"), &[]);
+        Ok(stopped.map_err(|e| format!("the backup does not end: {e:?}"))?.get(0))
     }
 
     /// What a server needs to have standbys.
@@ -118,20 +148,17 @@ impl Server {
         assert!(row.get::<_, bool>(0), "not promoted:\n{}", self.log());
     }
 
-    /// Starts a server in the folder `data` that this program makes.
+    /// Starts a server in the folder `data`, which `make` makes.
     fn made_by<'a>(
-        program: &str,
-        arguments: &[&str],
         settings: impl Iterator<Item = &'a (&'a str, &'a str)>,
+        make: impl FnOnce(&Path, &Path, Option<User>) -> Result<(), String>,
     ) -> Server {
         let programs = programs::find();
         let user = User::for_server();
         // The server's user may not get into a TMPDIR of root's.
         let parent = user.map_or_else(std::env::temp_dir, |_| PathBuf::from("/tmp"));
         let dir = tempfile::Builder::new().prefix("millpond-").tempdir_in(parent).expect("a folder for the server");
-        if let Some(User { uid, gid }) = user {
-            std::os::unix::fs::chown(dir.path(), Some(uid), Some(gid)).expect("a folder for the server's user");
-        }
+        own(dir.path(), user).expect("a folder for the server's user");
 
         let watchdog = programs::command("/bin/sh", dir.path(), user)
             .args(["-c", WATCHDOG, "watchdog"])
@@ -143,10 +170,6 @@ impl Server {
             .spawn()
             .expect("a shell for the watchdog");
 
-        let made = programs::command(programs::beside(&programs, program), dir.path(), user)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output();
         // Made before anything can go wrong, so that its `Drop` cleans up.
         let mut server = Server {
             database: Database::at(String::new()),
@@ -158,13 +181,9 @@ impl Server {
             watchdog: Mutex::new(watchdog),
             dir,
         };
-        let made = made.unwrap_or_else(|e| panic!("cannot run {program} in {}: {e}", server.programs.display()));
-        assert!(
-            made.status.success(),
-            "{program} failed: {}{}",
-            String::from_utf8_lossy(&made.stdout),
-            String::from_utf8_lossy(&made.stderr)
-        );
+        if let Err(why) = make(&server.programs, server.dir.path(), user) {
+            panic!("{why}");
+        }
 
         // Between finding a port free and listening on it somebody else may take it.
         let mut attempts = 5;
@@ -347,6 +366,49 @@ pub fn listen() -> TcpListener {
 
 pub(super) fn address(port: u16) -> String {
     format!("host=127.0.0.1 port={port} user=postgres dbname=postgres")
+}
+
+/// Copies a data folder that is in use, without what a running server keeps for itself.
+fn copy(from: &Path, to: &Path, user: Option<User>) -> io::Result<()> {
+    const NOT_THESE: &[&str] = &["postmaster.pid", "postmaster.opts"];
+    const EMPTY: &[&str] = &[
+        "pg_dynshmem",
+        "pg_notify",
+        "pg_replslot",
+        "pg_serial",
+        "pg_snapshots",
+        "pg_stat_tmp",
+        "pg_subtrans",
+        "pg_wal",
+    ];
+    fs::DirBuilder::new().mode(0o700).create(to)?;
+    own(to, user)?;
+    if from.file_name().is_some_and(|name| EMPTY.iter().any(|empty| name == *empty)) {
+        return Ok(());
+    }
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let copied = to.join(entry.file_name());
+        if NOT_THESE.iter().any(|not| entry.file_name() == *not) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &copied, user)?;
+            continue;
+        }
+        match fs::copy(entry.path(), &copied) {
+            Ok(_) => own(&copied, user)?,
+            // The server removed it since; then its log says so, and the copy's recovery reads that.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Gives it to the server's user.
+fn own(path: &Path, user: Option<User>) -> io::Result<()> {
+    user.map_or(Ok(()), |User { uid, gid }| std::os::unix::fs::chown(path, Some(uid), Some(gid)))
 }
 
 /// Ends a postmaster and all of its children by SIGKILL, and waits until they are gone.

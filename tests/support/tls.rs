@@ -62,26 +62,32 @@ impl Identity {
         rustls::ServerConnection::new(Arc::new(config)).unwrap()
     }
 
-    fn connector_that_trusts(authority: &CertificateDer<'static>) -> MakeRustlsConnect {
+    fn connector_that_trusts(authority: &CertificateDer<'static>, protocols: &[&str]) -> MakeRustlsConnect {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(authority.clone()).unwrap();
-        let config = rustls::ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        let mut config = rustls::ClientConfig::builder_with_provider(Arc::new(default_provider()))
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
         MakeRustlsConnect::new(config)
     }
 
     /// A connector for clients that trust it.
     pub fn trusting(&self) -> MakeRustlsConnect {
-        Identity::connector_that_trusts(&self.authority)
+        Identity::connector_that_trusts(&self.authority, &[])
+    }
+
+    /// The same, and it says what will be spoken: `sslnegotiation=direct` takes that.
+    pub fn trusting_directly(&self) -> MakeRustlsConnect {
+        Identity::connector_that_trusts(&self.authority, &["postgresql"])
     }
 }
 
 /// A connector that trusts somebody else.
 pub fn wary() -> MakeRustlsConnect {
-    Identity::connector_that_trusts(&Identity::signed_by("a stranger").authority)
+    Identity::connector_that_trusts(&Identity::signed_by("a stranger").authority, &[])
 }
 
 /// A server with TLS as `db.test`, where `scrammed` needs a password.

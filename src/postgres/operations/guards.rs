@@ -42,7 +42,7 @@ use std::time::Duration;
 ///
 /// # Poolers
 ///
-/// The guards are set with `SET`, since PgBouncer refuses `options=`, and hold for the session. Where the pool itself
+/// The guards are set with `SET`, since PgBouncer refuses them in `options=`, and hold for the session. Where the pool itself
 /// discards session state ([`Reset::DiscardAll`](crate::postgres::Reset::DiscardAll)) they are set again. A `RESET ALL`
 /// or `DISCARD ALL` of your own removes them. Behind PgBouncer:
 ///

@@ -181,7 +181,8 @@ pub enum Outcome {
     /// The backend was left alone, for this reason: it was not proven to be an orphan, or the audit has no such
     /// backend.
     Spared(String),
-    /// The server refused, in these words.
+    /// The server refused, in these words: its message, and its detail, if it sent one. From PostgreSQL 16 on only the
+    /// detail says which role may do it.
     Refused(String),
 }
 
@@ -199,7 +200,10 @@ fn terminate(client: &mut Client, backend: &Backend, start: SystemTime, conditio
         Ok(Some(row)) if column(&row, 0)? => Ok(Outcome::Signalled),
         Ok(_) => Ok(Outcome::Gone),
         Err(e) => match e.as_db_error() {
-            Some(db) if !client.is_closed() => Ok(Outcome::Refused(db.message().into())),
+            Some(db) if !client.is_closed() => Ok(Outcome::Refused(match db.detail() {
+                Some(detail) => format!("{}: {detail}", db.message()),
+                None => db.message().into(),
+            })),
             _ => Err(e.into()),
         },
     }
