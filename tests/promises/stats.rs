@@ -315,6 +315,7 @@ fn texts() {
     assert_eq!(
         masked(pool.stats()),
         "pool 'orders': N of N connections, built T ago\n\
+         health ready\n\
          now N idle, N in use; N waiting\n\
          checkouts N; N had to wait, N timed out\n\
          opened N; N failed\n\
