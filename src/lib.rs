@@ -81,6 +81,8 @@
 //! # Features
 //!
 //! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
+//! * `prometheus-client`, `metrics`: `millpond::metrics`, a pool's metrics by OpenTelemetry's names, as a collector of the
+//!   crate `prometheus-client` or for the recorders of the facade `metrics`.
 //!
 //! # Limits
 //!
@@ -100,6 +102,8 @@ mod hooks;
 mod leaf;
 mod ledger;
 mod manage;
+#[cfg(any(feature = "prometheus-client", feature = "metrics"))]
+pub mod metrics;
 #[cfg(millpond_model)]
 #[doc(hidden)]
 #[path = "../tests/simulation/model/mod.rs"]
