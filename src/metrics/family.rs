@@ -123,6 +123,14 @@ fn closed(s: &Stats) -> Vec<Point> {
     CloseReason::ALL.map(point).into()
 }
 
+/// By how much an eviction is late that counts as late.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How many were longer, by the end of their bucket.
+fn longer_than(recorded: &Distribution, limit: Duration) -> u64 {
+    recorded.buckets().filter(|&(end, _)| end > limit).map(|(_, n)| n).sum()
+}
+
 /// The reason as a label, which stays what it is when the words of log records change.
 fn key(reason: CloseReason) -> &'static str {
     match reason {
@@ -212,6 +220,9 @@ pub(super) static FAMILIES: &[Family] = &[
     ),
     gauge("millpond.eviction.lateness.max", "s", "The greatest lateness since the pool was built", |s| {
         seconds(Some(s.max_lateness))
+    }),
+    counter("millpond.evictions.late", "{eviction}", "Idle and aged connections closed a second late or more", |s| {
+        count(longer_than(&s.lateness, LATE))
     }),
     counter("millpond.jobs.abandoned", "{job}", "Opens, checks and closes abandoned past their limit", |s| {
         count(s.abandonments)

@@ -75,6 +75,7 @@
 //! | `millpond.checkouts.leaked` | counter, `{checkout}` | `leaks` |
 //! | `millpond.eviction.lateness` | histogram, `s` | `lateness` |
 //! | `millpond.eviction.lateness.max` | gauge, `s` | `max_lateness` |
+//! | `millpond.evictions.late` | counter, `{eviction}` | `lateness`: those a second late or more |
 //! | `millpond.jobs.abandoned` | counter, `{job}` | `abandonments` |
 //! | `millpond.jobs.hanging` | gauge, `{job}` | `abandoned` |
 //! | `millpond.health` | gauge, `{state}` | `health`: 1 for what it is, 0 for the others, as `state` = `ready`, `busy`, `stuck`, `down`, `closed` |
