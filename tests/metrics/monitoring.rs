@@ -57,7 +57,7 @@ fn in_the_older_format(page: &str) -> String {
 }
 
 /// The queries of the dashboard, as Prometheus gets them when this job and pool are chosen.
-pub fn queries(job: &str, pool: &str) -> Vec<String> {
+pub(crate) fn queries(job: &str, pool: &str) -> Vec<String> {
     let dashboard: Value =
         serde_json::from_str(&fs::read_to_string(file("monitoring/dashboard.json")).unwrap()).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();

@@ -25,7 +25,10 @@ const CONVENTION: [(&str, &str, &str); 9] = [
 
 /// Writes down what the facade is told.
 #[derive(Default)]
-struct Told(Mutex<BTreeMap<String, (&'static str, Option<Unit>, Vec<Key>)>>);
+struct Told(Mutex<BTreeMap<String, Family>>);
+
+/// Its kind and unit, and the series that were registered.
+type Family = (&'static str, Option<Unit>, Vec<Key>);
 
 impl Told {
     fn described(&self, kind: &'static str, name: KeyName, unit: Option<Unit>) {

@@ -7,7 +7,7 @@ use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
 
 /// What the collector shows, in the format of OpenMetrics.
-pub fn collected(pools: &Pools) -> String {
+pub(crate) fn collected(pools: &Pools) -> String {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(pools.clone()));
     let mut page = String::new();
@@ -16,23 +16,23 @@ pub fn collected(pools: &Pools) -> String {
 }
 
 /// A recorder of the facade, as the documentation tells to build it.
-pub fn recorder() -> PrometheusRecorder {
+pub(crate) fn recorder() -> PrometheusRecorder {
     PrometheusBuilder::new().with_recommended_naming(true).set_buckets(&BUCKETS).unwrap().build_recorder()
 }
 
 /// What this recorder shows after a report, in Prometheus' own format.
-pub fn reported(pools: &Pools, recorder: &PrometheusRecorder) -> String {
+pub(crate) fn reported(pools: &Pools, recorder: &PrometheusRecorder) -> String {
     metrics::with_local_recorder(recorder, || pools.report());
     recorder.handle().render()
 }
 
-pub type Labels = BTreeMap<String, String>;
+pub(crate) type Labels = BTreeMap<String, String>;
 
 #[derive(Debug, Default)]
-pub struct Page {
+pub(crate) struct Page {
     /// By name: kind, unit, help.
-    pub families: BTreeMap<String, [String; 3]>,
-    pub samples: Vec<(String, Labels, f64)>,
+    pub(crate) families: BTreeMap<String, [String; 3]>,
+    pub(crate) samples: Vec<(String, Labels, f64)>,
 }
 
 impl Page {
@@ -40,7 +40,7 @@ impl Page {
     ///
     /// If a family stands there twice, or a line is none.
     #[track_caller]
-    pub fn parse(text: &str) -> Page {
+    pub(crate) fn parse(text: &str) -> Page {
         let mut page = Page::default();
         for line in text.lines().filter(|line| !line.is_empty() && *line != "# EOF") {
             if let Some(rest) = line.strip_prefix("# ") {
@@ -62,14 +62,14 @@ impl Page {
     }
 
     /// The values of this name in points that have all these labels.
-    pub fn values(&self, name: &str, labels: &[(&str, &str)]) -> Vec<f64> {
+    pub(crate) fn values(&self, name: &str, labels: &[(&str, &str)]) -> Vec<f64> {
         let has = |all: &Labels| labels.iter().all(|(k, v)| all.get(*k).is_some_and(|value| value == v));
         self.samples.iter().filter(|(n, all, _)| n == name && has(all)).map(|&(_, _, value)| value).collect()
     }
 
     /// The only one of them.
     #[track_caller]
-    pub fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+    pub(crate) fn value(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let values = self.values(name, labels);
         assert_eq!(values.len(), 1, "{name} {labels:?}: {values:?}");
         values[0]

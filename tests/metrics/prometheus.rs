@@ -12,14 +12,14 @@ use std::thread::{self, JoinHandle};
 use tempfile::TempDir;
 
 /// Where this program is, or why the test cannot be made.
-pub fn find(program: &str) -> Result<PathBuf, String> {
+pub(crate) fn find(program: &str) -> Result<PathBuf, String> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&folders).map(|folder| folder.join(program)).find(|path| path.is_file());
     found.ok_or_else(|| format!("there is no `{program}`: apt-get install prometheus"))
 }
 
 /// Runs `promtool` with this input: whether it was content, and what it said.
-pub fn promtool(program: &Path, arguments: &[&str], input: &str) -> (bool, String) {
+pub(crate) fn promtool(program: &Path, arguments: &[&str], input: &str) -> (bool, String) {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -32,21 +32,21 @@ pub fn promtool(program: &Path, arguments: &[&str], input: &str) -> (bool, Strin
 }
 
 /// A file of this repository.
-pub fn file(path: &str) -> PathBuf {
+pub(crate) fn file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 // -------------------------------------------------------------------------------------------------- a target
 
 /// Serves a page over HTTP, until it is dropped.
-pub struct Endpoint {
-    pub addr: SocketAddr,
+pub(crate) struct Endpoint {
+    pub(crate) addr: SocketAddr,
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Endpoint {
-    pub fn serve(kind: &'static str, page: impl Fn() -> String + Send + 'static) -> Endpoint {
+    pub(crate) fn serve(kind: &'static str, page: impl Fn() -> String + Send + 'static) -> Endpoint {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let (addr, over) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
         let is_over = Arc::clone(&over);
@@ -87,7 +87,7 @@ impl Drop for Endpoint {
 }
 
 /// What is served there.
-pub fn fetch(addr: SocketAddr, path: &str) -> std::io::Result<String> {
+pub(crate) fn fetch(addr: SocketAddr, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(addr)?;
     stream.set_read_timeout(Some(SOON))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {addr}\r\n\r\n")?;
@@ -110,7 +110,7 @@ const WATCHDOG: &str = r#"
 "#;
 
 /// A Prometheus on a loopback port, with a folder of its own.
-pub struct Prometheus {
+pub(crate) struct Prometheus {
     addr: SocketAddr,
     watchdog: Child,
     dir: TempDir,
@@ -122,7 +122,7 @@ impl Prometheus {
     /// # Panics
     ///
     /// If it does not start: with its own words.
-    pub fn start(program: &Path, rules: &str, targets: &[(&str, SocketAddr)]) -> Prometheus {
+    pub(crate) fn start(program: &Path, rules: &str, targets: &[(&str, SocketAddr)]) -> Prometheus {
         let dir = TempDir::new().unwrap();
         let path = |name: &str| dir.path().join(name);
         let mut config = "global: { scrape_interval: 500ms, scrape_timeout: 500ms, evaluation_interval: 500ms }\n\
@@ -151,7 +151,7 @@ impl Prometheus {
         prometheus
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
@@ -163,7 +163,7 @@ impl Prometheus {
     }
 
     /// The alerts that fire: by name, and the job that they fire for.
-    pub fn alerts(&self) -> Vec<(String, String)> {
+    pub(crate) fn alerts(&self) -> Vec<(String, String)> {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
         let data = self.ask("/api/v1/alerts");
         let firing = data["alerts"].as_array().unwrap().iter().filter(|alert| alert["state"] == "firing");
@@ -171,13 +171,13 @@ impl Prometheus {
     }
 
     /// How many series this finds now.
-    pub fn series(&self, query: &str) -> usize {
+    pub(crate) fn series(&self, query: &str) -> usize {
         let encoded: String = query.bytes().map(|b| format!("%{b:02x}")).collect();
         self.ask(&format!("/api/v1/query?query={encoded}"))["result"].as_array().unwrap().len()
     }
 
     /// Why a target cannot be scraped, as it sees it.
-    pub fn complaints(&self) -> String {
+    pub(crate) fn complaints(&self) -> String {
         let data = self.ask("/api/v1/targets");
         let targets = data["activeTargets"].as_array().unwrap().iter();
         targets.map(|t| format!("{}: {}\n", t["labels"]["job"], t["lastError"])).collect()
