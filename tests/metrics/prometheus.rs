@@ -143,6 +143,8 @@ impl Prometheus {
             .arg(format!("--web.listen-address={addr}"))
             .env("LOG", path("log"))
             .stdin(Stdio::piped())
+            // (A shell says that what it waits for was killed.)
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let prometheus = Prometheus { addr, watchdog, dir };
