@@ -3,9 +3,20 @@
 use millpond::Pool;
 use postgres::NoTls;
 use r2d2_postgres::PostgresConnectionManager;
+use std::process::ExitCode;
 use std::{env, error::Error, thread, time::Duration};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{e}"); // its text; a `main` that returns a `Result` prints its `Debug`
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
     let manager = PostgresConnectionManager::new(address.parse()?, NoTls);
     let pool = Pool::builder().max_size(4).max_idle(Duration::from_secs(60)).build(manager)?;

@@ -24,6 +24,9 @@
 //! # fn main() {}
 //! ```
 //!
+//! The [guide] has what does not belong to one type: choosing the numbers, shutting down, TLS, migrations, reading the
+//! stats, troubleshooting by text, and the names of other pools' settings beside ours.
+//!
 //! # What it pools
 //!
 //! Whatever a [`Manage`] manages. Every [`r2d2::ManageConnection`] is a `Manage`, so the managers, customizers and
@@ -81,6 +84,7 @@
 //! # Features
 //!
 //! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
+//! * `diesel`: `millpond::diesel`, a [`PooledConnection`] is a Diesel connection. Needs Rust 1.86, as Diesel 2.3 does.
 //! * `prometheus-client`, `metrics`: `millpond::metrics`, a pool's metrics by OpenTelemetry's names, as a collector of the
 //!   crate `prometheus-client` or for the recorders of the facade `metrics`.
 //!
@@ -95,8 +99,12 @@
 //!   thread that checked it out.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "diesel")]
+pub mod diesel;
 pub mod error;
 pub mod event;
+#[cfg(doc)]
+pub mod guide;
 mod health;
 mod hooks;
 mod leaf;
@@ -116,6 +124,7 @@ mod settings;
 mod stats;
 
 pub use crate::error::{Cause, Error, ErrorKind};
+pub use crate::event::{HandleEvent, NopEventHandler};
 pub use crate::health::{Failing, Health, LastError};
 pub use crate::leaf::histogram::Distribution;
 pub use crate::manage::{Manage, Opening, Returned, Start};
@@ -126,7 +135,10 @@ pub use crate::pool::connection::PooledConnection;
 pub use crate::pool::guard::{PoolGuard, Workers};
 pub use crate::settings::{Settings, Validate};
 pub use crate::stats::{CloseReason, ConnectionInfo, ConnectionState, Connections, State, Stats};
-pub use r2d2::{self, CustomizeConnection, Extensions, HandleError, ManageConnection};
+pub use r2d2::{
+    self, CustomizeConnection, Extensions, HandleError, LoggingErrorHandler, ManageConnection, NopConnectionCustomizer,
+    NopErrorHandler,
+};
 
 #[cfg(doc)]
 #[doc = include_str!("../docs/coming-from-r2d2.md")]

@@ -20,6 +20,12 @@ pub enum Validate {
     Always,
     /// When it was neither used nor checked for at least this long, or when another connection has been found dead
     /// since it was last known to be well. The default, with one second. Zero is the same as `Always`.
+    ///
+    /// For callers that wait. [`try_get`](crate::Pool::try_get) and a timeout of zero cannot wait for a check: what has been
+    /// unused for this long they get after a mere look at it; where the manager cannot look, if it was used or checked since
+    /// the last such call. So there, and not in `get`, a caller may find that the connection has gone dead without a word.
+    /// One under suspicion they get only after a check. (`tests/promises/at_once.rs::a_look_is_enough_for_what_is_only_stale`,
+    /// `tests/promises/at_once.rs::what_one_call_had_checked_serves_the_next_however_late`)
     AfterIdle(Duration),
     /// Never, not even on suspicion.
     Never,

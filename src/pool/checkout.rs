@@ -90,12 +90,18 @@ impl<M: Manage> Pool<M> {
     /// Checks out a connection if one can be had at once. Waits for nothing, neither for a connection nor for the
     /// network; but asks for one to be made ready, so that a later call finds it.
     ///
-    /// A connection that would be [validated](crate::Builder::validate) because it was unused for a while is checked
-    /// out after a [look](Manage::peek) at it, if the manager can look (`PostgresManager` can at what it observes).
-    /// Otherwise it is checked out if it was used or validated since the last such call, however long ago that is: a
-    /// validation that one call asked for in vain serves the next. So the caller may find the connection dead. A suspect
-    /// connection (another was found dead since) is checked out only after a validation. With
-    /// [`Validate::Always`](crate::Validate) each use has a validation of its own.
+    /// What it does with an idle connection depends on [`Validate`](crate::Validate), since a validation could wait:
+    ///
+    /// | | unused for less than `t` | unused for longer | suspect (another was found dead since) |
+    /// |---|---|---|---|
+    /// | `AfterIdle(t)`, the default with 1 s | handed out | looked at, see below | `None`, and validated for a later call |
+    /// | `Always` | handed out if it was validated for an earlier call, and not used since; else `None` | the same | the same |
+    /// | `Never` | handed out | handed out | handed out |
+    ///
+    /// Looked at: if the manager can [look](Manage::peek) (`PostgresManager` can at what it observes), the connection is handed
+    /// out unless the look sees its end. If the manager cannot, it is handed out if it was used or validated since the last
+    /// such call, however long ago that is; else the answer is `None`, and it is validated for the next call. So the caller
+    /// may find the connection dead: one whose server is merely silent is not seen.
     ///
     /// `None` as well if the pool is closed, or others wait.
     #[track_caller]

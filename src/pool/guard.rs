@@ -81,10 +81,10 @@ const GRACE: Duration = Duration::from_secs(5);
 /// | case | what to do |
 /// |---|---|
 /// | `let _ = pool.guard();` | drops the guard at once. Give it a name: `let _guard`. |
-/// | a guard in a `static` or `OnceLock` | statics are never dropped. Keep it in `main`. |
+/// | a guard in a `static` | statics are never dropped. Keep it in `main`. |
 /// | `std::process::exit` | ends the process without unwinding. Return from `main` (with an `ExitCode`), or drop the guard first. |
 /// | `panic = "abort"` | no unwinding either: only a return from `main` drops the guard. |
-/// | SIGTERM, SIGINT (Ctrl-C) | end the process unless handled. Handle them (crate `signal-hook`): wake `main`, let it return. `examples/server.rs` does. |
+/// | SIGTERM, SIGINT (Ctrl-C) | end the process unless handled. Handle them (crate `signal-hook`): wake `main`, let it return. `examples/server/main.rs` does. |
 /// | SIGKILL, a crash, power | nothing runs. The server notices by itself: at once if the machine still lives (its sockets are closed), else by TCP keepalive (`tcp_keepalives_idle` on PostgreSQL). |
 /// | `std::mem::forget`, a cycle of `Arc`s | do not. |
 #[must_use = "the pool is closed when the guard is dropped: bind it to a name, such as `_guard`"]

@@ -39,6 +39,7 @@
 //! * **Many processes share one server.** [`PostgresManager::processes`] has `build` compare what all of them may open
 //!   with what the server allows: see [how to choose the numbers](choosing_the_numbers). [`ServerGuards`] have the
 //!   server clean up after a process that was killed.
+//! * **Tests are rolled back.** With [`PostgresManager::test_transaction`] nothing is committed.
 //!
 //! # Statements
 //!

@@ -7,6 +7,7 @@ mod support;
 
 mod diesel;
 mod managers;
+mod moved;
 mod r2d2_postgres;
 mod smoke;
 mod sqlite;

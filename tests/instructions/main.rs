@@ -1,4 +1,5 @@
-//! Checks a connection without I/O out and returns it, `N` times, on a pool of one: `millpond-instructions SETTING N`.
+//! Checks a connection without I/O out and returns it, `N` times, on a pool of one: `millpond-instructions SETTING N`. With
+//! `health` it asks for the pool's health instead.
 //!
 //! `.ci/instructions` runs this under valgrind with two values of `N`. What the set-up costs is the same in both.
 
@@ -33,7 +34,7 @@ impl r2d2::ManageConnection for Nils {
 /// What is set beside the defaults.
 fn with(setting: &str, builder: Builder<Nils>) -> Builder<Nils> {
     match setting {
-        "off" => builder,
+        "off" | "health" => builder,
         "leak-detection" => builder.leak_threshold(Duration::from_secs(30)),
         "events" => builder.event_handler(Box::new(NopEventHandler)),
         "floor" => builder.min_idle(1),
@@ -42,11 +43,15 @@ fn with(setting: &str, builder: Builder<Nils>) -> Builder<Nils> {
 }
 
 fn main() {
-    const USAGE: &str = "millpond-instructions off|leak-detection|events|floor N";
+    const USAGE: &str = "millpond-instructions off|leak-detection|events|floor|health N";
     let setting = args().nth(1).expect(USAGE);
     let n: u32 = args().nth(2).and_then(|n| n.parse().ok()).expect(USAGE);
     let pool = with(&setting, Pool::builder().max_size(1)).build(Nils).expect("a pool");
     drop(pool.get());
+    if setting == "health" {
+        (0..n).for_each(|_| _ = black_box(pool.health()));
+        return;
+    }
     for _ in 0..n {
         black_box(&mut *pool.get().expect("the connection"));
     }

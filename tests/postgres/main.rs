@@ -23,6 +23,7 @@ mod failover;
 #[cfg(target_os = "linux")]
 mod faults;
 mod guards;
+mod guide;
 mod handover;
 mod hostile;
 mod manager;
@@ -33,6 +34,7 @@ mod session;
 #[cfg(target_os = "linux")]
 mod silence;
 mod statements;
+mod test_transaction;
 mod transactions;
 #[cfg(target_os = "linux")]
 mod unix;

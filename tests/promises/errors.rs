@@ -578,6 +578,9 @@ fn kinds() {
     let _beside = beside_others();
     fn kind<M: Manage>(result: Result<impl Sized, Error>, _: &Pool<M>) -> [bool; 5] {
         let e = refusal(result);
+        // For a server that answers 503: with a `Retry-After`, or without.
+        assert_eq!(e.is_timeout() || e.is_too_many_waiting(), e.is_unavailable() || e.is_exhausted(), "{e}");
+        assert!(!(e.is_unavailable() && e.is_exhausted()), "{e}");
         [e.is_timeout(), e.is_connect(), e.is_closed(), e.is_too_many_waiting(), e.is_config()]
     }
     let fake = Fake::new();

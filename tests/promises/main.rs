@@ -24,6 +24,7 @@ mod errors;
 mod fair;
 mod floor;
 mod hang;
+mod health;
 mod idle;
 mod lifetime;
 mod panic;

@@ -32,7 +32,7 @@ pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
 pub use proxy::{End, Fault, Proxy, Silent};
-pub use server::Server;
+pub use server::{Server, listen};
 pub use wait::{
     EPSILON, SEEN, SOON, alone, assert_no_threads, assert_no_threads_of, beside_others, in_a_process, ms, skipped,
     slack, sleep_until, threads_named, wait_until, watched, watched_alone, within,

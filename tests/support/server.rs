@@ -331,7 +331,7 @@ impl Deref for Server {
 /// Below the range from which the system takes ports for outgoing connections: there, while we do not listen, another
 /// connection could be given the port; or a client that keeps trying it could be given that very port, and so connect
 /// to itself.
-pub(super) fn listen() -> TcpListener {
+pub fn listen() -> TcpListener {
     const FIRST: u16 = 20_000;
     const COUNT: u16 = 12_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);

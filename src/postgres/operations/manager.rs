@@ -55,6 +55,7 @@ pub struct PostgresManager<T> {
     processes: Option<u32>,
     budget: Budget,
     guards: ServerGuards,
+    test_transaction: bool,
 }
 
 impl<T: Connector> PostgresManager<T> {
@@ -73,6 +74,7 @@ impl<T: Connector> PostgresManager<T> {
             processes: None,
             budget: Budget::default(),
             guards: ServerGuards::default(),
+            test_transaction: false,
         }
     }
 
@@ -155,6 +157,64 @@ impl<T: Connector> PostgresManager<T> {
         self
     }
 
+    /// For tests: nothing that is done through the pool is committed. Default `false`. Diesel has the same for one
+    /// connection (`begin_test_transaction`).
+    ///
+    /// Each connection begins one transaction when it is opened. All that its callers do happens inside it, from checkout
+    /// to checkout, and is rolled back when the connection is closed. So the next caller of the connection finds the
+    /// rows of the one before, and nobody else ever sees them. See [the guide](crate::guide::rolled_back_tests).
+    ///
+    /// ```no_run
+    /// use millpond::postgres::PostgresManager;
+    /// use postgres::NoTls;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let manager = PostgresManager::parse("host=127.0.0.1 user=app dbname=app_test", NoTls)?.test_transaction(true);
+    /// // One connection, for as long as the test lasts: all of the test sees the same rows.
+    /// let pool = manager.builder().max_size(1).max_idle(None).max_lifetime(None).open()?;
+    ///
+    /// pool.get()?.execute("INSERT INTO users (name) VALUES ('ada')", &[])?;
+    ///
+    /// let mut client = pool.get()?;
+    /// let mut tx = client.transaction()?; // a savepoint
+    /// tx.execute("UPDATE users SET name = 'grace'", &[])?;
+    /// tx.commit()?; // releases it
+    ///
+    /// let row = client.query_one("SELECT count(*) FROM users WHERE name = 'grace'", &[])?;
+    /// assert_eq!(row.get::<_, i64>(0), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// * [`begin`](Connection::begin) and [`transaction`](Connection::transaction) make a savepoint, `commit` releases
+    ///   it, and `rollback` or a drop goes back to it. What the pool itself does not see is refused: a `COMMIT` in SQL,
+    ///   or by `transaction()` of the bare `postgres::Client`, fails with SQLSTATE 2D000 ("test_transaction: nothing is
+    ///   committed"), and ends the test transaction, as it does with a `ROLLBACK` in SQL.
+    /// * **An error** of a statement outside of a `begin()` fails the transaction, as always in PostgreSQL, and what
+    ///   follows in the same checkout fails with 25P02. When the connection is returned, all of this checkout is rolled
+    ///   back, with a warning. What earlier checkouts did stays.
+    /// * **After its end** the session is read-only (25006). When it is returned, the connection is closed, with a
+    ///   warning, and the next caller gets a new one, without the rows.
+    /// * **A pool of one** shows all callers the same rows; they wait for each other. In **a pool of many** each
+    ///   connection has a transaction of its own: they do not see each other's rows, and wait for each other's locks.
+    /// * Whatever closes a connection takes its rows away: `max_idle`, `max_lifetime`, `recycle`, a cancelled query, a
+    ///   panic, and the server's `idle_in_transaction_session_timeout`.
+    ///
+    /// Not covered are: sequences, which go on counting; what the server does elsewhere (`dblink`, `COPY ... TO
+    /// PROGRAM`); and a `BEGIN READ WRITE`, a `RESET ALL` or an `AND CHAIN` in SQL once the test transaction was ended
+    /// in SQL. **Do not use this behind a pooler in transaction mode.** The test transaction itself keeps its server; but
+    /// once it was ended in SQL, the next statement may go to a server where it is committed.
+    ///
+    /// # Errors
+    ///
+    /// `build` and `get` fail for good with another [`reset`](PostgresManager::reset) than [`Reset::Rollback`], and if
+    /// the role may not make a temporary table, or the database has no PL/pgSQL.
+    #[must_use]
+    pub fn test_transaction(mut self, on: bool) -> Self {
+        self.test_transaction = on;
+        self
+    }
+
     /// A builder of a pool with this manager, to be [`open`](crate::Builder::open)ed.
     pub fn builder(self) -> crate::Builder<Self> {
         crate::Builder::new().manager(self)
@@ -198,6 +258,17 @@ impl<T: Connector> PostgresManager<T> {
                 .batch_execute(&sql)
                 .map_err(|e| Error::doing(format!("cannot set the server guards ({sql})"), e)),
             None => Ok(()),
+        }
+    }
+
+    fn begin_test_transaction(&self, connection: &mut Connection) -> Result<(), Error> {
+        match (self.test_transaction, self.reset) {
+            (false, _) => Ok(()),
+            (true, Reset::Rollback) => connection.begin_test_transaction(),
+            (true, reset) => {
+                let text = format!("test_transaction needs Reset::Rollback, and reset is Reset::{reset:?}");
+                Err(Error::own(text, true))
+            }
         }
     }
 
@@ -315,7 +386,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn open(&self, opening: &Opening) -> Result<Connection, Error> {
         let mut connection = Connection::new(self.connect(opening)?, self.statement_cache)?;
-        match self.guard(&mut connection) {
+        match self.guard(&mut connection).and_then(|()| self.begin_test_transaction(&mut connection)) {
             Ok(()) => Ok(connection),
             Err(e) => {
                 connection.close(opening.limit());
@@ -346,6 +417,9 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 
     fn reset(&self, connection: &mut Connection, limit: Duration) -> Result<(), Error> {
+        if self.test_transaction {
+            return connection.renew(limit);
+        }
         connection.clean(self.reset, limit)?;
         // The guards were discarded with the rest of the session's settings.
         if self.reset == Reset::DiscardAll { self.guard(connection) } else { Ok(()) }
@@ -366,6 +440,9 @@ impl<T: Connector> Manage for PostgresManager<T> {
 
     fn started(&self, connection: &mut Connection, start: &Start<'_>) -> Result<(), Cause> {
         self.guards.check(start.settings())?;
+        if self.test_transaction {
+            start.warn("test_transaction is on: nothing is committed that is done through this pool");
+        }
         let pid = connection.backend_pid();
         match self.processes {
             Some(processes) => budget::compare(connection, pid, processes, self.budget, start),
@@ -416,6 +493,7 @@ impl<T> fmt::Debug for PostgresManager<T> {
             .field("processes", &self.processes)
             .field("budget", &self.budget)
             .field("guards", &self.guards)
+            .field("test_transaction", &self.test_transaction)
             .finish_non_exhaustive()
     }
 }

@@ -5,6 +5,7 @@ use super::marked::Marked;
 use super::question::{Standing, ask_for_pid, ask_standing};
 use super::reset::Reset;
 use super::statements::Statements;
+use super::test_transaction::TestTransaction;
 use super::verdict::{AtRest, Facts, verdict};
 use crate::Returned;
 use crate::postgres::error::Error;
@@ -31,7 +32,9 @@ pub struct Connection {
     pub(super) client: Marked,
     pub(super) statements: Statements,
     /// `None` if the connection is not observed, by choice or since it cannot be.
-    watch: Option<Arc<Watch>>,
+    pub(super) watch: Option<Arc<Watch>>,
+    /// `None` unless everything on this connection happens inside one transaction that is never committed.
+    pub(super) test: Option<TestTransaction>,
     pid: Option<i32>,
     cancel: SendCancel,
     /// How long a caller waits for a request to cancel.
@@ -42,7 +45,7 @@ pub struct Connection {
     drain: Duration,
     lookup: Lookup,
     /// What the last reset found, to be logged.
-    remark: Option<&'static str>,
+    pub(super) remark: Option<String>,
 }
 
 /// A client that has logged in, and what its manager knows of it.
@@ -99,6 +102,7 @@ impl Connection {
             drain: took.max(if watch.is_some() { DRAIN } else { DRAIN_UNOBSERVED }),
             lookup: Lookup::Unknown,
             watch,
+            test: None,
             remark: None,
         })
     }
@@ -131,6 +135,12 @@ impl Connection {
     /// What is to be done with a connection that is returned. `writes`: a node that takes writes was asked for. Does
     /// not block: it does not read an answer that the caller left unread, and does not ask the server.
     pub(in crate::postgres) fn state(&mut self, reset: Reset, writes: bool) -> Returned {
+        if self.test.is_some() {
+            // With `DiscardAll` no shortcut is taken. A refused write says nothing of the node: outside of the test transaction all
+            // writes are refused.
+            let facts = self.facts(Reset::DiscardAll, false);
+            return self.test_state(facts);
+        }
         verdict(self.facts(reset, writes), reset)
     }
 
@@ -234,7 +244,7 @@ impl Connection {
     pub(in crate::postgres) fn clean(&mut self, reset: Reset, limit: Duration) -> Result<(), Error> {
         self.remark = None;
         if self.may_be_at_work() && !self.stop(limit) {
-            self.remark = Some("came back in the middle of an answer, which was cancelled");
+            self.remark = Some("came back in the middle of an answer, which was cancelled".into());
             return Err(Error::own("there was more left of an answer than can be read in a moment", false));
         }
         let in_transaction = match self.watch.clone() {
@@ -250,7 +260,7 @@ impl Connection {
             None => self.ask_unobserved()?,
         };
         if in_transaction {
-            self.remark = Some("came back inside a transaction, which was rolled back");
+            self.remark = Some("came back inside a transaction, which was rolled back".into());
             self.expecting_little();
             self.client.completed(|client| client.batch_execute("ROLLBACK"))?;
             // In the failed transaction every question was refused, so it is not known yet whether answers match their
@@ -283,7 +293,7 @@ impl Connection {
 
     /// The remark of the last [`clean`](Connection::clean), if it made one.
     pub(in crate::postgres) fn take_remark(&mut self) -> Option<String> {
-        self.remark.take().map(String::from)
+        self.remark.take()
     }
 
     /// Closes the connection, within the limit where that can be done.
@@ -306,7 +316,12 @@ impl Connection {
         if self.may_be_at_work() {
             self.stop(limit);
         }
-        if self.watch.as_ref().is_some_and(|watch| !watch.is_idle()) {
+        // The drop of a client at rest waits for nothing, and in a test transaction it is at rest as well.
+        let is_at_rest = |watch: &Arc<Watch>| match self.test {
+            Some(_) => !watch.is_busy() && !watch.is_lost(),
+            None => watch.is_idle(),
+        };
+        if !self.watch.as_ref().is_none_or(is_at_rest) {
             self.abort();
         }
         self.client.unmark();
@@ -319,7 +334,7 @@ impl Connection {
 
     /// Whether the backend may still be at work for the last caller. (In a COPY to the server it is the backend that
     /// waits.)
-    fn may_be_at_work(&self) -> bool {
+    pub(super) fn may_be_at_work(&self) -> bool {
         match &self.watch {
             Some(watch) => watch.is_waiting() && !watch.in_copy(),
             // On an unmarked client every request has been answered to its end.
@@ -332,7 +347,7 @@ impl Connection {
     /// the time when nothing has come. So an answer that comes faster than it is read is read until the close's limit.)
     ///
     /// `false`: the query was cancelled, or could not be, and the connection can only be closed.
-    fn stop(&mut self, limit: Duration) -> bool {
+    pub(super) fn stop(&mut self, limit: Duration) -> bool {
         let drain = self.drain.min(limit / 4);
         if let Some(watch) = &self.watch {
             // As a rule the rest of an answer is short, and has arrived.

@@ -10,6 +10,7 @@ mod plain;
 mod question;
 mod reset;
 mod statements;
+mod test_transaction;
 mod transaction;
 mod verdict;
 

@@ -34,8 +34,11 @@ pub enum Reset {
     /// trip, or in two if more than the `_cached` functions was used; or not at all, if only such statements were run
     /// as cannot begin a transaction.
     ///
-    /// A caller that sets what others must not inherit (a role, a `search_path`, a time limit) uses `SET LOCAL` in a
-    /// transaction, or [`DiscardAll`](Reset::DiscardAll).
+    /// Outside of a transaction nothing is undone. **The next caller finds** what this one has set: a role (`SET ROLE`, `SET
+    /// SESSION AUTHORIZATION`), every `SET` (`search_path`, `statement_timeout`, `default_transaction_read_only`), advisory
+    /// locks of the session, temporary tables, `LISTEN`s, cursors `WITH HOLD`, statements made with `PREPARE`
+    /// (`tests/postgres/session.rs::what_a_session_has_set_stays_or_goes_as_documented`). A caller that sets what others must
+    /// not inherit uses `SET LOCAL` in a transaction, or [`DiscardAll`](Reset::DiscardAll).
     #[default]
     Rollback,
     /// `ROLLBACK` where needed, and what `DISCARD ALL` does at every return: session settings, temporary tables,

@@ -3,6 +3,7 @@
 use super::connection::Connection;
 use super::question::{answer_to, nonce};
 use super::statements::{Execute, Operation, Params, Query, QueryOne, QueryOpt, Statements};
+use super::test_transaction::{RELEASE, SAVEPOINT, TestTransaction, UNDO};
 use ::postgres::error::SqlState;
 use ::postgres::types::private::BytesMut;
 use ::postgres::types::{IsNull, ToSql, Type, to_sql_checked};
@@ -26,11 +27,23 @@ impl Connection {
     /// # }
     /// ```
     ///
+    /// In a [test transaction](crate::postgres::PostgresManager::test_transaction) it is a savepoint.
+    ///
     /// # Errors
     ///
     /// As [`Client::transaction`].
     pub fn begin(&mut self) -> Result<Transaction<'_>, Error> {
         self.begin_with(Client::transaction)
+    }
+
+    /// [`begin`](Connection::begin), under the name it has in the `postgres` crate. (That crate's own function is
+    /// `(**client).transaction()`.)
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Connection::begin).
+    pub fn transaction(&mut self) -> Result<Transaction<'_>, Error> {
+        self.begin()
     }
 
     /// [`begin`](Connection::begin), with the options of a transaction builder.
@@ -47,12 +60,22 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Those of `start`.
+    /// Those of `start`. In a [test transaction](crate::postgres::PostgresManager::test_transaction) another isolation
+    /// level than the session's fails (SQLSTATE 25001), and ends the test transaction.
     pub fn begin_with<'a>(
         &'a mut self,
         start: impl FnOnce(&'a mut Client) -> Result<::postgres::Transaction<'a>, Error>,
     ) -> Result<Transaction<'a>, Error> {
-        Ok(Transaction { transaction: start(self.client.reach())?, statements: &mut self.statements, nested: false })
+        let client = self.client.reach();
+        let scope = match &mut self.test {
+            Some(test) => {
+                client.batch_execute(SAVEPOINT)?;
+                test.open += 1;
+                Scope::Test(test)
+            }
+            None => Scope::Outermost,
+        };
+        Ok(Transaction { transaction: Some(start(client)?), statements: &mut self.statements, scope })
     }
 }
 
@@ -62,13 +85,24 @@ impl Connection {
 /// A statement that has gone stale (see [the module](crate::postgres#statements)) fails and is forgotten. It is not
 /// tried again, since its failure has ended the transaction. Roll back, or back to a savepoint, and the next try works.
 pub struct Transaction<'a> {
-    transaction: ::postgres::Transaction<'a>,
+    /// `None` when it has ended.
+    transaction: Option<::postgres::Transaction<'a>>,
     statements: &'a mut Statements,
-    /// Whether it is a savepoint.
-    nested: bool,
+    scope: Scope<'a>,
 }
 
-impl Transaction<'_> {
+/// What ends together with a [`Transaction`].
+enum Scope<'a> {
+    /// The server's transaction.
+    Outermost,
+    /// A savepoint of the `postgres` crate's.
+    Savepoint,
+    /// A savepoint of the pool's, in the place of the server's transaction, which is a test's and goes on. To the
+    /// `postgres` crate it is the outermost one. (Its `BEGIN` makes the server warn that there is one already.)
+    Test(&'a mut TestTransaction),
+}
+
+impl<'a> Transaction<'a> {
     /// Commits the transaction. One round trip.
     ///
     /// # Errors
@@ -77,14 +111,25 @@ impl Transaction<'_> {
     /// nothing is committed because a statement of the transaction has failed, even if the caller ignored that error.
     /// (`postgres` itself returns `Ok` then, since to PostgreSQL the `COMMIT` of a failed transaction is a successful
     /// `ROLLBACK`.) The transaction has ended in any case.
-    pub fn commit(self) -> Result<(), Error> {
-        match &self.statements.watch {
+    pub fn commit(mut self) -> Result<(), Error> {
+        let Some(mut transaction) = self.transaction.take() else { return Ok(()) };
+        match (&mut self.scope, &self.statements.watch) {
             // The release of a savepoint reports its own failure. Whether it is kept shows at the outermost commit.
-            _ if self.nested => self.transaction.commit(),
-            Some(watch) if watch.has_failed_request() => ask_and_commit(self.transaction),
+            (Scope::Savepoint, _) => transaction.commit(),
+            (Scope::Test(test), _) => {
+                let released = release(&mut transaction);
+                if released.is_err() {
+                    undo(transaction, test)?;
+                } else {
+                    test.open -= 1;
+                    std::mem::forget(transaction);
+                }
+                released
+            }
+            (_, Some(watch)) if watch.has_failed_request() => ask_and_commit(transaction),
             // The transaction is known not to have failed.
-            Some(watch) if !watch.is_busy() => self.transaction.commit(),
-            _ => commit_and_see(self.transaction),
+            (_, Some(watch)) if !watch.is_busy() => transaction.commit(),
+            _ => commit_and_see(transaction),
         }
     }
 
@@ -93,8 +138,12 @@ impl Transaction<'_> {
     /// # Errors
     ///
     /// As [`postgres::Transaction::rollback`](::postgres::Transaction::rollback).
-    pub fn rollback(self) -> Result<(), Error> {
-        self.transaction.rollback()
+    pub fn rollback(mut self) -> Result<(), Error> {
+        match (self.transaction.take(), &mut self.scope) {
+            (Some(transaction), Scope::Test(test)) => undo(transaction, test),
+            (Some(transaction), _) => transaction.rollback(),
+            (None, _) => Ok(()),
+        }
     }
 
     /// As [`Connection::prepare_cached`].
@@ -112,7 +161,8 @@ impl Transaction<'_> {
     ///
     /// As [`Client::prepare_typed`].
     pub fn prepare_typed_cached(&mut self, sql: &str, types: &[Type]) -> Result<Statement, Error> {
-        self.statements.prepare(&mut self.transaction, sql, types)
+        let (transaction, statements) = self.parts();
+        statements.prepare(transaction, sql, types)
     }
 
     /// [`Client::query`] with a statement from the cache.
@@ -157,7 +207,8 @@ impl Transaction<'_> {
     ///
     /// As [`postgres::Transaction::transaction`](::postgres::Transaction::transaction).
     pub fn begin(&mut self) -> Result<Transaction<'_>, Error> {
-        Ok(Transaction { transaction: self.transaction.transaction()?, statements: self.statements, nested: true })
+        let (transaction, statements) = self.parts();
+        Ok(Transaction { transaction: Some(transaction.transaction()?), statements, scope: Scope::Savepoint })
     }
 
     /// [`begin`](Transaction::begin), under the name it has in the `postgres` crate.
@@ -175,11 +226,30 @@ impl Transaction<'_> {
     ///
     /// As [`postgres::Transaction::savepoint`](::postgres::Transaction::savepoint).
     pub fn savepoint(&mut self, name: impl Into<String>) -> Result<Transaction<'_>, Error> {
-        Ok(Transaction { transaction: self.transaction.savepoint(name)?, statements: self.statements, nested: true })
+        let (transaction, statements) = self.parts();
+        Ok(Transaction { transaction: Some(transaction.savepoint(name)?), statements, scope: Scope::Savepoint })
     }
 
     fn run_cached<O: Operation>(&mut self, sql: &str, params: Params<'_>) -> Result<O::Output, Error> {
-        self.statements.run_inside::<O, _>(&mut self.transaction, sql, params)
+        let (transaction, statements) = self.parts();
+        statements.run_inside::<O, _>(transaction, sql, params)
+    }
+
+    fn parts(&mut self) -> (&mut ::postgres::Transaction<'a>, &mut Statements) {
+        (self.transaction.as_mut().expect(IS_OPEN), self.statements)
+    }
+}
+
+/// Only what takes the whole [`Transaction`] ends it.
+const IS_OPEN: &str = "the transaction is open";
+
+/// In a test transaction `postgres` must not roll back by itself, which would be all of it.
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        if let (Some(transaction), Scope::Test(test)) = (self.transaction.take(), &mut self.scope) {
+            // The pool finds out when the connection is returned.
+            let _ = undo(transaction, test);
+        }
     }
 }
 
@@ -187,14 +257,35 @@ impl<'a> Deref for Transaction<'a> {
     type Target = ::postgres::Transaction<'a>;
 
     fn deref(&self) -> &::postgres::Transaction<'a> {
-        &self.transaction
+        self.transaction.as_ref().expect(IS_OPEN)
     }
 }
 
 impl<'a> DerefMut for Transaction<'a> {
     fn deref_mut(&mut self) -> &mut ::postgres::Transaction<'a> {
-        &mut self.transaction
+        self.transaction.as_mut().expect(IS_OPEN)
     }
+}
+
+/// What takes the place of a `COMMIT` in a test transaction.
+fn release(transaction: &mut ::postgres::Transaction<'_>) -> Result<(), Error> {
+    let nonce = nonce();
+    let answer = transaction.simple_query(&format!("{RELEASE}; SELECT '{nonce}'"))?;
+    match answer_to(&answer, &nonce) {
+        Some(_) => Ok(()),
+        None => Err(local_error(transaction, UNKNOWN)),
+    }
+}
+
+/// What takes the place of a `ROLLBACK` in a test transaction.
+fn undo(mut transaction: ::postgres::Transaction<'_>, test: &mut TestTransaction) -> Result<(), Error> {
+    let result = transaction.batch_execute(UNDO);
+    if result.is_ok() {
+        test.open -= 1;
+    }
+    // The drop would end the test transaction.
+    std::mem::forget(transaction);
+    result
 }
 
 /// A `COMMIT` where a request has failed before. After a COPY that the server refused, `postgres` returns to each call

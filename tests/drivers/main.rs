@@ -1,0 +1,14 @@
+//! The pool where r2d2's is used today: other drivers on other servers, and Diesel.
+#![allow(missing_docs, reason = "Diesel's macro writes public items without any")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod daemon;
+#[allow(clippy::duplicate_mod, reason = "the same tests on two databases")]
+mod diesel;
+mod moved;
+mod mysql;
+mod promises;
+mod redis;
+mod sqlite;
