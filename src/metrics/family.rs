@@ -54,7 +54,6 @@ pub(super) struct Times {
     pub(super) recorded: Distribution,
 }
 
-#[cfg(any(test, feature = "prometheus-client"))]
 impl Times {
     pub(super) fn count(&self) -> u64 {
         self.zeros + self.recorded.count()
@@ -62,6 +61,7 @@ impl Times {
 
     /// How many lie below each bound of [`BUCKETS`] and above the one before it, by the end of their bucket in the pool's own
     /// histogram. (Not by [`Distribution::at_most`]: it knows the greatest of all, and so a later one may make it smaller.)
+    #[cfg(any(test, feature = "prometheus-client"))]
     pub(super) fn by_bucket(&self) -> [u64; BUCKETS.len() + 1] {
         let mut counts = [0; BUCKETS.len() + 1];
         counts[0] = self.zeros;

@@ -41,9 +41,9 @@
 //! # }
 //! ```
 //!
-//! The facade can only be told of single values. So a report tells it of each checkout since the last one, and the usual
-//! recorders keep them all until the scrape: see `benches/scrape.rs` for what a million of them costs. A collector
-//! has no such cost; take it where a pool serves hundreds of thousands of checkouts between two scrapes.
+//! The facade can only be told of single values. So a report tells it of each checkout since the last one, up to a bound, and the
+//! usual recorders keep them all until the scrape: see `Pools::report`, and `benches/scrape.rs` for what that costs. A collector
+//! has no such cost and no bound; take it where a pool serves more than a hundred thousand checkouts between two scrapes.
 //!
 //! # Names
 //!

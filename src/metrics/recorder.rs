@@ -5,13 +5,17 @@ use super::family::{FAMILIES, Family, Kind, POOL, Point, Value};
 use crate::stats::Stats;
 use ::metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
+/// How many samples one report adds to a histogram at most: recorders keep each of them until the next scrape.
+const MOST_SAMPLES: u64 = 100_000;
+
 impl Pools {
     /// Tells the recorder of the facade `metrics` what has happened since the last report. Call it before each scrape.
     ///
     /// Counters are incremented by what came since, gauges set to what is now. A histogram gets one sample for each checkout,
     /// open and eviction since the last report, with the end of its bucket in the pool's own histogram as its time: at most
-    /// 12.5 % above the true one, and so is the sum. The usual recorders keep each sample until the next scrape (of
-    /// `metrics-exporter-prometheus`: see [the module](super#the-facade)).
+    /// 12.5 % above the true one, and so is the sum. Recorders keep each sample until the next scrape. So of more than 100,000 in
+    /// one report only a share is told, the same of each bucket: quantiles stay what they are, and the histogram's count falls
+    /// behind. `millpond.checkouts` counts them all.
     ///
     /// When a pool is gone, its gauges are set to zero, once: the facade cannot take a metric back.
     ///
@@ -55,8 +59,8 @@ fn tell(pool: &str, now: &Stats, recent: &Stats) {
                 Value::Count(n) => counter!(family.name, labels).increment(n),
                 Value::Level(level) => gauge!(family.name, labels).set(level),
                 Value::Times(times) => {
-                    let histogram = histogram!(family.name, labels);
-                    let record = |seconds: f64, n| histogram.record_many(seconds, usize::try_from(n).unwrap_or(0));
+                    let (histogram, all) = (histogram!(family.name, labels), times.count());
+                    let record = |seconds: f64, n| histogram.record_many(seconds, share(n, all));
                     record(0.0, times.zeros);
                     times.recorded.buckets().for_each(|(end, n)| record(end.as_secs_f64(), n));
                 }
@@ -65,7 +69,30 @@ fn tell(pool: &str, now: &Stats, recent: &Stats) {
     }
 }
 
+/// How many of `n` are told, where there are so many in all: never none of some.
+fn share(n: u64, all: u64) -> usize {
+    let told = if all > MOST_SAMPLES {
+        (u128::from(n) * u128::from(MOST_SAMPLES)).div_ceil(u128::from(all))
+    } else {
+        n.into()
+    };
+    usize::try_from(told).unwrap_or(usize::MAX)
+}
+
 fn labels(pool: &str, point: &Point) -> Vec<Label> {
     let of = point.label.map(|(key, value)| Label::from_static_parts(key, value));
     [Some(Label::new(POOL, pool.to_string())), of].into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_has_a_bound_and_keeps_the_proportions() {
+        assert_eq!([0, 1, MOST_SAMPLES].map(|n| share(n, MOST_SAMPLES)), [0, 1, MOST_SAMPLES as usize]);
+        let all = 50 * MOST_SAMPLES;
+        assert_eq!([0, 1, 50, 5000, all].map(|n| share(n, all)), [0, 1, 1, 100, MOST_SAMPLES as usize]);
+        assert_eq!(share(u64::MAX, u64::MAX), MOST_SAMPLES as usize);
+    }
 }

@@ -255,3 +255,19 @@ fn both_features_show_the_same() {
         assert_eq!((kind, help), (&theirs[0], &theirs[2]), "{name}");
     }
 }
+
+#[test]
+fn a_report_has_a_bound() {
+    let fake = Fake::new();
+    let pool = Pool::builder().name("orders").build(fake.direct()).unwrap();
+    let (pools, recorder) = (Pools::of(&pool), recorder());
+    (0..150_000).for_each(|_| drop(pool.get().unwrap()));
+    let page = Page::parse(&reported(&pools, &recorder));
+    assert_eq!(page.value("millpond_checkouts_total", &[]), 150_000.0);
+    // (A bucket with anything in it is told at least once.)
+    let told = page.value("db_client_connection_wait_time_seconds_count", &[]);
+    assert!((100_000.0..100_400.0).contains(&told), "{told}");
+    drop(pool.get().unwrap());
+    let page = Page::parse(&reported(&pools, &recorder));
+    assert_eq!(page.value("db_client_connection_wait_time_seconds_count", &[]), told + 1.0);
+}
