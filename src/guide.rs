@@ -10,6 +10,7 @@
 //!
 //! * [`reading_the_stats`]: what each number means, and what to do when it moves.
 //! * [`troubleshooting`]: each text that the pool can print, what it means, and where to look.
+//! * [`metrics`]: the names, for Prometheus and others; alerts, and a dashboard.
 //! * [`logging`]: the records, their levels, and `tracing`.
 #![cfg_attr(
     feature = "postgres",
@@ -44,6 +45,9 @@ pub mod reading_the_stats {}
 
 #[doc = include_str!("../docs/guide/troubleshooting.md")]
 pub mod troubleshooting {}
+
+#[doc = include_str!("../docs/guide/metrics.md")]
+pub mod metrics {}
 
 #[doc = include_str!("../docs/guide/logging.md")]
 pub mod logging {}

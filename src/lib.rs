@@ -85,6 +85,8 @@
 //!
 //! * `postgres` (default): `millpond::postgres`, what a pool can do when it knows that the other side is PostgreSQL.
 //! * `diesel`: `millpond::diesel`, a [`PooledConnection`] is a Diesel connection. Needs Rust 1.86, as Diesel 2.3 does.
+//! * `prometheus-client`, `metrics`: `millpond::metrics`, a pool's metrics by OpenTelemetry's names, as a collector of the
+//!   crate `prometheus-client` or for the recorders of the facade `metrics`.
 //!
 //! # Limits
 //!
@@ -108,6 +110,8 @@ mod hooks;
 mod leaf;
 mod ledger;
 mod manage;
+#[cfg(any(feature = "prometheus-client", feature = "metrics"))]
+pub mod metrics;
 #[cfg(millpond_model)]
 #[doc(hidden)]
 #[path = "../tests/simulation/model/mod.rs"]

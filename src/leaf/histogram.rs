@@ -104,13 +104,10 @@ impl Distribution {
     }
 
     /// How many were certainly not longer than `limit`: those in the buckets that end there or before. For exporters with
-    /// bounds of their own. What lies in the same bucket as `limit`, which is an eighth wide, is not counted, unless `limit` is
-    /// the greatest of all or above it.
+    /// bounds of their own: what is recorded later never makes it less. What lies in the same bucket as `limit`, which is an
+    /// eighth wide, is not counted. [`Duration::MAX`] counts all.
     pub fn at_most(&self, limit: Duration) -> u64 {
         let limit = nanos(limit);
-        if limit >= self.max {
-            return self.count;
-        }
         self.buckets.iter().enumerate().take_while(|&(i, _)| upper(i) <= limit).map(|(_, n)| n).sum()
     }
 }
@@ -210,7 +207,7 @@ mod tests {
         assert_eq!(buckets.iter().map(|&(_, n)| n).sum::<u64>(), d.count());
         assert!(buckets.is_sorted() && buckets.len() == 4, "{buckets:?}");
         assert_eq!((buckets[0], buckets[3].0), ((Duration::from_nanos(3), 2), d.max()));
-        for (limit, n) in [(2, 0), (3, 2), (900, 2), (1_150, 3), (60_000_000, 4), (u64::MAX, 5)] {
+        for (limit, n) in [(2, 0), (3, 2), (900, 2), (1_150, 3), (50_000_000, 3), (60_000_000, 4), (u64::MAX, 5)] {
             assert_eq!(d.at_most(Duration::from_nanos(limit)), n, "{limit}");
         }
         assert_eq!(d.at_most(Duration::MAX), 5);

@@ -127,7 +127,10 @@ impl<M: Manage> Pool<M> {
 
     /// What the pool is doing and has done. Made to be called every few seconds: it takes the pool's lock for a moment.
     pub fn stats(&self) -> Stats {
-        let shared = self.shared();
+        Self::stats_of(self.shared())
+    }
+
+    fn stats_of(shared: &Shared<M>) -> Stats {
         let (name, now) = (shared.name.to_string(), shared.time.precise());
         let mut facts = Facts {
             name,
@@ -184,6 +187,28 @@ impl<M: Manage> Pool<M> {
             return Connections::default();
         }
         Connections(shared.describe(shared.slots(|_| true)))
+    }
+
+    /// A number that no other pool has while this one or an [`observer`](Pool::observer) of it is there.
+    #[cfg(any(feature = "prometheus-client", feature = "metrics"))]
+    pub(crate) fn id(&self) -> usize {
+        Arc::as_ptr(self.shared()).cast::<()>() as usize
+    }
+
+    /// Looks at this pool for as long as it is there, and does not keep it open. If the pool is down and nobody wants a
+    /// connection, the look asks it to try again, as [`health`](Pool::health) does.
+    #[cfg(any(feature = "prometheus-client", feature = "metrics"))]
+    pub(crate) fn observer(&self) -> impl Fn() -> Option<Stats> + Send + Sync + 'static {
+        let shared = Arc::downgrade(self.shared());
+        move || {
+            let shared = shared.upgrade()?;
+            let stats = Self::stats_of(&shared);
+            if matches!(stats.health, Health::Down { next_try: None, .. }) {
+                let now = shared.time.precise();
+                shared.with(|l| l.prepare(now));
+            }
+            Some(stats)
+        }
     }
 
     /// Logs records about this pool, from a thread of the pool that the logger may block. It does not keep the pool

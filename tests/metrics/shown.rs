@@ -1,0 +1,153 @@
+//! Which pools are shown: those that are there, each under a name of its own; and none is kept open by being shown.
+
+use crate::fake::{Act, Call, Fake, ends_well};
+use crate::page::{Page, collected, recorder, reported};
+use crate::support::{SOON, beside_others, ms, wait_until, within};
+use millpond::metrics::Pools;
+use millpond::{Health, Pool, PooledConnection};
+
+const NAME: &str = "db_client_connection_pool_name";
+
+/// The names of the pools on a page, in their order.
+fn names(pools: &Pools) -> Vec<String> {
+    let page = Page::parse(&collected(pools));
+    let max = page.samples.into_iter().filter(|(name, ..)| name == "db_client_connection_max");
+    max.map(|(_, labels, _)| labels[NAME].clone()).collect()
+}
+
+#[test]
+fn who_shows_a_pool_does_not_keep_it() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("orders").build(fake.direct()).unwrap();
+    let (pools, recorder) = (Pools::of(&pool), recorder());
+    drop(pool.get().unwrap());
+    assert_eq!(names(&pools), ["orders"]);
+    let page = Page::parse(&reported(&pools, &recorder));
+    assert_eq!(page.value("db_client_connection_count", &[("db_client_connection_state", "idle")]), 1.0);
+
+    drop(pool);
+    fake.wait_alive(0);
+    // The pool's threads hold it for a moment more.
+    assert!(wait_until(within(SOON), || names(&pools).is_empty()), "{:?}", names(&pools));
+    assert_eq!(collected(&pools), "# EOF\n");
+    // The facade cannot take a metric back: what is now is nothing, and what was counted stays.
+    let page = Page::parse(&reported(&pools, &recorder));
+    for gauge in ["db_client_connection_count", "db_client_connection_max", "millpond_health"] {
+        let values = page.values(gauge, &[]);
+        assert!(!values.is_empty() && values.iter().all(|&value| value == 0.0), "{gauge}: {values:?}");
+    }
+    assert_eq!(page.value("millpond_checkouts_total", &[]), 1.0);
+    assert_eq!(format!("{pools:?}"), r#"["orders"]"#, "it is forgotten with the next look");
+    assert!(names(&pools).is_empty() && format!("{pools:?}") == "[]", "{pools:?}");
+}
+
+#[test]
+fn many_pools_share_their_families() {
+    let fake = Fake::new();
+    let build = |name: &str| Pool::builder().name(name).build(fake.direct()).unwrap();
+    let (orders, users, namesake) = (build("orders"), build("users"), build("orders"));
+    let pools = Pools::of(&orders);
+    pools.add(&users);
+    pools.add(&namesake);
+    pools.add(&users.clone());
+    // (To parse a page fails if a family stands there twice.)
+    assert_eq!(names(&pools), ["orders", "users", "orders-2"]);
+    assert_eq!(Page::parse(&reported(&pools, &recorder())).values("db_client_connection_max", &[]).len(), 3);
+
+    // A closed pool is shown as closed, and leaves its name to the next.
+    assert!(orders.close(SOON).is_complete());
+    let page = Page::parse(&collected(&pools));
+    assert_eq!(page.value("millpond_health", &[(NAME, "orders"), ("state", "closed")]), 1.0);
+    let again = build("orders");
+    pools.add(&again);
+    assert_eq!(names(&pools), ["users", "orders-2", "orders"]);
+    [users, namesake, again].into_iter().for_each(drop);
+    fake.wait_alive(0);
+}
+
+#[test]
+fn a_name_may_be_anything() {
+    let fake = Fake::new();
+    let pool = Pool::builder().name("a \"b\"\\\nc").build(fake.direct()).unwrap();
+    let page = collected(&Pools::of(&pool));
+    assert!(page.contains(r#"{db_client_connection_pool_name="a \"b\"\\\nc"}"#), "{page}");
+    ends_well(pool, &fake);
+}
+
+#[test]
+fn counts_go_on_when_a_pool_is_built_again() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let (pools, recorder) = (Pools::default(), recorder());
+    for n in 1..=3 {
+        let pool = Pool::builder().name("orders").build(fake.direct()).unwrap();
+        pools.add(&pool);
+        drop(pool.get().unwrap());
+        let page = Page::parse(&reported(&pools, &recorder));
+        assert_eq!(page.value("millpond_checkouts_total", &[]), f64::from(n));
+        assert_eq!(page.value("db_client_connection_wait_time_seconds_count", &[]), f64::from(n));
+        assert_eq!(page.value("db_client_connection_max", &[]), f64::from(pool.max_size()));
+        ends_well(pool, &fake);
+    }
+}
+
+#[test]
+fn a_look_at_a_pool_that_is_down_brings_it_back() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("orders").build(fake.direct()).unwrap();
+    fake.set(Call::Open, Act::Fail);
+    let pools = Pools::of(&pool);
+    PooledConnection::discard(pool.get().unwrap());
+    assert!(pool.get_timeout(ms(100)).is_err());
+    let down = || Page::parse(&collected(&pools)).value("millpond_health", &[("state", "down")]) == 1.0;
+    assert!(down(), "{}", pool.stats());
+    assert!(Page::parse(&collected(&pools)).value("millpond_failing_time_seconds", &[]) > 0.0);
+    fake.release(Call::Open);
+    // Nobody asks for a connection.
+    assert!(wait_until(within(SOON), || !down()), "{}", pool.stats());
+    assert!(matches!(pool.stats().health, Health::Ready), "{}", pool.stats());
+    assert!(pool.stats().last_error.is_some(), "{}", pool.stats());
+    ends_well(pool, &fake);
+}
+
+#[test]
+fn the_exporter_needs_neither_tokio_nor_hyper() {
+    let tree = std::process::Command::new(env!("CARGO"))
+        .args(["metadata", "--offline", "--locked", "--all-features", "--format-version", "1", "--manifest-path"])
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
+        .output()
+        .unwrap();
+    assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+    let tree: serde_json::Value = serde_json::from_slice(&tree.stdout).unwrap();
+    let nodes = tree["resolve"]["nodes"].as_array().unwrap();
+    let mut wanted = vec!["metrics-exporter-prometheus"];
+    let mut seen = Vec::new();
+    while let Some(name) = wanted.pop() {
+        if seen.contains(&name) {
+            continue;
+        }
+        seen.push(name);
+        for node in nodes.iter().filter(|node| id_is(&node["id"], name)) {
+            for dep in node["deps"].as_array().unwrap() {
+                let is_normal = |kind: &serde_json::Value| kind["kind"].is_null() && kind["target"].is_null();
+                if dep["dep_kinds"].as_array().unwrap().iter().any(is_normal) {
+                    wanted.push(name_of(&dep["pkg"]));
+                }
+            }
+        }
+    }
+    assert!(seen.contains(&"metrics-util") && seen.contains(&"quanta"), "{seen:?}");
+    assert!(!seen.iter().any(|name| name.starts_with("tokio") || name.starts_with("hyper")), "{seen:?}");
+}
+
+/// The name of a package in its id: `registry+...#name@version`, or `path+...#version` where the folder says the name.
+fn name_of(id: &serde_json::Value) -> &str {
+    let id = id.as_str().unwrap().rsplit_once('#').unwrap().1;
+    id.split('@').next().unwrap()
+}
+
+fn id_is(id: &serde_json::Value, name: &str) -> bool {
+    name_of(id) == name
+}
