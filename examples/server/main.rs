@@ -21,6 +21,8 @@
 //!
 //! Ctrl-C and SIGTERM end it: what it has begun is served, then the pool closes and says what came of it.
 //!
+//! With `--features prometheus-client`, `/metrics` is for Prometheus.
+//!
 //! `PORT` (or the first argument), `WORKERS` and `POOL_SIZE` change the defaults below, and `WEATHER` what it begins with
 //! (`WEATHER=burst,trickle`; empty: nothing).
 //!
@@ -217,6 +219,8 @@ impl App {
                 let after = request.query.strip_prefix("after=").and_then(|n| n.parse().ok()).unwrap_or(0);
                 Ok(Reply::new(200, "application/json", self.history.status(after)))
             }
+            #[cfg(feature = "prometheus-client")]
+            ("GET", ["metrics"]) => self.metrics(),
             ("POST", ["weather", kind]) => Ok(self.make(kind, request)),
             (_, ["notes"]) => Ok(Reply::text(405, "GET or POST").with("Allow", "GET, POST")),
             (_, [""] | ["notes", _] | ["pool" | "ready" | "live" | "status"]) => {
@@ -225,6 +229,16 @@ impl App {
             (_, ["weather", _]) => Ok(Reply::text(405, "POST").with("Allow", "POST")),
             _ => Ok(Reply::text(404, "no such page")),
         }
+    }
+
+    /// What the pool's stats say, for Prometheus.
+    #[cfg(feature = "prometheus-client")]
+    fn metrics(&self) -> Result<Reply, Failure> {
+        let mut registry = prometheus_client::registry::Registry::default();
+        registry.register_collector(Box::new(millpond::metrics::Pools::of(&self.pool)));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry)?;
+        Ok(Reply::new(200, "application/openmetrics-text; version=1.0.0; charset=utf-8", text))
     }
 
     fn make(&self, kind: &str, request: &Request) -> Reply {

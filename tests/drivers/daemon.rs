@@ -51,7 +51,7 @@ impl Daemon {
     ) -> Option<Daemon> {
         let Some(program) = find(program) else {
             let test = std::thread::current().name().unwrap_or_default().to_owned();
-            skipped(&test, &format!("no {program} found; on Debian: bash .ci/setup"));
+            skipped(&test, &format!("no {program} found; on Debian: bash .ci/setup tests"));
             return None;
         };
         // Such a server refuses to be run by root, or warns of it.

@@ -27,6 +27,17 @@ fn notes_are_kept() {
     let list = notes.get("/notes").body;
     assert_eq!((list.lines().count(), list.lines().next()), (20, Some("22: more")));
 
+    // Where the example was built with the feature.
+    let metrics = notes.get("/metrics");
+    if cfg!(feature = "prometheus-client") {
+        assert!(
+            metrics.body.contains("db_client_connection_count{db_client_connection_pool_name=\"notes\""),
+            "{}",
+            metrics.body
+        );
+    } else {
+        assert_eq!(metrics.status, 404);
+    }
     let pool = notes.get("/pool");
     assert!(pool.status == 200 && pool.body.contains("pool 'notes'") && pool.body.contains("idle"), "{}", pool.body);
     assert_eq!(corner.connections(), 1);
