@@ -11,7 +11,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -24,20 +23,9 @@ fn soon() -> Instant {
     Instant::now() + SOON
 }
 
-/// An example, which `cargo test` has built beside the tests.
+/// An example, without what may be set around the tests.
 fn example(name: &str) -> Command {
-    let test = std::env::current_exe().expect("this program");
-    let folder = test.ancestors().nth(2).expect("target/debug").join("examples");
-    let program = folder.join(name);
-    let again = "`cargo test` builds the examples, `cargo test --test examples` does not: run `cargo build --examples`";
-    let built = |path: &PathBuf| fs::metadata(path).and_then(|m| m.modified());
-    let when = built(&program).unwrap_or_else(|e| panic!("{}: {e}. {again}", program.display()));
-    // An old one would be tested in vain. Beside a program cargo leaves the list of what it was built from.
-    let sources = fs::read_to_string(folder.join(format!("{name}.d"))).unwrap_or_default();
-    for source in sources.split_whitespace().skip(1).map(PathBuf::from) {
-        assert!(!built(&source).is_ok_and(|t| t > when), "{} is newer than {name}. {again}", source.display());
-    }
-    let mut command = Command::new(program);
+    let mut command = Command::new(support::programs::example(name));
     for variable in ["DATABASE_URL", "PORT", "WORKERS", "POOL_SIZE"] {
         command.env_remove(variable);
     }

@@ -4,6 +4,7 @@
 use crate::monitoring::queries;
 use crate::page::{Page, collected, recorder, reported};
 use crate::prometheus::{Endpoint, Prometheus, fetch, file, find};
+use crate::support::programs::example;
 use crate::support::{Database, SOON, Server, alone, ms, skipped, sleep_until, wait_until, within};
 use millpond::metrics::Pools;
 use millpond::{Manage, Pool, postgres};
@@ -12,7 +13,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -80,17 +80,6 @@ impl Drop for Program {
     }
 }
 
-/// The example, which `cargo test --all-features` has built beside the tests.
-fn example() -> Command {
-    let folder = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples");
-    let built = |path: PathBuf| fs::metadata(path).and_then(|m| m.modified());
-    let again = "run `cargo build --example metrics --all-features`";
-    let program = folder.join("metrics");
-    let when = built(program.clone()).unwrap_or_else(|e| panic!("{}: {e}: {again}", program.display()));
-    assert!(built(file("examples/metrics.rs")).unwrap() < when, "the example is older than its source: {again}");
-    Command::new(program)
-}
-
 /// Is stopped for longer than its connection may be idle.
 #[test]
 #[ignore = "a program of its own, for the test below"]
@@ -136,7 +125,7 @@ fn each_alert_fires_in_its_fault_and_in_no_other() {
     let leaking = open(database, "leaking").leak_threshold(ms(200)).open().unwrap();
     let pages = [by_collector(&exhausted), by_collector(&down), by_facade(&stuck), by_facade(&leaking)];
 
-    let well = Program::start(example().arg(database.conninfo("metrics-well")).arg("0"));
+    let well = Program::start(Command::new(example("metrics")).arg(database.conninfo("metrics-well")).arg("0"));
     let mut late = Program::start(
         Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "alerts::the_program_that_is_stopped", "--nocapture", "--test-threads=1"])

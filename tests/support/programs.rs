@@ -114,3 +114,23 @@ pub fn command(program: impl AsRef<Path>, dir: &Path, user: Option<User>) -> Com
     }
     command
 }
+
+/// An example of this crate, which `cargo test` has built beside the tests.
+///
+/// # Panics
+///
+/// If it was not built, or before its sources were last changed: an old one would be tested in vain.
+pub fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("this program");
+    let folder = test.ancestors().nth(2).expect("target/debug").join("examples");
+    let program = folder.join(name);
+    let again = "`cargo test` builds the examples, `cargo test --test NAME` does not: run `cargo build --examples --all-features`";
+    let built = |path: &PathBuf| fs::metadata(path).and_then(|m| m.modified());
+    let when = built(&program).unwrap_or_else(|e| panic!("{}: {e}. {again}", program.display()));
+    // Beside a program cargo leaves the list of what it was built from.
+    let sources = fs::read_to_string(folder.join(format!("{name}.d"))).unwrap_or_default();
+    for source in sources.split_whitespace().skip(1).map(PathBuf::from) {
+        assert!(!built(&source).is_ok_and(|t| t > when), "{} is newer than {name}. {again}", source.display());
+    }
+    program
+}

@@ -1,32 +1,15 @@
 //! An example that runs: what it prints, its signals, its end.
 
+use crate::support::programs::example;
 use crate::support::{SOON, wait_until, within};
 use rustix::process::{Pid, Signal, kill_process};
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Instant;
-
-/// An example, which `cargo test` has built beside the tests.
-fn built(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("this program");
-    let folder = test.ancestors().nth(2).expect("target/debug").join("examples");
-    let program = folder.join(name);
-    let again = "`cargo test` builds the examples, `cargo test --test threaded` does not: run `cargo build --examples`";
-    let built = |path: &PathBuf| fs::metadata(path).and_then(|m| m.modified());
-    let when = built(&program).unwrap_or_else(|e| panic!("{}: {e}. {again}", program.display()));
-    // An old one would be tested in vain. Beside a program cargo leaves the list of what it was built from.
-    let sources = fs::read_to_string(folder.join(format!("{name}.d"))).unwrap_or_default();
-    for source in sources.split_whitespace().skip(1).map(PathBuf::from) {
-        assert!(!built(&source).is_ok_and(|t| t > when), "{} is newer than {name}. {again}", source.display());
-    }
-    program
-}
 
 /// A running example. It does not survive its test.
 pub(crate) struct Program {
@@ -38,7 +21,7 @@ pub(crate) struct Program {
 
 impl Program {
     fn command(name: &str, database: &str) -> Command {
-        let mut command = Command::new(built(name));
+        let mut command = Command::new(example(name));
         command.env("DATABASE_URL", database).env("PORT", "0").env("RUST_BACKTRACE", "0");
         command
     }
