@@ -250,7 +250,8 @@ fn sigterm_while_a_request_hangs_for_ever() {
     assert!(begun.elapsed() < GRACE, "it took {:?}", begun.elapsed());
     assert_eq!(status.code(), Some(1), "{words}");
     assert!(words.contains("workers still run") && words.contains("examples/server/main.rs:"), "{words}");
-    assert!(hanging.join().is_err(), "nobody was left to answer");
+    // The query was cancelled. Whether the program is there long enough to say so is a matter of milliseconds.
+    assert!(!hanging.join().is_ok_and(|answer| answer.status == 200), "it cannot have been served");
     drop(lock);
     assert_eq!(corner.left(), 0);
 }
