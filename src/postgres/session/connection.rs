@@ -42,7 +42,7 @@ pub struct Connection {
     /// The scope of the present checkout, if a [`Canceller`] was made in it.
     cancel_scope: OnceLock<Arc<CancelScope>>,
     /// How long the rest of an answer is read before its query is cancelled: about as long as a new connection takes.
-    drain: Duration,
+    pub(super) drain: Duration,
     lookup: Lookup,
     /// What the last reset found, to be logged.
     pub(super) remark: Option<String>,
