@@ -18,8 +18,10 @@ use std::time::Duration;
 /// | `Stuck` | came, and none was served | none has come back for a while |
 /// | `Down` | | attempts to open one fail, and none is there that comes back |
 ///
-/// "A while" is half a second, or twice what the longest of the last few thousand checkouts lasted, or three times the usual
-/// time to open a connection: the longest of these. So a pool of long jobs is not called stuck for being one.
+/// "A while" is half a second, or twice what the longest of the last thousand checkouts lasted, or three times the usual time to
+/// open a connection: the longest of these. So a pool of long jobs is not called stuck for being one. While connections are in use
+/// and none has ever come back, it is at least five seconds. One checkout that lasts much longer than all before makes a while at
+/// most twice as long, so that one fault does not hide the next. Who came in vain counts for 30 s, if nobody else comes.
 ///
 /// The pool looks at nothing but itself. That the server of an idle pool is gone it learns from the next caller, or from
 /// [`keepalive`](crate::Builder::keepalive).
@@ -53,7 +55,7 @@ pub enum Health {
         /// In what time the next attempt is made, zero while one is under way. `None`: when somebody asks.
         next_try: Option<Duration>,
     },
-    /// The pool is closed.
+    /// The pool is closed, or another process's, of which this one is a fork.
     Closed,
 }
 

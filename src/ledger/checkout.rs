@@ -186,7 +186,7 @@ impl<C, W: Clone> Ledger<C, W> {
         self.step(now, |l, now| {
             let index = token.index;
             l.debug_assert_in_use(&token);
-            l.used_for(now.nanos_since(l.slots[index as usize].since));
+            l.used_for(now.nanos_since(l.slots[index as usize].since), now);
             let mut reason = l.unfit(index, now);
             match condition {
                 Condition::Keep => {}
@@ -228,7 +228,7 @@ impl<C, W: Clone> Ledger<C, W> {
     pub(crate) fn detach(&mut self, now: Moment, token: Token) {
         self.step(now, |l, now| {
             l.debug_assert_in_use(&token);
-            l.used_for(now.nanos_since(l.slots[token.index as usize].since));
+            l.used_for(now.nanos_since(l.slots[token.index as usize].since), now);
             l.tally.detached += 1;
             l.release(token.index);
         });

@@ -256,6 +256,19 @@ impl<C, W: Clone> Ledger<C, W> {
         });
     }
 
+    /// A probe has found that opens fail and that nobody wants a connection. One is dialled, a second after the last failed, so
+    /// that however often it is probed a server is not dialled more often than for a waiter.
+    pub(crate) fn probe(&mut self, now: Moment) {
+        self.step(now, |l, now| {
+            if let Some(failure) = l.failure.as_mut().filter(|failure| failure.reach != Reach::Refusal) {
+                failure.retry = failure.retry.min(now.max(failure.last.plus(BACKOFF_WAITED_FOR)));
+            }
+            if !l.closed {
+                l.ask();
+            }
+        });
+    }
+
     /// A [hurried](Ledger::join) caller has left. What was ordered for it is to serve the next one. `even_now`: the
     /// caller may have left before anything was ordered, so it is ordered now.
     pub(crate) fn prepare_for_the_next(&mut self, now: Moment, even_now: bool) {

@@ -100,12 +100,15 @@ pub(crate) struct Ledger<C, W> {
     failure: Option<Failure>,
     /// When the last open failed that did, and why. Kept when the run of failures is over.
     last_failed: Option<(Moment, FailedOpen)>,
-    /// About the longest of the last few thousand checkouts, in nanoseconds.
+    /// About the longest of the last thousand checkouts, in nanoseconds, and when that last grew.
     recent_use: u64,
+    recent_use_grew: Moment,
     /// When a connection was last checked out or became idle: what waiters wait for.
     last_progress: Moment,
     /// When the first caller came since then that got nothing at once. Before `last_progress`: none has.
     starved_at: Moment,
+    /// When the last such caller came.
+    last_starved: Moment,
     /// When the server was last dialled.
     last_dial: Moment,
     next_id: u64,
@@ -162,8 +165,10 @@ impl<C, W: Clone> Ledger<C, W> {
             failure: None,
             last_failed: None,
             recent_use: 0,
+            recent_use_grew: Moment::BIRTH,
             last_progress: Moment::BIRTH,
             starved_at: Moment::BIRTH,
+            last_starved: Moment::BIRTH,
             last_dial: Moment::BIRTH,
             next_id: 1,
             next_ticket: 0,

@@ -7,6 +7,7 @@ use crate::leaf::text::{Short, Shown};
 use crate::ledger::Slot;
 use crate::manage::Manage;
 use crate::pool::Pool;
+use crate::runtime::executor::Kind;
 use crate::runtime::lifecycle::{VainWait, Within};
 use crate::runtime::shared::Shared;
 use crate::stats::{ConnectionState, Connections};
@@ -132,6 +133,8 @@ impl CloseReport {
 /// How long `close` waits, even past its grace, for its report to reach the log and its cancels to reach the server: the
 /// process may end right after it.
 const LAST_GRACE: Duration = Duration::from_millis(20);
+/// ... and so much longer for each cancel, which is a connect of its own.
+const GRACE_OF_CANCEL: Duration = Duration::from_millis(2);
 
 /// Who closes the pool, from where, and with which grace.
 pub(crate) struct Closer {
@@ -271,8 +274,9 @@ fn close<M: Manage>(shared: &Arc<Shared<M>>, closer: Closer) -> CloseReport {
         awaited = true;
     }
     if awaited {
-        let until = Instant::now() + LAST_GRACE;
-        shared.watch(Some(until), || (shared.executor.threads() <= report.threads + my_thread).then_some(()));
+        // (Not by the number of threads: those that have nothing to do leave at the same time.)
+        let until = Instant::now() + LAST_GRACE + GRACE_OF_CANCEL * report.aborted.len() as u32;
+        shared.watch(Some(until), || (!shared.executor.is_at_work(&[Kind::Abort, Kind::Record])).then_some(()));
     }
     report.elapsed = begun.elapsed();
     report

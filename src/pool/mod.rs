@@ -136,7 +136,7 @@ impl<M: Manage> Pool<M> {
             name,
             age: now.since(Moment::BIRTH),
             closed: false,
-            health: Health::Ready,
+            health: if shared.is_forked() { Health::Closed } else { Health::Ready },
             failing: None,
             last_error: None,
             max_size: shared.settings.max_size,
@@ -163,18 +163,18 @@ impl<M: Manage> Pool<M> {
     ///
     /// It looks at counters, takes the pool's lock for a moment, and opens no connection. But a pool that is down and of which
     /// nobody wants a connection would never learn that its server is back. So if the pool is down, it is asked to try again
-    /// as soon as it may, as by [`try_get`](Pool::try_get): a probe that takes the traffic away brings it back.
-    /// [`Stats::health`] asks for nothing.
+    /// once a second has passed since the last attempt (after a refusal once its back-off is over): a probe that takes the traffic
+    /// away brings it back. [`Stats::health`] asks for nothing.
     pub fn health(&self) -> Health {
         let shared = self.shared();
         if shared.is_forked() {
-            return Health::Ready;
+            return Health::Closed;
         }
         let now = shared.time.precise();
         let health = shared.lock().health(now);
         if let ledger::Health::Down(run) = &health {
             if run.next_try.is_none() {
-                shared.with(|l| l.prepare(now));
+                shared.with(|l| l.probe(now));
             }
         }
         shared.health_in_words(health)
@@ -201,11 +201,12 @@ impl<M: Manage> Pool<M> {
     pub(crate) fn observer(&self) -> impl Fn() -> Option<Stats> + Send + Sync + 'static {
         let shared = Arc::downgrade(self.shared());
         move || {
-            let shared = shared.upgrade()?;
+            // (In a forked child it is the parent's pool.)
+            let shared = shared.upgrade().filter(|shared| !shared.is_forked())?;
             let stats = Self::stats_of(&shared);
             if matches!(stats.health, Health::Down { next_try: None, .. }) {
                 let now = shared.time.precise();
-                shared.with(|l| l.prepare(now));
+                shared.with(|l| l.probe(now));
             }
             Some(stats)
         }

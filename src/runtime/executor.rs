@@ -160,6 +160,13 @@ impl<J: Task> Executor<J> {
         self.inner.lock().threads
     }
 
+    /// Whether a job of one of these kinds runs or waits for a thread.
+    pub(crate) fn is_at_work(&self, kinds: &[Kind]) -> bool {
+        let inner = self.inner.lock();
+        let waits = kinds.iter().any(|&kind| !inner.backlog[kind as usize].is_empty());
+        waits || inner.running.values().any(|running| kinds.contains(&running.kind))
+    }
+
     /// Log records that were dropped because the logger had blocked for too long, or no thread could be started for
     /// them.
     pub(crate) fn dropped_records(&self) -> u64 {

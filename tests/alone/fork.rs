@@ -183,7 +183,7 @@ fn gets_in_the_child() {
             assert_forked(pool.get(), began);
             // And now there is none left.
             assert_forked(pool.get_timeout(SOON), began);
-            assert!(pool.try_get().is_none());
+            assert!(pool.try_get().is_none() && !pool.health().serves());
             assert_eq!(threads_named("").len(), 1);
         })
     };

@@ -4,7 +4,9 @@
 //! and later nothing is: no thread of the pool, no connection at the server.
 
 use crate::guide::Process;
-use crate::support::{Database, Proxy, SEEN, SOON, Server, beside_others, ms, threads_named, wait_until, within};
+use crate::support::{
+    Database, Proxy, SEEN, SOON, Server, alone, beside_others, ms, threads_named, wait_until, within,
+};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use millpond::event::{HandleEvent, ReleaseEvent};
 use millpond::postgres::{Pool, PooledConnection, PostgresManager};
@@ -346,11 +348,17 @@ fn in_every_way_with_64_waiters() {
 
 const AT_WORK: &str = "close-at-work";
 
-/// The process that ends as soon as its pool is closed, while three of its threads wait for answers.
-fn end_at_work() -> ! {
-    let manager = PostgresManager::parse(&Database::get().conninfo(AT_WORK), NoTls).unwrap();
-    let pool: Pool = manager.builder().name("at work").max_size(3).open().unwrap();
-    for _ in 0..3 {
+/// The process that ends as soon as its pool is closed, while all its connections wait for answers.
+fn end_at_work(how: &str) -> ! {
+    let (size, observe) = match how {
+        "one" => (1, true),
+        "one, not observed" => (1, false),
+        "thirty" => (30, true),
+        other => panic!("{other}?"),
+    };
+    let manager = PostgresManager::parse(&Database::get().conninfo(AT_WORK), NoTls).unwrap().observe(observe);
+    let pool: Pool = manager.builder().name("at work").max_size(size).open().unwrap();
+    for _ in 0..size {
         let pool = pool.clone();
         thread::spawn(move || {
             let mut connection = pool.get().unwrap();
@@ -358,10 +366,10 @@ fn end_at_work() -> ! {
             thread::park();
         });
     }
-    // Until the test has seen the three, and closes the pipe.
+    // Until the test has seen them all, and closes the pipe.
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     let report = pool.close(Duration::ZERO);
-    std::process::exit(if report.aborted.len() == 3 { 0 } else { 1 })
+    std::process::exit(if report.aborted.len() == size as usize { 0 } else { 1 })
 }
 
 /// A server whose client is gone works on for an answer that nobody reads. So what is at work is cancelled, and the
@@ -370,26 +378,29 @@ fn end_at_work() -> ! {
 fn what_is_at_work_is_cancelled_though_the_process_ends_at_once() {
     const TEST: &str = "close::what_is_at_work_is_cancelled_though_the_process_ends_at_once";
     const END: &str = "MILLPOND_TEST_END_AT_WORK";
-    if std::env::var_os(END).is_some() {
-        end_at_work();
+    if let Ok(how) = std::env::var(END) {
+        end_at_work(&how);
     }
-    let _beside = beside_others();
+    let _alone = alone();
     let server = Server::shared();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", TEST, "--test-threads=1"]).env(END, "1").env("DATABASE_URL", server.url());
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut process = Process(command.spawn().unwrap());
-    let at_work = || server.backends(AT_WORK).iter().filter(|b| b.state == "active").count();
-    assert!(wait_until(within(SOON), || at_work() == 3), "{} are at work", at_work());
-    drop(process.0.stdin.take());
-    let mut status = None;
-    assert!(
-        wait_until(within(SOON), || {
-            status = process.0.try_wait().unwrap();
-            status.is_some()
-        }),
-        "it does not end"
-    );
-    assert!(status.unwrap().success(), "{status:?}");
-    assert_eq!(server.wait_for(AT_WORK, 0, within(SEEN)), 0);
+    // (Threads of the pool that have nothing to do linger for some seconds after an open, and leave when it is closed.)
+    for (how, size) in [("one", 1), ("one, not observed", 1), ("thirty", 30)] {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", TEST, "--test-threads=1"]).env(END, how).env("DATABASE_URL", server.url());
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut process = Process(command.spawn().unwrap());
+        let at_work = || server.backends(AT_WORK).iter().filter(|b| b.state == "active").count();
+        assert!(wait_until(within(SOON), || at_work() == size), "{how}: {} are at work", at_work());
+        drop(process.0.stdin.take());
+        let mut status = None;
+        assert!(
+            wait_until(within(SOON), || {
+                status = process.0.try_wait().unwrap();
+                status.is_some()
+            }),
+            "{how}: it does not end"
+        );
+        assert!(status.unwrap().success(), "{how}: {status:?}");
+        assert_eq!(server.wait_for(AT_WORK, 0, within(SEEN)), 0, "{how}");
+    }
 }

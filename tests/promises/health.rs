@@ -151,3 +151,18 @@ fn what_happened_between_two_looks() {
     assert_eq!(before.since(&pool.stats()).checkouts, 0, "the wrong way round");
     ends_well(pool, &fake);
 }
+
+/// A probe, however often it comes, costs the server no logins.
+#[test]
+fn many_looks_are_no_callers() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pool = Pool::builder().build_unchecked(fake.direct());
+    fake.set(Call::Open, Act::Refuse);
+    assert!(pool.get_timeout(SOON).unwrap_err().is_connect());
+    for _ in 0..10_000 {
+        assert!(!pool.health().serves());
+    }
+    assert_eq!(fake.calls(Call::Open), 1, "a refusal is not tried again before its time");
+    ends_well(pool, &fake);
+}

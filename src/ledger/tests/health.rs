@@ -166,7 +166,7 @@ fn who_came_in_vain_is_forgotten_once_a_connection_is_back() {
     w.run(ms(10));
     let caller = w.get();
     w.leave(caller);
-    w.run(secs(1));
+    w.run(secs(6));
     assert!(w.is_stuck());
     users.into_iter().for_each(|user| w.returned(user));
     assert_eq!(w.health(), Health::Ready);
@@ -214,14 +214,14 @@ fn without_callers_the_next_attempt_waits_for_one() {
     let dials = w.dials.len();
     assert_eq!(w.down().next_try, None);
     // A probe asks, as `Pool::health` does.
-    w.ledger.prepare(w.now);
+    w.ledger.probe(w.now);
     w.apply();
     w.run(ms(1));
     assert_eq!((w.dials.len(), w.down().next_try), (dials + 1, Some(Duration::ZERO)));
     w.run(ms(5));
     assert_eq!(w.down().next_try, None, "it failed, and nobody asks");
     w.refuse = None;
-    w.ledger.prepare(w.now);
+    w.ledger.probe(w.now);
     w.apply();
     w.run(secs(1));
     assert_eq!((w.health(), w.counts().idle), (Health::Ready, 1));
@@ -279,4 +279,82 @@ fn a_closed_pool_is_closed() {
     w.apply();
     w.run(secs(2));
     assert_eq!(w.health(), Health::Closed);
+}
+
+#[test]
+fn one_fault_does_not_hide_the_next() {
+    let mut w = four();
+    for _ in 0..20 {
+        w.use_once(ms(20));
+    }
+    // All four hang for 8 s, and come back.
+    let callers = w.callers(8);
+    w.run(secs(8));
+    assert!(w.is_stuck());
+    w.leave(callers[7]);
+    callers[..4].iter().for_each(|&user| w.returned(user));
+    w.run(ms(10));
+    callers[4..7].iter().for_each(|&user| w.returned(user));
+    for _ in 0..10 {
+        w.use_once(ms(20));
+    }
+    let _callers = w.callers(8);
+    w.run(secs(1) + ms(10));
+    assert!(w.is_stuck(), "{:?}", w.health());
+}
+
+#[test]
+fn the_first_jobs_of_a_pool_may_be_long() {
+    let mut w = four();
+    for round in 0..10 {
+        let callers = w.callers(12);
+        for part in callers.chunks(4) {
+            for step in 0..30 {
+                w.run(ms(100));
+                assert_eq!(w.health(), Health::Busy, "round {round}, step {step}");
+            }
+            part.iter().for_each(|&user| w.returned(user));
+        }
+    }
+    // But what never comes back is stuck.
+    let mut w = four();
+    let _callers = w.callers(8);
+    w.run(ms(4_990));
+    assert_eq!(w.health(), Health::Busy);
+    w.run(ms(20));
+    assert!(w.is_stuck());
+}
+
+#[test]
+fn who_came_in_vain_long_ago_does_not_count() {
+    let mut w = four();
+    w.burst(4);
+    let _users = w.callers(4);
+    w.run(ms(10));
+    let caller = w.get();
+    w.run(ms(10));
+    w.leave(caller);
+    w.run(secs(1));
+    assert!(w.is_stuck());
+    w.run(secs(30));
+    assert_eq!(w.health(), Health::Busy, "nobody else has come");
+}
+
+#[test]
+fn many_probes_dial_no_more_often_than_a_waiter_would() {
+    for (reach, most) in [(Reach::Server, 15), (Reach::Nobody, 15), (Reach::Refusal, 2)] {
+        let mut w = four();
+        w.refuse = Some(reach);
+        let caller = w.get();
+        w.run(ms(10));
+        w.leave(caller);
+        let dials = w.dials.len();
+        for _ in 0..1_000 {
+            w.ledger.probe(w.now);
+            w.apply();
+            w.run(ms(10));
+        }
+        let more = w.dials.len() - dials;
+        assert!(more <= most && (more >= 1), "{reach:?}: {more}");
+    }
 }
