@@ -4,7 +4,9 @@ use crate::fake::{Act, Call, Fake, ends_well};
 use crate::page::{Page, collected, recorder, reported};
 use crate::support::{SOON, beside_others, ms, wait_until, within};
 use millpond::metrics::Pools;
-use millpond::{Health, Pool, PooledConnection};
+use millpond::{Health, Manage, Pool, PooledConnection};
+use std::sync::Barrier;
+use std::thread;
 
 const NAME: &str = "db_client_connection_pool_name";
 
@@ -63,6 +65,38 @@ fn many_pools_share_their_families() {
     pools.add(&again);
     assert_eq!(names(&pools), ["users", "orders-2", "orders"]);
     [users, namesake, again].into_iter().for_each(drop);
+    fake.wait_alive(0);
+}
+
+/// Others, which make a look at all last longer.
+fn others(fake: &Fake) -> Vec<Pool<impl Manage + use<>>> {
+    (0..20).map(|n| Pool::builder().name(format!("other {n}")).build_unchecked(fake.direct())).collect()
+}
+
+/// Two threads add one pool each, at the same time, again and again.
+#[test]
+fn pools_of_one_name_that_are_added_at_once_have_two_names() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pools = [(); 2].map(|()| Pool::builder().name("orders").build_unchecked(fake.direct()));
+    let others = others(&fake);
+    let shown: Vec<_> = (0..500).map(|_| Pools::default()).collect();
+    shown.iter().for_each(|all| others.iter().for_each(|other| all.add(other)));
+    let begin = Barrier::new(2);
+    thread::scope(|scope| {
+        for pool in &pools {
+            scope.spawn(|| {
+                for all in &shown {
+                    begin.wait();
+                    all.add(pool);
+                }
+            });
+        }
+    });
+    let wrong = shown.iter().filter(|all| !format!("{all:?}").ends_with(r#", "orders", "orders-2"]"#));
+    assert_eq!(wrong.count(), 0);
+    pools.into_iter().for_each(drop);
+    drop(others);
     fake.wait_alive(0);
 }
 
