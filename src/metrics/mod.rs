@@ -114,7 +114,8 @@ pub const BUCKETS: [f64; 18] =
 /// The pools whose metrics are shown. See [the module](self).
 ///
 /// It is a handle: a clone shows the same pools. It keeps no pool open, and shows none that is gone. (A closed pool is there,
-/// and its metrics say that it is closed, until the last of its handles and connections is dropped.)
+/// and its metrics say that it is closed, until the last of its handles and connections is dropped.) A forked child has none of
+/// its parent's pools, and shows none of them.
 ///
 /// A look is [`Pool::stats`]: it takes the lock of each pool for a moment. If a pool is down and nobody wants a connection of it,
 /// the look asks it to try again, as [`Pool::health`] does, so that what says "down" does not say so for ever.
