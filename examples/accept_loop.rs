@@ -31,6 +31,8 @@ const SCHEMA: &str =
 const MAX_CLIENTS: usize = 64;
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 4096;
+/// How long the start waits for the database.
+const WAIT: Duration = Duration::from_secs(5);
 /// How long a client may leave an answer unread.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -51,7 +53,7 @@ fn run() -> Result<(), Failure> {
     let check = Some(Duration::from_secs(2));
     let guards = ServerGuards { client_connection_check_interval: check, ..ServerGuards::default() };
     let manager = PostgresManager::parse(&address, NoTls)?.server_guards(guards);
-    let pool = manager.builder().name("lines").max_size(4).open()?;
+    let pool = manager.builder().name("lines").max_size(4).connection_timeout(WAIT).open()?;
     // On return and on panic: all clients are told first, then the guard waits for their threads.
     let mut clients = pool.guard().owning_with(Vec::<Client>::new(), |clients, deadline| {
         OVER.store(true, SeqCst);

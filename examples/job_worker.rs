@@ -32,6 +32,8 @@ const SCHEMA: &str = "
 const NEXT: &str = "SELECT id, recipient FROM jobs WHERE done_at IS NULL ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED";
 
 const WORKERS: usize = 4;
+/// How long a worker waits for the database, and the start as well.
+const WAIT: Duration = Duration::from_secs(5);
 /// How long a worker that found nothing to do, or could not look, waits before it looks again.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -49,7 +51,7 @@ fn run() -> Result<(), Failure> {
     let check = Some(Duration::from_secs(2));
     let guards = ServerGuards { client_connection_check_interval: check, ..ServerGuards::default() };
     let manager = PostgresManager::parse(&address, NoTls)?.server_guards(guards);
-    let pool = manager.builder().name("jobs").max_size(WORKERS as u32).open()?;
+    let pool = manager.builder().name("jobs").max_size(WORKERS as u32).connection_timeout(WAIT).open()?;
     let guard = pool.guard().grace(Duration::from_secs(20)); // longer than a job takes
     pool.get()?.batch_execute(SCHEMA)?;
     let mut signals = Signals::new([SIGTERM, SIGINT])?;

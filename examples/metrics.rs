@@ -23,7 +23,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let address = given.next().or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
     let port = given.next().map_or(Ok(9187), |port| port.parse())?;
 
-    let pool = postgres::builder(&address)?.name("orders").max_size(4).max_idle(Duration::from_millis(500)).open()?;
+    let pool = postgres::builder(&address)?.name("orders").max_size(4).max_idle(Duration::from_millis(500));
+    let pool = pool.connection_timeout(Duration::from_secs(5)).open()?;
     let _guard = pool.guard(); // closes the pool when this function returns or unwinds
 
     // These three lines are all that it takes. The registry keeps no pool open.

@@ -19,7 +19,8 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
     let manager = PostgresConnectionManager::new(address.parse()?, NoTls);
-    let pool = Pool::builder().max_size(4).max_idle(Duration::from_secs(60)).build(manager)?;
+    let pool = Pool::builder().max_size(4).max_idle(Duration::from_secs(60));
+    let pool = pool.connection_timeout(Duration::from_secs(5)).build(manager)?;
     let _guard = pool.guard(); // closes the pool when `main` returns or panics
 
     thread::scope(|threads| {

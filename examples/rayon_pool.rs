@@ -16,9 +16,13 @@ use millpond::postgres::{Pool, builder};
 use rayon::prelude::*;
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::Duration;
 use std::{env, thread};
 
 type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long a thread waits for a connection, and the start for the database.
+const WAIT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS walks (start bigint PRIMARY KEY, steps bigint NOT NULL)";
 
@@ -30,7 +34,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Failure> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
-    let pool = builder(&address)?.name("rayon").max_size(2).open()?;
+    let pool = builder(&address)?.name("rayon").max_size(2).connection_timeout(WAIT).open()?;
     let guard = pool.guard();
     pool.get()?.batch_execute(SCHEMA)?;
 

@@ -46,7 +46,8 @@ fn run() -> Result<(), Failure> {
         let mut config: Config = address.parse().map_err(|_| "that is no address of a database")?;
         Ok(PostgresManager::new(config.target_session_attrs(attrs).clone(), NoTls))
     };
-    let writer = manager(TargetSessionAttrs::ReadWrite)?.builder().name("writer").max_size(4).open()?;
+    let writer = manager(TargetSessionAttrs::ReadWrite)?.builder().name("writer").max_size(4);
+    let writer = writer.connection_timeout(Duration::from_secs(5)).open()?;
     let writer_guard = writer.guard();
     // Without a check that a standby is there: the program works without one as well.
     let reader = millpond::Pool::builder().name("reader").max_size(8).connection_timeout(Duration::from_secs(1));

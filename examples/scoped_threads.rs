@@ -11,9 +11,13 @@ use millpond::postgres::{Pool, builder};
 use std::error::Error;
 use std::panic::resume_unwind;
 use std::process::ExitCode;
+use std::time::Duration;
 use std::{env, thread};
 
 type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long a thread waits for a connection, and the start for the database.
+const WAIT: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let Err(e) = run() else { return ExitCode::SUCCESS };
@@ -23,7 +27,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Failure> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
-    let pool = builder(&address)?.name("scoped").max_size(3).open()?;
+    let pool = builder(&address)?.name("scoped").max_size(3).connection_timeout(WAIT).open()?;
     let guard = pool.guard();
 
     let sums: Result<Vec<i64>, Failure> = thread::scope(|scope| {

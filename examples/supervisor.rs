@@ -107,6 +107,8 @@ struct Mill {
     /// Of one connection, which is kept only while something is asked.
     pool: Pool,
     workers: Vec<(Child, Instant)>,
+    /// Those that have ended since the last audit that was made.
+    dead: Vec<u32>,
     /// When the next one may be started.
     next: Instant,
 }
@@ -119,7 +121,7 @@ fn supervise() -> Result<(), Failure> {
     pool.get()?.batch_execute(SCHEMA)?;
 
     // On return and on panic: the mill is dropped, and ends its workers, before the guard closes the pool.
-    let mut mill = Mill { pool, workers: Vec::new(), next: Instant::now() };
+    let mut mill = Mill { pool, workers: Vec::new(), dead: Vec::new(), next: Instant::now() };
     mill.allows(WORKERS)?;
     let mut wanted = WORKERS;
     let (sender, events) = channel();
@@ -176,18 +178,19 @@ impl Mill {
 
     /// Shows what dead workers have left on the server, and ends it.
     fn clear_up(&mut self) {
-        let mut dead = Vec::new();
         self.workers.retain_mut(|(child, started)| {
             let Ok(Some(status)) = child.try_wait() else { return true };
             println!("worker {} has ended: {status}", child.id());
-            dead.push(child.id());
+            self.dead.push(child.id());
             if started.elapsed() < PAUSE {
                 self.next = Instant::now() + PAUSE;
             }
             false
         });
-        if let Err(e) = end_what_is_left_of(&self.pool, &dead) {
-            eprintln!("no audit: {}", millpond::Cause::text(&*e));
+        match end_what_is_left_of(&self.pool, &self.dead) {
+            Ok(()) => self.dead.clear(),
+            // The next round tries again.
+            Err(e) => eprintln!("no audit: {}", millpond::Cause::text(&*e)),
         }
     }
 

@@ -13,10 +13,14 @@ use millpond::Workers;
 use millpond::postgres::{Pool, builder};
 use std::error::Error;
 use std::process::ExitCode;
+use std::time::Duration;
 use std::{env, thread};
 use threadpool::ThreadPool;
 
 type Failure = Box<dyn Error + Send + Sync>;
+
+/// How long a thread waits for a connection, and the start for the database.
+const WAIT: Duration = Duration::from_secs(5);
 
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS squares (n bigint PRIMARY KEY, square bigint NOT NULL)";
 
@@ -28,7 +32,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Failure> {
     let address = env::args().nth(1).or(env::var("DATABASE_URL").ok()).ok_or("which database?")?;
-    let pool = builder(&address)?.name("threadpool").max_size(2).open()?;
+    let pool = builder(&address)?.name("threadpool").max_size(2).connection_timeout(WAIT).open()?;
     let guard = pool.guard();
     pool.get()?.batch_execute(SCHEMA)?;
 

@@ -114,7 +114,8 @@ pub const BUCKETS: [f64; 18] =
 /// The pools whose metrics are shown. See [the module](self).
 ///
 /// It is a handle: a clone shows the same pools. It keeps no pool open, and shows none that is gone. (A closed pool is there,
-/// and its metrics say that it is closed, until the last of its handles and connections is dropped.)
+/// and its metrics say that it is closed, until the last of its handles and connections is dropped.) A forked child has none of
+/// its parent's pools, and shows none of them.
 ///
 /// A look is [`Pool::stats`]: it takes the lock of each pool for a moment. If a pool is down and nobody wants a connection of it,
 /// the look asks it to try again, as [`Pool::health`] does, so that what says "down" does not say so for ever.
@@ -128,7 +129,7 @@ struct Shown {
     /// Of no other pool, for as long as `look` is there.
     id: usize,
     look: Box<dyn Fn() -> Option<Stats> + Send + Sync>,
-    /// What was reported last, of a pool whose end the facade has to be told.
+    /// What was reported last, of a pool whose end the facade has to be told. Locked from the look until the recorder knows.
     #[cfg(feature = "metrics")]
     reported: Mutex<Option<Stats>>,
 }
@@ -147,36 +148,53 @@ impl Pools {
     /// it: `orders-2`. It takes the place of a closed pool of its name.
     pub fn add<M: Manage>(&self, pool: &Pool<M>) {
         let (look, id) = (Box::new(pool.observer()), pool.id());
-        let present: Vec<_> = self.look().into_iter().filter_map(|(shown, stats)| Some((shown, stats?))).collect();
-        let is_free = |name: &String| !present.iter().any(|(shown, stats)| shown.name == *name && !stats.closed);
-        let numbered = (2..).map(|n| format!("{}-{n}", pool.name()));
-        let mut names = std::iter::once(pool.name().to_string()).chain(numbered);
-        let name = names.find(is_free).expect("one of so many names is free");
-        let is_replaced = |shown: &Arc<Shown>| shown.name == name && present.iter().any(|(s, _)| Arc::ptr_eq(s, shown));
-        let mut all = self.0.lock();
-        if all.iter().any(|shown| shown.id == id) {
+        loop {
+            let looks = self.look();
+            let present: Vec<_> = looks.iter().filter_map(|(shown, stats)| Some((shown, stats.as_ref()?))).collect();
+            let is_free = |name: &String| !present.iter().any(|(shown, stats)| shown.name == *name && !stats.closed);
+            let numbered = (2..).map(|n| format!("{}-{n}", pool.name()));
+            let mut names = std::iter::once(pool.name().to_string()).chain(numbered);
+            let name = names.find(is_free).expect("one of so many names is free");
+            let is_replaced =
+                |shown: &Arc<Shown>| shown.name == name && present.iter().any(|(s, _)| Arc::ptr_eq(s, shown));
+            let mut all = self.0.lock();
+            if all.iter().any(|shown| shown.id == id) {
+                return;
+            }
+            // Another thread has added one since the look, and it may have this name.
+            if all.iter().any(|shown| !looks.iter().any(|(s, _)| Arc::ptr_eq(s, shown))) {
+                continue;
+            }
+            // (One that is gone stays until the facade was told. It stands before this one, which then has the last word.)
+            all.retain(|shown| !is_replaced(shown));
+            all.push(Arc::new(Shown {
+                name,
+                id,
+                look,
+                #[cfg(feature = "metrics")]
+                reported: Mutex::new(None),
+            }));
             return;
         }
-        // (One that is gone stays until the facade was told. It stands before this one, which then has the last word.)
-        all.retain(|shown| !is_replaced(shown));
-        all.push(Arc::new(Shown {
-            name,
-            id,
-            look,
-            #[cfg(feature = "metrics")]
-            reported: Mutex::new(None),
-        }));
     }
 
     /// The pools and what they say, without those that are gone: these are forgotten, unless the facade has to be told.
     fn look(&self) -> Vec<(Arc<Shown>, Option<Stats>)> {
-        // The lock is not held while a pool is asked: its last reference may be dropped here, and with it a manager.
+        // The list's lock is not held while a pool is asked: its last reference may be dropped here, and with it a manager.
         let all = self.0.lock().clone();
         let looks: Vec<_> =
             all.into_iter().map(|shown| ((shown.look)(), shown)).map(|(stats, shown)| (shown, stats)).collect();
-        let is_gone = |shown: &Arc<Shown>| looks.iter().any(|(s, stats)| Arc::ptr_eq(s, shown) && stats.is_none());
-        self.0.lock().retain(|shown| !is_gone(shown) || shown.was_reported());
+        self.forget(looks.iter().filter(|(_, stats)| stats.is_none()).map(|(shown, _)| shown));
         looks
+    }
+
+    /// Forgets these, which are gone, except where the facade has to be told.
+    fn forget<'a>(&self, gone: impl IntoIterator<Item = &'a Arc<Shown>>) {
+        // (Asked before the list is locked: a report that is under way holds its pool's lock for as long as the recorder takes.)
+        let gone: Vec<_> = gone.into_iter().filter(|shown| !shown.was_reported()).collect();
+        if !gone.is_empty() {
+            self.0.lock().retain(|shown| !gone.iter().any(|s| Arc::ptr_eq(s, shown)));
+        }
     }
 
     #[cfg(feature = "prometheus-client")]

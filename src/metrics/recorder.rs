@@ -22,8 +22,17 @@ impl Pools {
     /// Nothing is reported while no recorder is installed, and it is lost to the next one.
     pub fn report(&self) {
         FAMILIES.iter().for_each(describe);
-        for (shown, now) in self.look() {
-            let earlier = std::mem::replace(&mut *shown.reported.lock(), now.clone());
+        let all = self.0.lock().clone();
+        let mut gone = Vec::new();
+        for shown in &all {
+            // Of two reports at once, the second looks when the first has told. So nothing is counted twice, and the gauges
+            // are those of the later look.
+            let mut reported = shown.reported.lock();
+            let now = (shown.look)();
+            if now.is_none() {
+                gone.push(shown);
+            }
+            let earlier = std::mem::replace(&mut *reported, now.clone());
             match (now, earlier) {
                 (Some(now), None) => tell(&shown.name, &now, &now),
                 (Some(now), Some(earlier)) => tell(&shown.name, &now, &now.since(&earlier)),
@@ -37,6 +46,7 @@ impl Pools {
                 (None, None) => {}
             }
         }
+        self.forget(gone);
     }
 }
 

@@ -4,7 +4,10 @@ use crate::fake::{Act, Call, Fake, ends_well};
 use crate::page::{Page, collected, recorder, reported};
 use crate::support::{SOON, beside_others, ms, wait_until, within};
 use millpond::metrics::Pools;
-use millpond::{Health, Pool, PooledConnection};
+use millpond::{Health, Manage, Pool, PooledConnection};
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 const NAME: &str = "db_client_connection_pool_name";
 
@@ -31,6 +34,7 @@ fn who_shows_a_pool_does_not_keep_it() {
     // The pool's threads hold it for a moment more.
     assert!(wait_until(within(SOON), || names(&pools).is_empty()), "{:?}", names(&pools));
     assert_eq!(collected(&pools), "# EOF\n");
+    assert_eq!(format!("{pools:?}"), r#"["orders"]"#, "the facade has to be told");
     // The facade cannot take a metric back: what is now is nothing, and what was counted stays.
     let page = Page::parse(&reported(&pools, &recorder));
     for gauge in ["db_client_connection_count", "db_client_connection_max", "millpond_health"] {
@@ -38,8 +42,7 @@ fn who_shows_a_pool_does_not_keep_it() {
         assert!(!values.is_empty() && values.iter().all(|&value| value == 0.0), "{gauge}: {values:?}");
     }
     assert_eq!(page.value("millpond_checkouts_total", &[]), 1.0);
-    assert_eq!(format!("{pools:?}"), r#"["orders"]"#, "it is forgotten with the next look");
-    assert!(names(&pools).is_empty() && format!("{pools:?}") == "[]", "{pools:?}");
+    assert_eq!(format!("{pools:?}"), "[]", "the facade was told, and it is forgotten");
 }
 
 #[test]
@@ -63,6 +66,38 @@ fn many_pools_share_their_families() {
     pools.add(&again);
     assert_eq!(names(&pools), ["users", "orders-2", "orders"]);
     [users, namesake, again].into_iter().for_each(drop);
+    fake.wait_alive(0);
+}
+
+/// Others, which make a look at all last longer.
+fn others(fake: &Fake) -> Vec<Pool<impl Manage + use<>>> {
+    (0..20).map(|n| Pool::builder().name(format!("other {n}")).build_unchecked(fake.direct())).collect()
+}
+
+/// Two threads add one pool each, at the same time, again and again.
+#[test]
+fn pools_of_one_name_that_are_added_at_once_have_two_names() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pools = [(); 2].map(|()| Pool::builder().name("orders").build_unchecked(fake.direct()));
+    let others = others(&fake);
+    let shown: Vec<_> = (0..500).map(|_| Pools::default()).collect();
+    shown.iter().for_each(|all| others.iter().for_each(|other| all.add(other)));
+    let begin = Barrier::new(2);
+    thread::scope(|scope| {
+        for pool in &pools {
+            scope.spawn(|| {
+                for all in &shown {
+                    begin.wait();
+                    all.add(pool);
+                }
+            });
+        }
+    });
+    let wrong = shown.iter().filter(|all| !format!("{all:?}").ends_with(r#", "orders", "orders-2"]"#));
+    assert_eq!(wrong.count(), 0);
+    pools.into_iter().for_each(drop);
+    drop(others);
     fake.wait_alive(0);
 }
 
@@ -90,6 +125,34 @@ fn counts_go_on_when_a_pool_is_built_again() {
         assert_eq!(page.value("db_client_connection_max", &[]), f64::from(pool.max_size()));
         ends_well(pool, &fake);
     }
+}
+
+/// Three threads report while one checks out: each checkout is told once.
+#[test]
+fn reports_at_once_count_once() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let pool = Pool::builder().name("orders").build(fake.direct()).unwrap();
+    let (pools, recorder, others) = (Pools::default(), recorder(), others(&fake));
+    others.iter().for_each(|other| pools.add(other));
+    pools.add(&pool);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    metrics::with_local_recorder(&recorder, || pools.report());
+                }
+            });
+        }
+        let served = (0..20_000).all(|_| pool.get().is_ok());
+        over.store(true, Ordering::Relaxed);
+        assert!(served, "{}", pool.stats());
+    });
+    let page = Page::parse(&reported(&pools, &recorder));
+    assert_eq!(page.value("millpond_checkouts_total", &[(NAME, "orders")]), pool.stats().checkouts as f64);
+    drop(others);
+    ends_well(pool, &fake);
 }
 
 #[test]

@@ -159,3 +159,26 @@ fn without_a_database_each_says_so_in_one_line() {
         assert!(!words.contains("secret") && !words.contains("nonsense"), "{name}: {words}");
     }
 }
+
+/// In less than the half minute that a caller waits by default.
+#[test]
+fn with_a_database_that_is_down_each_says_so_soon() {
+    let _beside = beside_others();
+    let all = [
+        "accept_loop",
+        "async_server",
+        "job_worker",
+        "quickstart",
+        "rayon_pool",
+        "reader_writer",
+        "scoped_threads",
+        "several_pools",
+        "supervisor",
+        "thread_pool",
+    ];
+    let programs = all.map(|name| Program::start(name, "host=127.0.0.1 port=1 user=ada dbname=mill"));
+    for (name, program) in all.iter().zip(programs) {
+        let (status, words) = program.end();
+        assert!(status.code() == Some(1) && words.contains("Connection refused"), "{name}: {status}:\n{words}");
+    }
+}

@@ -117,6 +117,27 @@ fn a_killed_worker_is_cleared_up_after_and_replaced_and_a_fifth_is_refused() {
     mill.wait_for(0, ALL);
 }
 
+/// The supervisor's own connections are refused when its worker dies: what that one has left is ended later.
+#[test]
+fn an_audit_that_fails_is_made_again() {
+    let _beside = beside_others();
+    let mut mill = Mill::allowing(ENOUGH);
+    let mut program = mill.start();
+    let workers: Vec<u32> = (0..4).map(|_| started(&mut program)).collect();
+    workers.iter().for_each(|&worker| mill.works(worker));
+    let lock = mill.lock(4);
+    mill.client.batch_execute("ALTER ROLE app NOLOGIN").unwrap();
+    kill_process(pid(workers[1]), Signal::KILL).expect("a worker to kill");
+    program.line("no audit: ");
+    mill.client.batch_execute("ALTER ROLE app LOGIN").unwrap();
+    program.line(&format!("ORPHANED ({} by its name): its client has closed", workers[1]));
+    started(&mut program);
+    drop(lock);
+    program.signal(Signal::TERM);
+    program.ends_cleanly();
+    mill.wait_for(0, ALL);
+}
+
 #[test]
 fn four_are_refused_where_three_fit() {
     let _beside = beside_others();

@@ -201,9 +201,13 @@ impl<T: Connector> PostgresManager<T> {
     ///   panic, and the server's `idle_in_transaction_session_timeout`.
     ///
     /// Not covered are: sequences, which go on counting; what the server does elsewhere (`dblink`, `COPY ... TO
-    /// PROGRAM`); and a `BEGIN READ WRITE`, a `RESET ALL` or an `AND CHAIN` in SQL once the test transaction was ended
-    /// in SQL. **Do not use this behind a pooler in transaction mode.** The test transaction itself keeps its server; but
-    /// once it was ended in SQL, the next statement may go to a server where it is committed.
+    /// PROGRAM`); whatever makes the session writable again once the test transaction was ended in SQL (`BEGIN READ
+    /// WRITE`, `AND CHAIN`, `SET default_transaction_read_only = off`, `RESET ALL`, `DISCARD ALL`); and a `COMMIT` in SQL
+    /// after a drop of the guard, which is a trigger in `pg_temp` (`DROP FUNCTION ... CASCADE`, `DROP EXTENSION plpgsql
+    /// CASCADE`, code that drops all functions or triggers that it finds). The guide says what else is different.
+    ///
+    /// **Do not use this behind a pooler in transaction mode.** The test transaction itself keeps its server; but once it
+    /// was ended in SQL, the next statement may go to a server where it is committed.
     ///
     /// # Errors
     ///

@@ -27,8 +27,8 @@ use std::time::Duration;
 /// message to the server, and this is how the trigger tells them apart. It runs with `session_replication_role =
 /// replica` too (`ENABLE ALWAYS`), and for a user that another one has become by `SET ROLE` (`SECURITY DEFINER`).
 ///
-/// The table also keeps the server from preparing the transaction (`PREPARE TRANSACTION`), and the row that awaits its
-/// trigger keeps the table from being dropped.
+/// The table also keeps the server from preparing the transaction (`PREPARE TRANSACTION`). The row that awaits its
+/// trigger keeps the table from being dropped, but neither the trigger nor the function: who drops these can commit.
 const BEGIN: &str = "BEGIN; SET default_transaction_read_only = on; COMMIT; \
     BEGIN READ WRITE; \
     CREATE TEMP TABLE millpond_test_transaction (at pg_catalog.timestamptz); \
