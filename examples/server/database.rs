@@ -1,7 +1,7 @@
 //! A PostgreSQL server of this program's own, which goes when the program does, however that ends.
 //!
-//! A shell keeps it: it is told over a pipe to start and to stop the server, and when the pipe ends, as it does with
-//! this process, it stops the server and removes its folder.
+//! A shell keeps it: it makes a folder, is told over a pipe to start and to stop the server, and when the pipe ends, as
+//! it does with this process, it stops the server and removes the folder.
 
 use crate::Failure;
 use postgres::{Client, Config, NoTls};
@@ -18,21 +18,29 @@ use std::time::{Duration, Instant};
 /// Far longer than the server takes to start on any machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Answers each order with one line. `$1`: the server's folder, `$2`: its program, `$3`: its port.
+/// Answers each order with one line. `$1`: the server's folder, `$2`: that of its programs, `$3`: its port; what follows
+/// is for `initdb`. An answer that nobody reads any more must not end the shell before it has removed the folder.
 const KEEPER: &str = r#"
-    cd "$1" || exit
+    trap '' PIPE
+    dir=$1 programs=$2 port=$3 pid=
+    shift 3
+    # Nobody else may look into it.
+    umask 077
+    mkdir "$dir" && cd "$dir" || exit
     while read -r order; do
+        answer=done
         case $order in
+        init) "$programs/initdb" "$@" >log 2>&1 </dev/null || answer=failed ;;
         start)
-            "$2" -D data -k "$1" -p "$3" -c listen_addresses=127.0.0.1 -c shared_buffers=16MB -c fsync=off \
-                -c dynamic_shared_memory_type=mmap >>log 2>&1 </dev/null &
+            "$programs/postgres" -D data -k "$dir" -p "$port" -c listen_addresses=127.0.0.1 -c shared_buffers=16MB \
+                -c fsync=off -c dynamic_shared_memory_type=mmap >>log 2>&1 </dev/null &
             pid=$! ;;
         stop) kill -INT $pid; wait $pid; pid= ;;
         esac
-        echo done
+        echo $answer
     done
     if [ -n "$pid" ]; then kill -QUIT $pid; wait $pid; fi
-    cd / && rm -rf "$1"
+    cd / && rm -rf "$dir"
 "#;
 
 /// Fast instead of safe: nothing in it is meant to last.
@@ -66,18 +74,14 @@ impl Private {
     pub(crate) fn start() -> Result<Private, Failure> {
         let programs = programs()?;
         let user = user()?;
-        let dir = folder(user)?;
-        let made = run_as(user, &programs.join("initdb"), &dir).args(INITDB).output();
-        let made = made.map_err(|e| format!("initdb does not run: {e}"))?;
-        if !made.status.success() {
-            let _ = fs::remove_dir_all(&dir);
-            return Err(format!("initdb failed: {}", String::from_utf8_lossy(&made.stderr)).into());
-        }
+        // Short, for a unix socket's path has little room; and a folder of root's is closed to the server's user.
+        let dir = PathBuf::from(format!("/tmp/notes-{}", secret()?));
         let port = free_port()?;
-        let mut shell = run_as(user, Path::new("/bin/sh"), &dir)
+        let mut shell = shell(user)
             .args(["-c", KEEPER, "keeper"])
-            .args([&dir, &programs.join("postgres")])
+            .args([&dir, &programs])
             .arg(port.to_string())
+            .args(INITDB)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -86,6 +90,7 @@ impl Private {
         let answers = BufReader::new(shell.stdout.take().ok_or("a shell without output")?);
         let keeper = Mutex::new(Keeper { shell, orders, answers });
         let private = Private { dir, port, password: secret()?, keeper };
+        private.keeper().order("init").map_err(|e| format!("initdb: {e}\n{}", private.log()))?;
         private.start_again()?;
         let password = &private.password;
         private.admin()?.batch_execute(&format!("CREATE ROLE notes LOGIN PASSWORD '{password}'"))?;
@@ -109,8 +114,7 @@ impl Private {
         let deadline = Instant::now() + PATIENCE;
         while let Err(e) = self.admin() {
             if Instant::now() > deadline {
-                let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
-                return Err(format!("PostgreSQL does not start: {e}\n{log}").into());
+                return Err(format!("PostgreSQL does not start: {e}\n{}", self.log()).into());
             }
             thread::sleep(Duration::from_millis(20));
         }
@@ -132,6 +136,10 @@ impl Private {
         Config::new().host_path(&self.dir).port(self.port).user("postgres").dbname("postgres").connect(NoTls)
     }
 
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
     fn keeper(&self) -> std::sync::MutexGuard<'_, Keeper> {
         self.keeper.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -142,9 +150,11 @@ impl Keeper {
         let orders = self.orders.as_mut().ok_or("the shell has ended")?;
         writeln!(orders, "{order}")?;
         let mut answer = String::new();
-        match self.answers.read_line(&mut answer)? {
-            0 => Err("the shell that keeps the database has ended".into()),
-            _ => Ok(()),
+        self.answers.read_line(&mut answer)?;
+        match answer.trim_end() {
+            "" => Err("the shell that keeps the database has ended".into()),
+            "done" => Ok(()),
+            other => Err(other.into()),
         }
     }
 }
@@ -206,23 +216,10 @@ fn user() -> Result<Option<User>, Failure> {
     user.map(Some).ok_or_else(|| "root may not run PostgreSQL, and there is no user `postgres` or `nobody`".into())
 }
 
-/// A folder that only the server's user may enter.
-fn folder(user: Option<User>) -> Result<PathBuf, Failure> {
-    use std::os::unix::fs::{DirBuilderExt, chown};
-    // Short, for a unix socket's path has little room; and a folder of root's is closed to the server's user.
-    let dir = PathBuf::from(format!("/tmp/notes-{}", secret()?));
-    fs::DirBuilder::new().mode(0o700).create(&dir)?;
-    if let Some(User(uid, gid)) = user {
-        chown(&dir, Some(uid), Some(gid))?;
-    }
-    Ok(dir)
-}
-
-/// A command of the server's: in its folder, as its user, deaf to the terminal's Ctrl-C, and to the environment's
-/// settings for PostgreSQL.
-fn run_as(user: Option<User>, program: &Path, dir: &Path) -> Command {
-    let mut command = Command::new(program);
-    command.current_dir(dir).env("LC_ALL", "C").process_group(0).stdin(Stdio::null());
+/// A shell as the server's user, deaf to the terminal's Ctrl-C, and to the environment's settings for PostgreSQL.
+fn shell(user: Option<User>) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.current_dir("/").env("LC_ALL", "C").process_group(0);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
         command.env_remove(name);
     }

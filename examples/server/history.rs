@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The time between two looks, and how many are kept: five minutes.
 const STEP: Duration = Duration::from_millis(250);
@@ -28,6 +28,8 @@ pub(crate) struct History(Arc<Shared>);
 
 struct Shared {
     begun: Instant,
+    /// No other run of this program has the same.
+    run: String,
     pool: Db,
     weather: Weather,
     past: Mutex<Past>,
@@ -57,6 +59,7 @@ struct Sample {
     /// Being checked or closed.
     other: u32,
     waiting: u32,
+    size: u32,
     max_size: u32,
     serves: bool,
     /// What was closed since the sample before.
@@ -82,7 +85,10 @@ impl History {
             watched: None,
             audit: None,
         };
-        let shared = Shared { begun: Instant::now(), pool, weather, past: Mutex::new(past), changed: Condvar::new() };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let run = format!("{}-{}", std::process::id(), since.as_millis());
+        let shared =
+            Shared { begun: Instant::now(), run, pool, weather, past: Mutex::new(past), changed: Condvar::new() };
         let history = History(Arc::new(shared));
         let (sampler, auditor) = (Arc::clone(&history.0), Arc::clone(&history.0));
         let threads = vec![
@@ -122,6 +128,11 @@ impl History {
         let late = stats.max_lateness;
         let evicted = stats.closed_for(CloseReason::Idle) + stats.closed_for(CloseReason::Lifetime);
         let most = past.most.max(stats.size());
+        // What was once broken is told for ever, but judged for a minute.
+        let recently_late = recent.max_lateness.min(late);
+        let begin = ms(shared.begun.elapsed().saturating_sub(MINUTE));
+        let recently = past.samples.iter().filter(|s| s.at >= begin);
+        let too_many = recently.map(|s| s.size).chain([stats.size()]).any(|size| size > stats.max_size);
 
         let audit = past.audit.as_ref();
         let answer = audit.and_then(|(_, answer)| answer.as_ref().ok());
@@ -167,14 +178,22 @@ impl History {
 
         json!({
             "now": ms(shared.begun.elapsed()),
+            "run": shared.run,
             "number": past.number,
             "pool": {
                 "name": stats.name, "age": ms(stats.age), "max_size": stats.max_size,
                 "max_idle": settings.max_idle.map(ms), "private": shared.weather.is_private(),
             },
             "health": { "state": health.as_str(), "serves": health.serves(), "text": health.to_string() },
+            "failing": stats.failing.map(|failing| json!({
+                "since": ms(failing.since), "attempts": failing.attempts, "next_try": failing.next_try.map(ms),
+                "text": failing.to_string(),
+            })),
+            "last_error": stats.last_error.as_ref().map(|error| json!({
+                "ago": ms(error.ago), "text": error.cause.to_string(),
+            })),
             "promises": {
-                "hold": late <= ALLOWED && most <= stats.max_size,
+                "hold": recently_late <= ALLOWED && !too_many,
                 "late": us(late), "allowed": us(ALLOWED), "evicted": evicted, "most": most,
             },
             "counts": {
@@ -256,6 +275,7 @@ impl Shared {
                 opening: stats.opening,
                 other: stats.checking + stats.closing,
                 waiting: stats.waiting,
+                size: stats.size(),
                 max_size: stats.max_size,
                 serves: health.serves(),
                 closed,

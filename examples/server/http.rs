@@ -131,7 +131,8 @@ impl Request {
     }
 
     pub(crate) fn respond(self, reply: Reply) -> io::Result<()> {
-        reply.send(self.stream)
+        let Request { method, stream, .. } = self;
+        if method == "HEAD" { reply.send_head(stream) } else { reply.send(stream) }
     }
 }
 
@@ -208,7 +209,18 @@ impl Reply {
         self
     }
 
-    fn send(self, mut stream: TcpStream) -> io::Result<()> {
+    fn send(mut self, stream: TcpStream) -> io::Result<()> {
+        let body = std::mem::take(&mut self.body);
+        self.write(stream, body.len(), &body)
+    }
+
+    /// Says how long the body is, which is not sent.
+    fn send_head(self, stream: TcpStream) -> io::Result<()> {
+        let length = self.body.len();
+        self.write(stream, length, &[])
+    }
+
+    fn write(self, mut stream: TcpStream, length: usize, body: &[u8]) -> io::Result<()> {
         let reason = match self.status {
             200 => "OK",
             201 => "Created",
@@ -217,6 +229,7 @@ impl Reply {
             403 => "Forbidden",
             404 => "Not Found",
             405 => "Method Not Allowed",
+            408 => "Request Timeout",
             409 => "Conflict",
             411 => "Length Required",
             413 => "Content Too Large",
@@ -225,14 +238,13 @@ impl Reply {
             503 => "Service Unavailable",
             _ => "Internal Server Error",
         };
-        let Reply { status, headers, body } = self;
-        let length = body.len();
+        let Reply { status, headers, .. } = self;
         let mut bytes = format!(
             "HTTP/1.1 {status} {reason}\r\n{headers}Content-Length: {length}\r\nCache-Control: no-store\r\n\
              X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
         )
         .into_bytes();
-        bytes.extend(body);
+        bytes.extend_from_slice(body);
         stream.write_all(&bytes)?;
         // To close a connection on which something was not read cuts off the answer that is under way.
         stream.shutdown(Shutdown::Write)?;

@@ -1,8 +1,9 @@
 //! Weather for the pool: threads that use it in the ways in which a day does.
 
 use crate::database::Private;
-use crate::{Db, Failure};
+use crate::{Client, Db, Failure};
 use log::{error, info, warn};
+use millpond::Cause;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -11,6 +12,12 @@ use std::time::{Duration, Instant};
 
 /// How long the weather waits for a connection: longer than the server is away when it restarts, on any machine.
 const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a thread waits at once, before it looks whether there is silence.
+const SLICE: Duration = Duration::from_secs(1);
+
+/// How long those of a burst wait for each other.
+const MEET: Duration = Duration::from_secs(2);
 
 /// The most threads: whoever clicks on and on shall not take the machine.
 const MOST: usize = 100;
@@ -210,8 +217,10 @@ impl Weather {
             let name = format!("{}-{i}", kind.as_str());
             let thread = thread::Builder::new().name(name).spawn(move || {
                 if let Err(e) = shower.run(kind) {
-                    error!("{}: {e}", kind.as_str());
-                    shower.shared.now().tell(&format!("{}: {e}", kind.as_str()));
+                    // `Cause` has the error's sources as well.
+                    let what = format!("{}: {}", kind.as_str(), Cause::text(&*e));
+                    error!("{what}");
+                    shower.shared.now().tell(&what);
                 }
             });
             // Without a thread there is less weather.
@@ -307,10 +316,22 @@ impl Shower {
         now.silences == self.silence && Instant::now() < self.until
     }
 
+    /// Waits for a connection, unless there is silence.
+    fn get(&self) -> Result<Client, millpond::Error> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.shared.pool.get_timeout(left.min(SLICE)) {
+                Err(e) if e.is_timeout() && left > SLICE && self.shared.now().silences == self.silence => {}
+                result => return result,
+            }
+        }
+    }
+
     /// Gets a connection, does `before`, and then asks.
     fn request(&self, sql: &str, before: impl FnOnce()) {
         let c = &self.shared.counters;
-        let counter = match self.shared.pool.get_timeout(PATIENCE) {
+        let counter = match self.get() {
             Ok(mut client) => {
                 before();
                 match client.query_cached(sql, &[]) {
@@ -325,17 +346,17 @@ impl Shower {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits until all of this burst have a connection: however long it takes to open them, they are in use at once.
+    /// Waits until all of this burst have a connection: even if it takes a while to open them, they are in use at once.
     fn meet(&self) {
         let mut met = self.burst.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         *met += 1;
         self.burst.1.notify_all();
         let all = Kind::Burst.threads().min(self.shared.pool.max_size() as usize);
-        drop(self.burst.1.wait_timeout_while(met, PATIENCE, |met| *met < all));
+        drop(self.burst.1.wait_timeout_while(met, MEET, |met| *met < all));
     }
 
     fn forget(&self) -> Result<(), Failure> {
-        let mut client = self.shared.pool.get_timeout(PATIENCE)?;
+        let mut client = self.get()?;
         client.batch_execute("BEGIN; SELECT count(*) FROM notes")?;
         self.pause(Kind::Stuck.lasts());
         // The pool rolls back what it finds begun.

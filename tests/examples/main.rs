@@ -26,7 +26,7 @@ fn soon() -> Instant {
 /// An example, without what may be set around the tests.
 fn example(name: &str) -> Command {
     let mut command = Command::new(support::programs::example(name));
-    for variable in ["DATABASE_URL", "PORT", "WORKERS", "POOL_SIZE"] {
+    for variable in ["DATABASE_URL", "PORT", "WORKERS", "POOL_SIZE", "STATEMENT_TIMEOUT"] {
         command.env_remove(variable);
     }
     command

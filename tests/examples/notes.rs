@@ -5,10 +5,14 @@ use crate::{Corner, GRACE, Notes, example, soon};
 use rustix::process::{Pid, Signal, test_kill_process};
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::ffi::OsStringExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::Instant;
+
+/// For statements that are to hang for as long as the test likes.
+const LONG: (&str, &str) = ("STATEMENT_TIMEOUT", "600");
 
 #[test]
 fn notes_are_kept() {
@@ -51,7 +55,22 @@ fn refusals() {
         assert_eq!(notes.get(path).status, 404, "{path}");
     }
     let refused = notes.send("DELETE", "/notes", "", "");
-    assert!(refused.status == 405 && refused.head.contains("allow: get, post"), "{}", refused.head);
+    assert!(refused.status == 405 && refused.head.contains("allow: get, head, post"), "{}", refused.head);
+    if cfg!(feature = "prometheus-client") {
+        assert_eq!(notes.send("POST", "/metrics", "", "").status, 405);
+    }
+    // A body that breaks off is the client's fault.
+    let mut client = TcpStream::connect(notes.addr).unwrap();
+    client.write_all(b"POST /notes HTTP/1.1\r\nContent-Length: 4\r\n\r\nfo").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    // HEAD is answered as GET is, without the body.
+    for path in ["/live", "/notes", "/note"] {
+        let (get, head) = (notes.get(path), notes.send("HEAD", path, "", ""));
+        assert_eq!((head.status, head.head, head.body.as_str()), (get.status, get.head, ""), "{path}");
+    }
     for path in ["/", "/pool", "/ready", "/live", "/status"] {
         assert_eq!(notes.send("POST", path, "", "").status, 405, "{path}");
     }
@@ -103,8 +122,8 @@ fn what_is_no_plain_request_is_refused() {
     assert_eq!(status(&"X: y\r\n".repeat(100)), 431);
     assert_eq!(status(&format!("X: {}\r\n", "y".repeat(20_000))), 431);
 
-    // The only worker is not kept by a client that says nothing, or half of something, or leaves.
-    let silent = TcpStream::connect(notes.addr).unwrap();
+    // The threads that read are not kept by clients that say nothing, or half of something, or leave.
+    let silent = [(); 4].map(|()| TcpStream::connect(notes.addr).unwrap());
     let mut slow = TcpStream::connect(notes.addr).unwrap();
     slow.write_all(b"GET /notes HT").unwrap();
     drop(TcpStream::connect(notes.addr).unwrap());
@@ -127,10 +146,24 @@ fn unreachable_is_told_from_exhausted() {
     let ready = notes.get("/ready");
     assert!(ready.status == 503 && ready.body.contains("down"), "{}: {}", ready.status, ready.body);
     assert_eq!(notes.get("/live").status, 200);
+    let status = || serde_json::from_str::<serde_json::Value>(&notes.get("/status").body).unwrap();
+    let down = status();
+    assert!(down["failing"]["attempts"].as_u64() > Some(0), "{}", down["failing"]);
+    assert!(down["last_error"]["text"].as_str().is_some_and(|text| text.contains("refused")), "{}", down["last_error"]);
 
     server.start_again();
     assert!(wait_until(soon(), || notes.get("/ready").status == 200), "{}", notes.get("/ready").body);
     assert_eq!(notes.post("after").status, 201);
+    let up = status();
+    assert!(up["failing"].is_null() && up["last_error"]["text"].is_string(), "{} {}", up["failing"], up["last_error"]);
+
+    // The weather waits longer for a connection than a program may take to end.
+    server.stop_fast();
+    assert_eq!(notes.send("POST", "/weather/burst", "", "").status, 202);
+    assert!(wait_until(soon(), || status()["counts"]["waiting"].as_u64() > Some(0)));
+    notes.signal(Signal::TERM);
+    let (status, words) = notes.end();
+    assert!(status.success() && words.contains("nothing is left"), "{status}: {words}");
 }
 
 #[test]
@@ -169,7 +202,9 @@ fn a_refusal_is_told_from_both() {
 #[test]
 fn exhausted() {
     let corner = Corner::new("examples_exhausted");
-    let notes = Notes::start(&[("DATABASE_URL", &corner.address()), ("POOL_SIZE", "2"), ("WORKERS", "4")]);
+    let size = [("POOL_SIZE", "2"), ("WORKERS", "4"), LONG];
+    let address = corner.address();
+    let notes = Notes::start(&[&[("DATABASE_URL", address.as_str())], &size[..]].concat());
 
     let lock = corner.lock();
     let hanging = [(), ()].map(|()| notes.in_background("GET", "", ""));
@@ -186,6 +221,30 @@ fn exhausted() {
 
     drop(lock);
     hanging.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap().status, 200));
+    assert_eq!(notes.get("/notes").status, 200);
+}
+
+#[test]
+fn slow_statements_do_not_silence_the_rest() {
+    let corner = Corner::new("examples_slow");
+    let size = [("POOL_SIZE", "2"), ("WORKERS", "2"), ("STATEMENT_TIMEOUT", "5")];
+    let address = corner.address();
+    let notes = Notes::start(&[&[("DATABASE_URL", address.as_str())], &size[..]].concat());
+
+    let lock = corner.lock();
+    let mut sent = vec![notes.in_background("GET", "", ""), notes.in_background("GET", "", "")];
+    assert!(wait_until(soon(), || corner.hanging() == 2), "two are served");
+    sent.extend((0..4).map(|_| notes.in_background("GET", "", "")));
+    assert!(wait_until(soon(), || sent.iter().filter(|thread| thread.is_finished()).count() == 2), "two had no room");
+    for path in ["/", "/live", "/ready", "/pool", "/status"] {
+        assert_eq!(notes.get(path).status, 200, "{path}");
+    }
+    assert_eq!(corner.hanging(), 2, "all that was answered meanwhile");
+    // And those that hang are ended, and those that waited for them.
+    let answers: Vec<_> = sent.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let told = |what: &str| answers.iter().filter(|a| a.status == 503 && a.body == what).count();
+    assert_eq!((told("too busy, come again"), told("the database takes too long")), (2, 4));
+    drop(lock);
     assert_eq!(notes.get("/notes").status, 200);
 }
 
@@ -216,7 +275,7 @@ fn a_panic_costs_one_request() {
 #[test]
 fn sigterm_while_a_request_is_served() {
     let mut corner = Corner::new("examples_sigterm");
-    let notes = Notes::start(&[("DATABASE_URL", &corner.address())]);
+    let notes = Notes::start(&[("DATABASE_URL", &corner.address()), LONG]);
     assert_eq!(notes.get("/notes").status, 200);
     assert!(wait_until(soon(), || notes.workers() == 8), "{} workers have begun", notes.workers());
 
@@ -239,7 +298,7 @@ fn sigterm_while_a_request_is_served() {
 #[test]
 fn sigterm_while_a_request_hangs_for_ever() {
     let corner = Corner::new("examples_hanging");
-    let notes = Notes::start(&[("DATABASE_URL", &corner.address())]);
+    let notes = Notes::start(&[("DATABASE_URL", &corner.address()), LONG]);
     let lock = corner.lock();
     let hanging = notes.in_background("GET", "", "");
     assert!(wait_until(soon(), || corner.hanging() == 1));
@@ -266,6 +325,20 @@ fn a_start_that_fails_leaves_nothing() {
     let error = String::from_utf8_lossy(&second.stderr);
     assert!(second.status.code() == Some(1) && error.contains("Address already in use"), "{}: {error}", second.status);
     assert_eq!((other.left(), corner.connections()), (0, 1));
+
+    // What is there but cannot be read does not count as nothing.
+    let odd = std::ffi::OsString::from_vec(b"host=\xff".to_vec());
+    let second = example("server").env("DATABASE_URL", odd).stderr(Stdio::piped()).output().unwrap();
+    let error = String::from_utf8_lossy(&second.stderr);
+    assert!(second.status.code() == Some(1) && error.contains("not UTF-8"), "{}: {error}", second.status);
+
+    // A database that is away is not waited for as long as the pool would: no signal is heard meanwhile.
+    let begun = Instant::now();
+    let nobody = "postgres://nobody@127.0.0.1:1/nothing";
+    let second = example("server").env("DATABASE_URL", nobody).stderr(Stdio::piped()).output().unwrap();
+    let error = String::from_utf8_lossy(&second.stderr);
+    assert!(second.status.code() == Some(1) && error.contains("refused"), "{}: {error}", second.status);
+    assert!(begun.elapsed() < SOON, "it took {:?}", begun.elapsed());
 }
 
 /// Everything that stems from `pid`, itself included.
@@ -293,4 +366,27 @@ fn a_private_database_goes_with_the_server() {
     assert!(status.success() && words.contains("nothing is left"), "{status}: {words}");
     let gone = |pid: &Pid| test_kill_process(*pid).is_err();
     assert!(wait_until(soon(), || family.iter().all(gone)), "left of {family:?}");
+}
+
+#[test]
+fn a_private_database_that_is_being_made_goes_too() {
+    let mut child = example("server").env("PORT", "0").spawn().expect("the server");
+    let words = |pid: &Pid| {
+        let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+        String::from_utf8_lossy(&line).split('\0').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let (mut making, mut folder) = (Vec::new(), None);
+    let began = wait_until(soon(), || {
+        making = family(child.id());
+        let begun = making.iter().any(|pid| words(pid)[0].ends_with("initdb"));
+        folder = making.iter().flat_map(words).find(|word| word.starts_with("/tmp/notes-"));
+        begun && folder.is_some()
+    });
+    // Not even it can prevent this.
+    child.kill().and_then(|()| child.wait()).expect("a child");
+    assert!(began, "{making:?}");
+    let folder = folder.expect("a folder");
+    assert!(wait_until(soon(), || !fs::exists(&folder).unwrap()), "{folder} is left");
+    let gone = |pid: &Pid| test_kill_process(*pid).is_err();
+    assert!(wait_until(soon(), || making.iter().all(gone)), "left of {making:?}");
 }

@@ -191,6 +191,22 @@ fn on_a_phone_and_in_the_dark() {
         let cut = "[...document.querySelectorAll('button')].filter(b => b.scrollWidth > b.clientWidth + 1).length";
         assert_eq!(page.browser.eval(cut), json!(0), "buttons are cut at {width}");
     }
+
+    // The past of another run of the server is forgotten.
+    page.browser.eval("run_id = 'another'; number = 1e9; samples = [[-1, 0, 0, 0, 0, 0, 20, true, {}]]; 0");
+    let anew = "run_id === status.run && number < 1e9 && samples.length > 1 && samples[0][0] >= 0";
+    page.waits_for(anew, "the page begins anew");
+
+    // What is no outage yet is said as well.
+    let warning = "(() => { status.failing = { text: '3.0 s, 2 attempts, the next in 1.0 s' }; \
+                   status.last_error = { text: 'refused' }; status.counts.abandoned = 2; show(); \
+                   return document.querySelector('#warning').innerText })()";
+    let warning = page.browser.eval(warning);
+    assert_eq!(
+        warning,
+        "Opens fail, for 3.0 s, 2 attempts, the next in 1.0 s: refused. \
+         2 connections are abandoned: their opening, check or close hangs."
+    );
     page.ends_well();
 }
 
@@ -210,6 +226,14 @@ fn only_the_page_itself_makes_weather() {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("a reply");
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    // Nor may they read what is here, or write a note.
+    let mut stream = TcpStream::connect(notes.addr).expect("the server listens");
+    stream.write_all(b"GET /notes HTTP/1.1\r\nHost: example.com\r\n\r\n").expect("to be heard");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("a reply");
+    assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
+    let headers = "Origin: http://example.com\r\nContent-Length: 4\r\n";
+    assert_eq!(notes.send("POST", "/notes", headers, "four").status, 403);
     assert_eq!(notes.send("POST", "/weather/hail", "", "").status, 404);
     assert_eq!(notes.send("GET", "/weather/burst", "", "").status, 405);
     // It has an end, however often somebody asks for more.
