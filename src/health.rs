@@ -23,6 +23,9 @@ use std::time::Duration;
 /// and none has ever come back, it is at least five seconds. One checkout that lasts much longer than all before makes a while at
 /// most twice as long, so that one fault does not hide the next. Who came in vain counts for 30 s, if nobody else comes.
 ///
+/// Where one or two connections serve checkouts of which a few last a hundred times as long as the others, a healthy pool may be
+/// called stuck for a moment: let a probe ask twice before it takes the traffic away.
+///
 /// The pool looks at nothing but itself. That the server of an idle pool is gone it learns from the next caller, or from
 /// [`keepalive`](crate::Builder::keepalive).
 ///

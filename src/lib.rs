@@ -78,8 +78,8 @@
 //! # Logging
 //!
 //! The pool logs through [`log`], with the target `millpond`, from a thread of its own that the logger may block. The
-//! opening and closing of a pool are logged at info, those of each connection (with the reason) at debug; failures,
-//! leaks and abandoned jobs at warn.
+//! opening and closing of a pool, and that it connects again after failures, are logged at info; the opening and closing of
+//! each connection (with the reason) at debug; failures, leaks and abandoned jobs at warn.
 //!
 //! # Features
 //!
