@@ -1,4 +1,5 @@
-//! Health: how the pool is, from what the ledger counts. Nothing here changes anything but the note of who came in vain.
+//! Health: how the pool is, from what the ledger counts, and the two notes that it needs beside them: who came in vain, and how long
+//! checkouts last. No other rule reads these.
 
 use std::time::Duration;
 

@@ -165,6 +165,16 @@ fn drops_in_the_child() {
     assert!(report.is_complete(), "{report}");
 }
 
+/// What a scrape sees of these pools.
+#[cfg(feature = "prometheus-client")]
+fn metrics(pools: &millpond::metrics::Pools) -> String {
+    let mut registry = prometheus_client::registry::Registry::default();
+    registry.register_collector(Box::new(pools.clone()));
+    let mut page = String::new();
+    prometheus_client::encoding::text::encode(&mut page, &registry).unwrap();
+    page
+}
+
 /// What would need a thread of the pool's says so at once.
 #[test]
 fn gets_in_the_child() {
@@ -175,6 +185,10 @@ fn gets_in_the_child() {
     let mut idle = pool.get().unwrap();
     let numbers = [number(&mut in_use.0), number(&mut idle.0)];
     drop(idle);
+    #[cfg(feature = "prometheus-client")]
+    let pools = millpond::metrics::Pools::of(&pool);
+    #[cfg(feature = "prometheus-client")]
+    assert!(metrics(&pools).contains("{"));
     at_rest(&pool);
     let Some(child) = fork() else {
         end(|| {
@@ -184,6 +198,8 @@ fn gets_in_the_child() {
             // And now there is none left.
             assert_forked(pool.get_timeout(SOON), began);
             assert!(pool.try_get().is_none() && !pool.health().serves());
+            #[cfg(feature = "prometheus-client")]
+            assert!(!metrics(&pools).contains("{"), "the parent's pool is not shown: {}", metrics(&pools));
             assert_eq!(threads_named("").len(), 1);
         })
     };
