@@ -2,7 +2,7 @@
 
 use super::PATIENCE;
 use super::rows::{END_ALL, Front, Row};
-use crate::support::{Bouncer, PoolMode, Proxy, Server, wait_until, within};
+use crate::support::{Bouncer, PoolMode, Proxy, Server, Stopped, wait_until, within};
 use parking_lot::Mutex;
 use postgres::{Client, Config, NoTls};
 use rustix::process::{Pid, Signal, kill_process};
@@ -16,7 +16,7 @@ pub(crate) struct World {
     front: Front,
     /// Whoever takes the pool's place until a row is healed.
     pub(crate) others: Mutex<Vec<Client>>,
-    frozen: Mutex<Vec<Pid>>,
+    frozen: Mutex<Option<Stopped>>,
     /// New connections come here once the first proxy's are forgotten.
     second: Mutex<Option<Proxy>>,
     proxy: Option<Proxy>,
@@ -151,16 +151,11 @@ impl World {
         let rows = admin.query("SELECT pid FROM pg_stat_activity WHERE usename = 'app'", &[]).expect("backends");
         let mut pids: Vec<Pid> = rows.iter().filter_map(|row| Pid::from_raw(row.get(0))).collect();
         pids.extend(Pid::from_raw(self.server.pid() as i32));
-        for &pid in &pids {
-            let _ = kill_process(pid, Signal::STOP);
-        }
-        *self.frozen.lock() = pids;
+        *self.frozen.lock() = Some(Stopped::stop(pids));
     }
 
     pub(crate) fn thaw(&self) {
-        for pid in self.frozen.lock().drain(..) {
-            let _ = kill_process(pid, Signal::CONT);
-        }
+        drop(self.frozen.lock().take());
     }
 
     /// How many connections of the pool's a server has.

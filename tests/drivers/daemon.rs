@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Pid;
 use tempfile::TempDir;
 
 use crate::support::programs::{self, User};
-use crate::support::{listen, skipped, wait_until, within};
+use crate::support::{Stopped, listen, skipped, wait_until, within};
 
 /// Far longer than a start takes anywhere.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -131,18 +131,8 @@ impl Daemon {
     }
 
     /// Stops it in the middle of whatever it does. The kernel still accepts connections for it, and what is sent.
-    pub(crate) fn freeze(&self) {
-        self.signal(Signal::STOP);
-    }
-
-    /// Lets it go on.
-    pub(crate) fn thaw(&self) {
-        self.signal(Signal::CONT);
-    }
-
-    fn signal(&self, signal: Signal) {
-        let process = self.process.as_ref().expect("a server that runs");
-        kill_process(Pid::from_child(process), signal).expect("the server is there");
+    pub(crate) fn freeze(&self) -> Stopped {
+        Stopped::stop([Pid::from_child(self.process.as_ref().expect("a server that runs"))])
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the pool promises, on any driver and any server: written once, and called with a manager, a way to count the
-//! pool's connections that asks the server, and a way to silence it.
+//! pool's connections that asks the server, and a way to silence it, until what that
+//! gives is dropped: by a panic as well, so that nothing that hangs keeps the pool, or the test, from ending.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
@@ -56,28 +57,26 @@ pub(crate) fn idle_ones_go_in_time<M: Manage>(builder: Builder<M>, manager: M, c
 
 /// The deadline of `get`, while the opening that it needs hangs; and while another user's return hangs, if it does.
 /// Returns whether it does.
-pub(crate) fn get_keeps_its_deadline_while_an_open_hangs<M: Manage>(
+pub(crate) fn get_keeps_its_deadline_while_an_open_hangs<M: Manage, F>(
     builder: Builder<M>,
     manager: M,
     count: impl Fn() -> usize,
-    freeze: impl FnOnce(),
-    thaw: impl FnOnce(),
+    freeze: impl FnOnce() -> F,
 ) -> bool {
     let _beside = beside_others();
     let pool = builder.max_size(3).build(manager).unwrap();
     let used = take(&pool, 1);
-    freeze();
-    let thaw = OnDrop(Some(thaw));
+    let frozen = freeze();
     times_out_in_time(&pool);
     assert_eq!((pool.stats().opens, count_in_use(&pool)), (1, 1), "{}", pool.stats());
 
     // A manager whose `has_broken` asks the server holds up who returns a connection, and nobody else.
     let hangs = thread::scope(|scope| {
-        let thaw = thaw;
+        let frozen = frozen;
         let returns = scope.spawn(move || drop(used));
         times_out_or_is_served(&pool);
         let hangs = !returns.is_finished();
-        drop(thaw);
+        drop(frozen);
         hangs
     });
     drop(pool.get_timeout(SOON).expect("the server answers again"));
@@ -86,34 +85,21 @@ pub(crate) fn get_keeps_its_deadline_while_an_open_hangs<M: Manage>(
 }
 
 /// The deadline of `get`, while the check of the connection that it would get hangs.
-pub(crate) fn get_keeps_its_deadline_while_a_check_hangs<M: Manage>(
+pub(crate) fn get_keeps_its_deadline_while_a_check_hangs<M: Manage, F>(
     builder: Builder<M>,
     manager: M,
     count: impl Fn() -> usize,
-    freeze: impl FnOnce(),
-    thaw: impl FnOnce(),
+    freeze: impl FnOnce() -> F,
 ) {
     let _beside = beside_others();
     let pool = builder.max_size(2).validate(Validate::Always).build(manager).unwrap();
     drop(take(&pool, 2));
-    freeze();
-    let thaw = OnDrop(Some(thaw));
+    let frozen = freeze();
     times_out_in_time(&pool);
     times_out_in_time(&pool);
-    drop(thaw);
+    drop(frozen);
     drop(pool.get_timeout(SOON).expect("the server answers again"));
     finish(pool, count);
-}
-
-/// Does it at the end, by panic as well: nothing that hangs keeps the pool, or the test, from ending.
-struct OnDrop<F: FnOnce()>(Option<F>);
-
-impl<F: FnOnce()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        if let Some(act) = self.0.take() {
-            act();
-        }
-    }
 }
 
 fn count_in_use<M: Manage>(pool: &Pool<M>) -> usize {

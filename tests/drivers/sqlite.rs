@@ -2,7 +2,7 @@
 
 use millpond::{Builder, CustomizeConnection, Pool};
 use r2d2_sqlite::SqliteConnectionManager;
-use r2d2_sqlite::rusqlite::{Connection, Error};
+use r2d2_sqlite::rusqlite::{Connection, Error, Transaction, TransactionBehavior};
 
 use crate::promises;
 use std::fs;
@@ -69,11 +69,10 @@ fn idle_ones_go_in_time() {
 fn get_keeps_its_deadline_while_an_open_hangs() {
     let place = Place::make();
     let other = place.open();
-    let freeze = || other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let thaw = || other.execute_batch("COMMIT").unwrap();
+    let freeze = || Transaction::new_unchecked(&other, TransactionBehavior::Immediate).unwrap();
     // But for the one of the test's own.
     let count = || place.count() - 1;
-    promises::get_keeps_its_deadline_while_an_open_hangs(builder(), manager(&place), count, freeze, thaw);
+    promises::get_keeps_its_deadline_while_an_open_hangs(builder(), manager(&place), count, freeze);
 }
 
 #[test]

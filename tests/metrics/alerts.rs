@@ -5,10 +5,10 @@ use crate::monitoring::queries;
 use crate::page::{Page, collected, recorder, reported};
 use crate::prometheus::{Endpoint, Prometheus, fetch, file, find};
 use crate::support::programs::example;
-use crate::support::{Database, SOON, Server, alone, ms, skipped, sleep_until, wait_until, within};
+use crate::support::{Database, SOON, Server, Stopped, alone, ms, skipped, sleep_until, wait_until, within};
 use millpond::metrics::Pools;
 use millpond::{Manage, Pool, postgres};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Pid;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -62,10 +62,6 @@ impl Program {
                 return rest.to_string();
             }
         }
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     fn page(&self) -> Page {
@@ -177,9 +173,9 @@ fn each_alert_fires_in_its_fault_and_in_no_other() {
         let is_late = (0..5).any(|_| {
             writeln!(late.child.stdin.as_mut().unwrap(), "use").unwrap();
             late.says("used");
-            late.signal(Signal::STOP);
+            let stopped = Stopped::stop([Pid::from_child(&late.child)]);
             sleep_until(within(MAX_IDLE + ms(1500)));
-            late.signal(Signal::CONT);
+            drop(stopped);
             let idle = || late.page().value("millpond_connections_closed_total", &[("reason", "idle")]);
             assert!(wait_until(within(SOON), || idle() > 0.0), "it is evicted");
             late.page().value("millpond_evictions_late_total", &[]) > 0.0

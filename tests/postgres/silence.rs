@@ -6,14 +6,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Cable, EPSILON, Proxy, SOON, Server, alone, assert_no_threads_of, ms, skipped, slack, threads_named, wait_until,
-    within,
+    Cable, EPSILON, Proxy, SOON, Server, Stopped, alone, assert_no_threads_of, ms, skipped, slack, threads_named,
+    wait_until, within,
 };
 use crossbeam_channel::{Receiver, bounded};
 use millpond::postgres::{Pool, PostgresManager};
 use millpond::{Builder, CloseReport, PooledConnection, Validate};
 use postgres::NoTls;
-use rustix::process::{Pid, Signal, kill_process};
 
 const VALIDATION: Duration = ms(300);
 const OPEN: Duration = ms(600);
@@ -272,30 +271,13 @@ fn a_storm_of_attempts_leaves_no_thread() {
 // ---------------------------------------------------------------------------------------------------- one silent
 // backend
 
-/// A backend that is stopped, and goes on when this is dropped.
-struct Stopped(Pid);
-
-impl Stopped {
-    fn stop(pid: i32) -> Stopped {
-        let pid = Pid::from_raw(pid).expect("a backend's pid");
-        kill_process(pid, Signal::STOP).expect("a backend of our own server");
-        Stopped(pid)
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::CONT);
-    }
-}
-
 #[test]
 fn a_stopped_backend_costs_its_connection_only() {
     let _alone = alone();
     let (server, app) = (Server::shared(), "silent-backend");
     let pool = impatient(&server.conninfo(app), "silback").open().unwrap();
     let pid = pool.get().unwrap().backend_pid().unwrap();
-    let stopped = Stopped::stop(pid);
+    let stopped = Stopped::stop_numbers([pid]);
 
     let begun = Instant::now();
     let mut client = pool.get_timeout(SOON).unwrap();
@@ -311,7 +293,7 @@ fn a_stopped_backend_costs_its_connection_only() {
 
     // A query in a stopped backend: the cancel request goes to the postmaster, and reaches nobody.
     let sleeper = Sleeper::start(&pool, || sleeps(server, app));
-    let stopped = Stopped::stop(server.backends(app)[0].pid);
+    let stopped = Stopped::stop_numbers([server.backends(app)[0].pid]);
     let begun = Instant::now();
     let report = pool.close(GRACE);
     assert_within(begun.elapsed(), GRACE, GRACE + slack());

@@ -18,6 +18,7 @@ mod log;
 #[cfg(target_os = "linux")]
 mod netns;
 pub mod picky;
+mod process;
 pub mod programs;
 mod proxy;
 mod server;
@@ -31,6 +32,7 @@ pub use heart::{Heart, Stops};
 pub use log::{Capture, Logged, capture, logged};
 #[cfg(target_os = "linux")]
 pub use netns::{Cable, Namespace};
+pub use process::Stopped;
 pub use proxy::{End, Fault, Proxy, Silent};
 pub use server::{Server, listen};
 pub use wait::{

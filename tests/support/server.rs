@@ -21,6 +21,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::database::{Database, with_name};
+use super::process::{children_of, is_alive, stands_still};
 use super::programs::{self, User};
 use super::wait::wait_until;
 
@@ -417,9 +418,9 @@ fn kill_wholly(postmaster: &mut Child) {
     if !matches!(postmaster.try_wait(), Ok(None)) {
         return;
     }
-    // Stopped first, so that it has no more children while they are counted. It may have one more before it obeys.
+    // Stopped first, so that it has no more children while they are counted.
     let _ = kill_process(Pid::from_child(postmaster), Signal::STOP);
-    let _ = wait_until(Instant::now() + PATIENCE, || !runs(Pid::from_child(postmaster)));
+    let _ = wait_until(Instant::now() + PATIENCE, || stands_still(Pid::from_child(postmaster)));
     let children = children_of(postmaster.id());
     for &child in &children {
         let _ = kill_process(child, Signal::KILL);
@@ -428,54 +429,4 @@ fn kill_wholly(postmaster: &mut Child) {
     let _ = postmaster.wait();
     let gone = wait_until(Instant::now() + PATIENCE, || !children.iter().any(|&child| is_alive(child)));
     assert!(gone, "processes of the server survive SIGKILL: {children:?}");
-}
-
-/// Linux tells who is whose child in `/proc`; a bare Debian has no `ps`.
-#[cfg(target_os = "linux")]
-fn children_of(parent: u32) -> Vec<Pid> {
-    let processes = fs::read_dir("/proc").expect("/proc").flatten();
-    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw));
-    pids.filter(|&pid| stat(pid).is_some_and(|(_, of)| of == parent)).collect()
-}
-
-#[cfg(target_os = "linux")]
-fn is_alive(pid: Pid) -> bool {
-    // A zombie is a matter between it and its parent.
-    stat(pid).is_some_and(|(state, _)| state != "Z" && state != "X")
-}
-
-#[cfg(target_os = "linux")]
-fn runs(pid: Pid) -> bool {
-    stat(pid).is_some_and(|(state, _)| !["T", "Z", "X"].contains(&state.as_str()))
-}
-
-/// A process's state and parent.
-#[cfg(target_os = "linux")]
-fn stat(pid: Pid) -> Option<(String, u32)> {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-    // The name before it, in brackets, may hold anything.
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-    Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn children_of(parent: u32) -> Vec<Pid> {
-    let output = std::process::Command::new("ps").args(["-A", "-o", "pid=,ppid="]).output().expect("ps");
-    let lines = String::from_utf8_lossy(&output.stdout);
-    let pairs = lines.lines().filter_map(|line| {
-        let mut numbers = line.split_whitespace();
-        Some((numbers.next()?.parse().ok()?, numbers.next()?.parse::<u32>().ok()?))
-    });
-    pairs.filter(|&(_, of)| of == parent).filter_map(|(pid, _)| Pid::from_raw(pid)).collect()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn is_alive(pid: Pid) -> bool {
-    rustix::process::test_kill_process(pid).is_ok()
-}
-
-/// Not to be told here.
-#[cfg(not(target_os = "linux"))]
-fn runs(_: Pid) -> bool {
-    false
 }

@@ -47,13 +47,29 @@ fn idle_ones_go_in_time() {
     promises::idle_ones_go_in_time(Pool::builder(), place.manager(), || place.count());
 }
 
+/// Nothing passes, until this is dropped.
+struct Paused<'a>(&'a Proxy);
+
+impl Paused<'_> {
+    fn pause(proxy: &Proxy) -> Paused<'_> {
+        proxy.pause();
+        Paused(proxy)
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
+
 #[test]
 fn get_keeps_its_deadline_while_an_open_hangs() {
     let place = Place::make();
     let proxy = Proxy::to(Server::shared().addr());
     let manager = place.through(&proxy.conninfo(&place.name));
-    let (freeze, thaw) = (|| proxy.pause(), || proxy.resume());
-    promises::get_keeps_its_deadline_while_an_open_hangs(Pool::builder(), manager, || place.count(), freeze, thaw);
+    let freeze = || Paused::pause(&proxy);
+    promises::get_keeps_its_deadline_while_an_open_hangs(Pool::builder(), manager, || place.count(), freeze);
 }
 
 #[test]
@@ -61,8 +77,8 @@ fn get_keeps_its_deadline_while_a_check_hangs() {
     let place = Place::make();
     let proxy = Proxy::to(Server::shared().addr());
     let manager = place.through(&proxy.conninfo(&place.name));
-    let (freeze, thaw) = (|| proxy.pause(), || proxy.resume());
-    promises::get_keeps_its_deadline_while_a_check_hangs(Pool::builder(), manager, || place.count(), freeze, thaw);
+    let freeze = || Paused::pause(&proxy);
+    promises::get_keeps_its_deadline_while_a_check_hangs(Pool::builder(), manager, || place.count(), freeze);
 }
 
 #[test]

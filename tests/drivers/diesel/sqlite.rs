@@ -8,6 +8,7 @@ use super::{MIGRATIONS, Manager, count_wheels, wheel, wheels};
 use crate::{promises, sqlite};
 use diesel::prelude::*;
 use diesel_migrations::MigrationHarness;
+use r2d2_sqlite::rusqlite::{Transaction, TransactionBehavior};
 
 #[path = "both.rs"]
 mod both;
@@ -54,11 +55,10 @@ fn idle_ones_go_in_time() {
 fn get_keeps_its_deadline_while_an_open_hangs() {
     let place = Place::make();
     let other = place.0.open();
-    let freeze = || other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let thaw = || other.execute_batch("COMMIT").unwrap();
+    let freeze = || Transaction::new_unchecked(&other, TransactionBehavior::Immediate).unwrap();
     // But for the one of the test's own.
     let count = || place.0.count() - 1;
-    promises::get_keeps_its_deadline_while_an_open_hangs(builder(), place.manager(), count, freeze, thaw);
+    promises::get_keeps_its_deadline_while_an_open_hangs(builder(), place.manager(), count, freeze);
 }
 
 #[test]

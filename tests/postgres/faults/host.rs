@@ -16,41 +16,19 @@ use super::{
     unsettled,
 };
 use crate::support::{
-    Again, Cable, SEEN, SOON, Server, beside_others, ms, skipped, slack, sleep_until, threads_named, wait_until, within,
+    Again, Cable, SEEN, SOON, Server, Stopped, beside_others, ms, skipped, slack, sleep_until, threads_named,
+    wait_until, within,
 };
 use millpond::PooledConnection;
 use millpond::postgres::PostgresManager;
 use postgres::NoTls;
-use rustix::process::{Pid, Signal, kill_process};
 
 // ---------------------------------------------------------------------------------------------------- SIGSTOP
 
-/// Processes that are stopped, and go on when this is dropped.
-struct Stopped(Vec<Pid>);
-
-impl Stopped {
-    fn stop(pids: impl IntoIterator<Item = i32>) -> Stopped {
-        let mut stopped = Stopped(Vec::new());
-        for pid in pids.into_iter().filter_map(Pid::from_raw) {
-            kill_process(pid, Signal::STOP).expect("a process of ours");
-            stopped.0.push(pid);
-        }
-        stopped
-    }
-
-    /// The postmaster, and its backends of this name.
-    fn server(server: &Server, app: &str) -> Stopped {
-        let backends: Vec<_> = server.backends(app).iter().map(|backend| backend.pid).collect();
-        Stopped::stop([server.pid() as i32].into_iter().chain(backends))
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        for &pid in &self.0 {
-            let _ = kill_process(pid, Signal::CONT);
-        }
-    }
+/// Stops the postmaster, and its backends of this name.
+fn stop(server: &Server, app: &str) -> Stopped {
+    let backends: Vec<_> = server.backends(app).iter().map(|backend| backend.pid).collect();
+    Stopped::stop_numbers([server.pid() as i32].into_iter().chain(backends))
 }
 
 /// Nothing is lost while the server stands still, and nobody is told: queries end late.
@@ -62,7 +40,7 @@ fn a_server_stopped_by_a_signal() {
     fill(&pool);
     let users = Users::start(&pool);
     assert!(wait_until(within(SOON), || pool.stats().checkouts > 50), "{}", pool.stats());
-    let stopped = Stopped::server(&server, app);
+    let stopped = stop(&server, app);
     thread::sleep(ms(1_500));
     let back = Instant::now();
     drop(stopped);
@@ -127,8 +105,8 @@ fn stopped_process(server: &Server, and_the_server: bool) {
     assert!(wait_until(within(SOON), || server.count("f-still") == i64::from(SIZE)), "{}", server.count("f-still"));
     let at_work = || server.backends("f-still").iter().any(|backend| backend.query.contains("pg_sleep"));
     assert!(wait_until(within(SOON), at_work));
-    let the_server = and_the_server.then(|| Stopped::server(server, "f-still"));
-    let the_process = Stopped::stop([child.id() as i32]);
+    let the_server = and_the_server.then(|| stop(server, "f-still"));
+    let the_process = Stopped::stop_numbers([child.id() as i32]);
     // Longer than anything in the pool may live.
     thread::sleep(LIFE + ms(700));
     drop(the_process);
