@@ -2,6 +2,7 @@
 
 use crate::health::{Failing, Health, LastError};
 use crate::leaf::clock::nanos;
+use crate::leaf::failures::Failures;
 use crate::leaf::histogram::Distribution;
 use crate::leaf::text::{Escaping, Short, Shown, Times, write_table};
 use std::fmt::{self, Write as _};
@@ -216,7 +217,7 @@ pub struct Stats {
     pub barged: u64,
     /// Connections opened.
     pub opens: u64,
-    /// Attempts to open one that failed.
+    /// Attempts to open one that failed. [`failed_opens_by_type`](Stats::failed_opens_by_type) has them apart.
     pub failed_opens: u64,
     /// Connections closed, all reasons together. [`closed_for`](Stats::closed_for) has them apart.
     pub closes: u64,
@@ -245,6 +246,7 @@ pub struct Stats {
     pub max_lateness: Duration,
 
     pub(crate) closes_by: [u64; CloseReason::ALL.len()],
+    pub(crate) failures: Failures,
 }
 
 /// What the stats of a pool say beside its counts.
@@ -286,7 +288,8 @@ impl Stats {
             rejected: tally.rejected,
             barged: tally.barged,
             opens: tally.opens,
-            failed_opens: tally.failed_opens,
+            failed_opens: tally.failed_opens.total(),
+            failures: tally.failed_opens,
             closes: tally.closes.iter().sum(),
             detached: tally.detached,
             abandonments: tally.abandonments,
@@ -307,6 +310,18 @@ impl Stats {
         self.closes_by[reason as usize]
     }
 
+    /// How many attempts to open a connection failed with an error of this type: see [`Cause::error_type`](crate::Cause::error_type).
+    pub fn failed_opens_of(&self, error_type: &str) -> u64 {
+        self.failed_opens_by_type().find(|&(t, _)| t == error_type).map_or(0, |(_, n)| n)
+    }
+
+    /// The types of error with which attempts to open a connection failed, and how many did, in the order of their first.
+    ///
+    /// At most sixteen types. Of a seventeenth, and of what has no type, it is `_OTHER`.
+    pub fn failed_opens_by_type(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.failures.iter().map(|(error_type, n)| (error_type.as_str(), n))
+    }
+
     /// What happened between `earlier`, an older look at the same pool, and this one: the p99 of the last minute
     /// instead of that of the pool's life.
     ///
@@ -324,6 +339,7 @@ impl Stats {
     #[must_use]
     pub fn since(&self, earlier: &Stats) -> Stats {
         let lateness = self.lateness.since(&earlier.lateness);
+        let failures = self.failures.since(&earlier.failures);
         let closes_by = std::array::from_fn(|i| self.closes_by[i].saturating_sub(earlier.closes_by[i]));
         Stats {
             age: self.age.saturating_sub(earlier.age),
@@ -333,7 +349,8 @@ impl Stats {
             rejected: self.rejected.saturating_sub(earlier.rejected),
             barged: self.barged.saturating_sub(earlier.barged),
             opens: self.opens.saturating_sub(earlier.opens),
-            failed_opens: self.failed_opens.saturating_sub(earlier.failed_opens),
+            failed_opens: failures.total(),
+            failures,
             closes: self.closes.saturating_sub(earlier.closes),
             detached: self.detached.saturating_sub(earlier.detached),
             abandonments: self.abandonments.saturating_sub(earlier.abandonments),
@@ -376,6 +393,7 @@ impl fmt::Display for Stats {
         write!(f, "\n  checkouts  {}; {} had to wait, {} timed out", self.checkouts, self.waits, self.timeouts)?;
         some(f, ", ", [(self.rejected, "rejected"), (self.leaks, "in use for too long")])?;
         write!(f, "\n  opened     {}; {} failed", self.opens, self.failed_opens)?;
+        some(f, ": ", self.failed_opens_by_type().map(|(error_type, n)| (n, error_type)))?;
         write!(f, "\n  closed     {}", self.closes)?;
         some(f, ": ", CloseReason::ALL.map(|reason| (self.closed_for(reason), reason.as_str())))?;
         some(f, "\n  detached   ", [(self.detached, "by their users")])?;
@@ -395,7 +413,7 @@ impl fmt::Display for Stats {
 }
 
 /// Writes `lead`, and then the numbers that are not zero; nothing if all are zero.
-fn some<const N: usize>(f: &mut fmt::Formatter<'_>, lead: &str, numbers: [(u64, &str); N]) -> fmt::Result {
+fn some<'a>(f: &mut fmt::Formatter<'_>, lead: &str, numbers: impl IntoIterator<Item = (u64, &'a str)>) -> fmt::Result {
     for (i, (n, what)) in numbers.into_iter().filter(|&(n, _)| n > 0).enumerate() {
         write!(f, "{}{n} {what}", if i == 0 { lead } else { ", " })?;
     }
@@ -494,7 +512,7 @@ pub(crate) struct Tally {
     pub(crate) timeouts: u64,
     pub(crate) rejected: u64,
     pub(crate) opens: u64,
-    pub(crate) failed_opens: u64,
+    pub(crate) failed_opens: Failures,
     pub(crate) closes: [u64; CloseReason::ALL.len()],
     pub(crate) detached: u64,
     pub(crate) abandonments: u64,

@@ -2,6 +2,7 @@
 
 pub(crate) mod clock;
 pub(crate) mod defect;
+pub(crate) mod failures;
 pub(crate) mod histogram;
 pub(crate) mod in_hand;
 pub(crate) mod kept;

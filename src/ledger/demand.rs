@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Ledger;
 use super::slots::{Check, State};
-use super::values::{Order, Outcome, Reach, SlotJob};
+use super::values::{OpenError, Order, Outcome, Reach, SlotJob};
 use crate::leaf::clock::Moment;
 use crate::leaf::sync::sometimes;
 
@@ -377,9 +377,11 @@ impl<C, W: Clone> Ledger<C, W> {
         refused && self.counted.alive() == 0
     }
 
-    /// Notes a failed open, and when to try again: after 50 ms, and twice as long after each further one that got as far,
+    /// Counts and notes a failed open, and when to try again: after 50 ms, and twice as long after each further one that got as far,
     /// up to 200 ms while nobody listens and 1 s otherwise (30 s while no caller waits); after a refusal 5 s to 30 s.
-    pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, reach: Reach, jitter: f64) {
+    pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, error: OpenError, jitter: f64) {
+        let OpenError { reach, error_type } = error;
+        self.tally.failed_opens.count(error_type);
         // A refusal begins a run of its own, and so does what follows it. Otherwise a server that is sometimes there is
         // not logged in to more often for the attempts at which it was not, nor less often.
         let (before, other) = match self.failure {

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::Ledger;
 use super::demand::FailedOpen;
 use super::slots::{Check, State};
-use super::values::{Order, Reach, SlotJob};
+use super::values::{OpenError, Order, Reach, SlotJob};
 use crate::leaf::clock::Moment;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
 
@@ -234,9 +235,9 @@ impl<C, W: Clone> Ledger<C, W> {
         self.tally.abandonments += 1;
         let limit = match state {
             State::Opening(_) => {
-                self.tally.failed_opens += 1;
                 sometimes!("an open is abandoned");
-                self.failed(now, born, FailedOpen::NoAnswer, Reach::Server, jitter);
+                let error = OpenError { reach: Reach::Server, error_type: ErrorType::TIMEOUT };
+                self.failed(now, born, FailedOpen::NoAnswer, error, jitter);
                 self.rules.open_timeout
             }
             State::Checking(check, _) => {

@@ -33,7 +33,7 @@ mod tests;
 pub(crate) use demand::FailedOpen;
 pub(crate) use health::{FailedRun, Health};
 pub(crate) use slots::Slot;
-pub(crate) use values::{Caller, Condition, Join, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
+pub(crate) use values::{Caller, Condition, Join, OpenError, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
 
 use demand::Failure;
 use earliest::Earliest;

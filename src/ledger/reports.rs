@@ -4,8 +4,9 @@
 use super::Ledger;
 use super::demand::{FailedOpen, Failure};
 use super::slots::{CHECK_PATIENCE, Check, Close, State};
-use super::values::{Order, Reach, Token};
+use super::values::{OpenError, Order, Reach, Token};
 use crate::leaf::clock::Moment;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::sync::sometimes;
 use crate::stats::{CloseReason, ConnectionState};
 use std::time::Duration;
@@ -102,8 +103,8 @@ impl<C, W: Clone> Ledger<C, W> {
             l.tally.open_time.record(now.nanos_since(born));
             if l.is_expired(&l.slots[index as usize], now) {
                 sometimes!("a connection arrives when its life is over");
-                l.tally.failed_opens += 1;
-                l.failed(now, born, FailedOpen::TooOld { took }, Reach::Server, 0.5);
+                let error = OpenError { reach: Reach::Server, error_type: ErrorType::named("too_old") };
+                l.failed(now, born, FailedOpen::TooOld { took }, error, 0.5);
                 // It is not counted as closed, since it was not counted as opened.
                 l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);
                 return Ok(false);
@@ -130,7 +131,7 @@ impl<C, W: Clone> Ledger<C, W> {
 
     /// An open has failed, with a cause that the runtime noted before. The slot stays taken until
     /// [`free`](Ledger::free), since the job still has handlers to run.
-    pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, reach: Reach, jitter: f64) {
+    pub(crate) fn open_failed(&mut self, now: Moment, token: &Token, mut error: OpenError, jitter: f64) {
         self.step(now, |l, now| {
             let index = token.index;
             if !l.is_current(token) || l.slots[index as usize].as_seen() != ConnectionState::Opening {
@@ -141,10 +142,11 @@ impl<C, W: Clone> Ledger<C, W> {
             let born = l.slots[index as usize].born;
             // A recycle forgets a refusal, also one that was under way: it may be of the old password.
             let is_old = l.slots[index as usize].generation < l.generation;
-            let reach = if is_old && reach == Reach::Refusal { Reach::Server } else { reach };
+            if is_old && error.reach == Reach::Refusal {
+                error.reach = Reach::Server;
+            }
             l.start_closing(index, now);
-            l.tally.failed_opens += 1;
-            l.failed(now, born, FailedOpen::AsReported, reach, jitter);
+            l.failed(now, born, FailedOpen::AsReported, error, jitter);
         });
     }
 

@@ -4,6 +4,7 @@ use std::panic::Location;
 use std::time::Duration;
 
 use crate::leaf::clock::Moment;
+use crate::leaf::failures::ErrorType;
 use crate::stats::{CloseReason, ConnectionState};
 
 /// The caller of a checkout: where in the user's code it called `get`, and on which thread.
@@ -77,6 +78,13 @@ pub(crate) enum Reach {
     Server,
     /// The server refuses for a reason that waiting does not change.
     Refusal,
+}
+
+/// What is known of an open that came back with an error.
+#[derive(Clone, Debug)]
+pub(crate) struct OpenError {
+    pub(crate) reach: Reach,
+    pub(crate) error_type: ErrorType,
 }
 
 /// What the ledger wants done about jobs, or reported.

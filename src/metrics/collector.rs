@@ -21,7 +21,7 @@ impl Collector for Pools {
             let mut metric = encoder.encode_descriptor(&name, family.help, unit.as_ref(), kind(family))?;
             for (pool, stats) in &pools {
                 for point in (family.points)(stats) {
-                    let labels = Labels { pool, of: point.label };
+                    let labels = Labels { pool, of: point.label.as_ref().map(|(key, value)| (*key, &**value)) };
                     encode(&point, metric.encode_family(&labels)?)?;
                 }
             }
@@ -53,7 +53,7 @@ fn encode(point: &Point, mut encoder: MetricEncoder<'_>) -> fmt::Result {
 #[derive(Debug)]
 struct Labels<'a> {
     pool: &'a str,
-    of: Option<(&'static str, &'static str)>,
+    of: Option<(&'static str, &'a str)>,
 }
 
 impl EncodeLabelSet for Labels<'_> {

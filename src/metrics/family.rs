@@ -2,8 +2,10 @@
 
 #[cfg(any(test, feature = "prometheus-client"))]
 use super::BUCKETS;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::histogram::Distribution;
 use crate::stats::{CloseReason, Stats};
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// The attribute that names the pool, on every point of every family.
@@ -32,7 +34,7 @@ pub(super) enum Kind {
 
 /// One value of a family, apart from the others by a label.
 pub(super) struct Point {
-    pub(super) label: Option<(&'static str, &'static str)>,
+    pub(super) label: Option<(&'static str, Cow<'static, str>)>,
     pub(super) value: Value,
 }
 
@@ -107,7 +109,8 @@ fn times(recorded: &Distribution) -> Vec<Point> {
 }
 
 fn levels<const N: usize>(key: &'static str, levels: [(&'static str, u32); N]) -> Vec<Point> {
-    let point = |(value, n)| Point { label: Some((key, value)), value: Value::Level(f64::from(n)) };
+    let point =
+        |(value, n): (&'static str, u32)| Point { label: Some((key, value.into())), value: Value::Level(f64::from(n)) };
     levels.map(point).into()
 }
 
@@ -118,9 +121,21 @@ fn wait_time(s: &Stats) -> Vec<Point> {
 }
 
 fn closed(s: &Stats) -> Vec<Point> {
-    let point =
-        |reason: CloseReason| Point { label: Some(("reason", key(reason))), value: Value::Count(s.closed_for(reason)) };
+    let point = |reason: CloseReason| Point {
+        label: Some(("reason", key(reason).into())),
+        value: Value::Count(s.closed_for(reason)),
+    };
     CloseReason::ALL.map(point).into()
+}
+
+/// By the convention's attribute for errors. What has no type is always there, so that there is a point.
+fn failed(s: &Stats) -> Vec<Point> {
+    let point = |error_type: &ErrorType, n| Point {
+        label: Some(("error.type", error_type.as_str().to_owned().into())),
+        value: Value::Count(n),
+    };
+    let typed = s.failures.iter().filter(|&(t, _)| *t != ErrorType::OTHER).map(|(t, n)| point(t, n));
+    std::iter::once(point(&ErrorType::OTHER, s.failures.of(&ErrorType::OTHER))).chain(typed).collect()
 }
 
 /// By how much an eviction is late that counts as late.
@@ -195,9 +210,12 @@ pub(super) static FAMILIES: &[Family] = &[
         |s| levels("state", [("opening", s.opening), ("checking", s.checking), ("closing", s.closing)]),
     ),
     counter("millpond.connections.opened", "{connection}", "Connections that were opened", |s| count(s.opens)),
-    counter("millpond.connections.open_failures", "{attempt}", "Attempts to open a connection that failed", |s| {
-        count(s.failed_opens)
-    }),
+    counter(
+        "millpond.connections.open_failures",
+        "{attempt}",
+        "Attempts to open a connection that failed, by the type of the error",
+        failed,
+    ),
     counter("millpond.connections.closed", "{connection}", "Connections that were closed, by the reason", closed),
     counter("millpond.connections.detached", "{connection}", "Connections that users took out of the pool", |s| {
         count(s.detached)

@@ -65,7 +65,7 @@
 //! | `db.client.connection.use_time` | histogram, `s` | `usage_time` |
 //! | `millpond.connections` | gauge, `{connection}` | `opening`, `checking`, `closing`, as `state` |
 //! | `millpond.connections.opened` | counter, `{connection}` | `opens` |
-//! | `millpond.connections.open_failures` | counter, `{attempt}` | `failed_opens` |
+//! | `millpond.connections.open_failures` | counter, `{attempt}` | `failed_opens_by_type`, as `error.type` |
 //! | `millpond.connections.closed` | counter, `{connection}` | `closed_for(reason)`, as `reason` |
 //! | `millpond.connections.detached` | counter, `{connection}` | `detached` |
 //! | `millpond.checkouts` | counter, `{checkout}` | `checkouts` |
@@ -81,6 +81,9 @@
 //! | `millpond.health` | gauge, `{state}` | `health`: 1 for what it is, 0 for the others, as `state` = `ready`, `busy`, `stuck`, `down`, `closed` |
 //! | `millpond.failing.time` | gauge, `s` | `failing`: for how long |
 //! | `millpond.log.records.dropped` | counter, `{record}` | `dropped_records` |
+//!
+//! The types of error are those of [`Cause::error_type`](crate::Cause::error_type). `_OTHER` is there from the beginning, the
+//! others from their first failure.
 //!
 //! The reasons are `idle`, `lifetime`, `broken`, `invalid`, `reset_failed`, `discarded`, `panicked`, `recycled`, `outdated`,
 //! `resized`, `pool_closed` and `abandoned`.

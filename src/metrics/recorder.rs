@@ -90,7 +90,7 @@ fn share(n: u64, all: u64) -> usize {
 }
 
 fn labels(pool: &str, point: &Point) -> Vec<Label> {
-    let of = point.label.map(|(key, value)| Label::from_static_parts(key, value));
+    let of = point.label.as_ref().map(|(key, value)| Label::new(*key, value.clone()));
     [Some(Label::new(POOL, pool.to_string())), of].into_iter().flatten().collect()
 }
 

@@ -4,6 +4,7 @@
 
 use super::wire::{ConnectError, NegotiationError, Watch, is_answer_in_clear};
 use crate::error::nobody_listens;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::text::{self, Brief};
 use crate::ledger::Reach;
 use ::postgres::error::{DbError, SqlState};
@@ -38,16 +39,16 @@ enum Kind {
     /// connection before the server's last error; or the error was longer than is kept.
     Server { code: SqlState, text: String },
     /// An error of this crate's own.
-    Own { text: String, reach: Reach },
+    Own { text: String, reach: Reach, error_type: ErrorType },
 }
 
 impl Error {
     pub(super) fn own(text: impl Into<String>, permanent: bool) -> Error {
-        Error::reaching(text, if permanent { Reach::Refusal } else { Reach::Server })
+        Error::reaching(text, if permanent { Reach::Refusal } else { Reach::Server }, ErrorType::OTHER)
     }
 
-    fn reaching(text: impl Into<String>, reach: Reach) -> Error {
-        Error(Arc::new(Kind::Own { text: text.into(), reach }))
+    fn reaching(text: impl Into<String>, reach: Reach, error_type: ErrorType) -> Error {
+        Error(Arc::new(Kind::Own { text: text.into(), reach, error_type }))
     }
 
     /// The error that ended the connection of `watch`: the server's own, if it sent one, or else `error`.
@@ -59,6 +60,11 @@ impl Error {
             }
             _ => error.into(),
         }
+    }
+
+    /// The server, or what stands for it, was silent for too long.
+    pub(super) fn timeout(text: impl Into<String>) -> Error {
+        Error::reaching(text, Reach::Server, ErrorType::TIMEOUT)
     }
 
     pub(super) fn doing(what: impl Into<String>, e: ::postgres::Error) -> Error {
@@ -107,6 +113,15 @@ impl Error {
         }
     }
 
+    /// See [`Cause::error_type`](crate::Cause::error_type).
+    pub(super) fn error_type(&self) -> ErrorType {
+        match &*self.0 {
+            Kind::Own { error_type, .. } => error_type.clone(),
+            Kind::Server { code, .. } => ErrorType::of_other(code.code()),
+            Kind::Postgres(e, _) => error_type(e),
+        }
+    }
+
     /// Whether the system refused the connect, since nobody listens there.
     pub(super) fn says_that_nobody_listens(&self) -> bool {
         match &*self.0 {
@@ -127,10 +142,11 @@ impl From<ConnectError> for Error {
     fn from(e: ConnectError) -> Self {
         match e {
             ConnectError::Postgres(e) => e.into(),
-            ConnectError::NoWay(_, ref system) if nobody_listens(system) => {
-                Error::reaching(e.to_string(), Reach::Nobody)
+            ConnectError::NoWay(_, ref system) => {
+                let reach = if nobody_listens(system) { Reach::Nobody } else { Reach::Server };
+                Error::reaching(e.to_string(), reach, ErrorType::of_system(system))
             }
-            ConnectError::NoWay(..) | ConnectError::NoLoopback => Error::own(e.to_string(), false),
+            ConnectError::NoLoopback => Error::own(e.to_string(), false),
         }
     }
 }
@@ -235,6 +251,29 @@ fn is_permanent(e: &::postgres::Error) -> bool {
         Some(io) if text.starts_with("error encoding message") => disagreement(io),
         Some(_) => by_hand.iter().any(|t| text.starts_with(t)),
     }
+}
+
+fn error_type(e: &::postgres::Error) -> ErrorType {
+    if let Some(code) = e.code() {
+        return ErrorType::of_other(code.code());
+    }
+    let by_source = NegotiationError::of(e).map_or_else(|| ErrorType::of(e), NegotiationError::error_type);
+    if by_source != ErrorType::OTHER {
+        return by_source;
+    }
+    if e.is_closed() {
+        return ErrorType::named("connection_closed");
+    }
+    // See `is_permanent`.
+    let text = e.to_string();
+    [
+        ("error performing TLS handshake", ErrorType::named("tls")),
+        ("authentication error", ErrorType::named("authentication")),
+        ("invalid configuration", ErrorType::named("invalid_configuration")),
+    ]
+    .into_iter()
+    .find(|(begin, _)| text.starts_with(begin))
+    .map_or(ErrorType::OTHER, |(_, error_type)| error_type)
 }
 
 /// The error of a connection string. It says which part is wrong, and shows none: any part may be the password.

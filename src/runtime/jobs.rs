@@ -9,7 +9,7 @@ use crate::leaf::in_hand;
 use crate::leaf::shield::{Panic, catch, drop_payload, shielded};
 use crate::leaf::sync::atomic::Ordering;
 use crate::leaf::text::{CAUSE, Short, brief};
-use crate::ledger::{Caller, Reach, SlotJob};
+use crate::ledger::{Caller, OpenError, Reach, SlotJob};
 use crate::manage::{Manage, Opening, Start};
 use crate::runtime::conn::Conn;
 use crate::runtime::executor::{Executor, Host, Task};
@@ -105,8 +105,9 @@ fn opened<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, mut conn: Box<P
         let start = Start::new(&shared.settings, &record);
         let verdict = catch(|| shared.user.manager.started(&mut conn.inner, &start));
         if let Err(cause) = verdict.unwrap_or_else(|panic| Err(panic.into())) {
+            let error = OpenError { reach: Reach::Refusal, ..cause.open_error() };
             shared.set_cause(cause);
-            permit.report_open_failed(Reach::Refusal);
+            permit.report_open_failed(error);
             return close(shared, permit, *conn, CloseReason::Discarded);
         }
         shared.life.is_starting.store(false, Ordering::Release);
@@ -144,13 +145,13 @@ fn open_panicked<M: Manage>(shared: &Arc<Shared<M>>, permit: Permit<M>, panic: P
 }
 
 fn report<M: Manage>(shared: &Arc<Shared<M>>, permit: &Permit<M>, cause: Cause) {
-    let (id, reach) = (permit.id(), cause.reach());
+    let (id, error) = (permit.id(), cause.open_error());
     shared.record(Level::Warn, || {
-        let note = if reach == Reach::Refusal { " (will not be tried again soon)" } else { "" };
+        let note = if cause.is_permanent() { " (will not be tried again soon)" } else { "" };
         format!("cannot open #{id}: {cause}{note}")
     });
     shared.set_cause(cause);
-    permit.report_open_failed(reach);
+    permit.report_open_failed(error);
 }
 
 // -------------------------------------------------------------------------------------------------- check and close

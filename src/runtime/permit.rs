@@ -1,7 +1,7 @@
 //! [`Permit`]: what a job has its slot with. No path of a job, panics included, can forget to free the slot.
 
 use crate::leaf::clock::Moment;
-use crate::ledger::{Reach, Token};
+use crate::ledger::{OpenError, Token};
 use crate::manage::Manage;
 use crate::runtime::shared::{PoolConn, PoolLedger, Shared};
 use crate::stats::CloseReason;
@@ -58,10 +58,10 @@ impl<M: Manage> Permit<M> {
     }
 
     /// The open has failed.
-    pub(crate) fn report_open_failed(&self, reach: Reach) {
+    pub(crate) fn report_open_failed(&self, error: OpenError) {
         if let Some(token) = &self.token {
             let (now, jitter) = (self.shared.time.precise(), self.shared.jitter());
-            self.shared.with(|l| l.open_failed(now, token, reach, jitter));
+            self.shared.with(|l| l.open_failed(now, token, error, jitter));
         }
     }
 

@@ -6,13 +6,14 @@
 use crate::error::Cause;
 use crate::hooks::Hooks;
 use crate::leaf::clock::Moment;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::process::Home;
 use crate::leaf::shield::{drop_payload, shielded};
 use crate::leaf::sync::{self, Instant, Mutex, MutexGuard};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::time::PoolTime;
 use crate::leaf::{defect, threads};
-use crate::ledger::{Caller, Condition, Ledger, Order, Outcome, Reach, Slot, SlotJob, Token};
+use crate::ledger::{Caller, Condition, Ledger, OpenError, Order, Outcome, Reach, Slot, SlotJob, Token};
 use crate::manage::Manage;
 use crate::runtime::conn::Conn;
 use crate::runtime::event_count::EventCount;
@@ -320,9 +321,11 @@ impl<M: Manage> Shared<M> {
             // The job is in the backlog, which the reaper runs after each look.
             Ok(false) => self.with(|l| l.look_again()),
             Err((error, Job::Slot(SlotJob::Open(token)))) => {
-                self.set_cause(Cause::message(format!("cannot start a thread to connect on: {error}")));
+                let cause = Cause::message(format!("cannot start a thread to connect on: {error}"));
+                let failed = OpenError { reach: Reach::Server, error_type: ErrorType::named("no_thread") };
+                self.set_cause(cause);
                 let (now, jitter) = (self.time.precise(), self.jitter());
-                self.with(|l| l.open_failed(now, &token, Reach::Server, jitter));
+                self.with(|l| l.open_failed(now, &token, failed, jitter));
                 self.with(|l| l.free(now, token));
             }
             // The reaper runs no job: it leaves this one in the backlog. Another thread runs it itself.

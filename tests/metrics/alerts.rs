@@ -94,9 +94,14 @@ fn the_program_that_is_stopped() {
 /// The rules with times that a test can wait for.
 fn rules() -> String {
     let mut rules = fs::read_to_string(file("monitoring/millpond.rules.yml")).unwrap();
-    for (long, short) in
-        [("[2m]", "[10s]"), ("[5m]", "[10s]"), ("[15m]", "[10s]"), ("for: 3m", "for: 3s"), ("for: 30s", "for: 3s")]
-    {
+    for (long, short) in [
+        ("[2m]", "[10s]"),
+        ("offset 2m", "offset 10s"),
+        ("[5m]", "[10s]"),
+        ("[15m]", "[10s]"),
+        ("for: 3m", "for: 3s"),
+        ("for: 30s", "for: 3s"),
+    ] {
         assert!(rules.contains(long), "{long}");
         rules = rules.replace(long, short);
     }
@@ -188,6 +193,11 @@ fn each_alert_fires_in_its_fault_and_in_no_other() {
             fired.extend(prometheus.alerts());
             fired.len() >= expected.len()
         });
+        let said = prometheus.descriptions("MillpondDown");
+        // (Of others first, if it was asked while it stopped.)
+        let why =
+            |said: &str| said.split('.').next().is_some_and(|first| first.contains(" fail with connection_refused"));
+        assert!(matches!(&said[..], [said] if why(said)), "{said:?}");
         // For a while more, in which nothing else may fire.
         let more = within(ms(2000));
         while std::time::Instant::now() < more {

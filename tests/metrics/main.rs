@@ -7,6 +7,7 @@ mod fake;
 mod support;
 
 mod alerts;
+mod causes;
 mod monitoring;
 mod names;
 mod page;

@@ -179,7 +179,7 @@ fn the_page_says_what_the_stats_say() {
     for (name, count) in [
         ("db_client_connection_timeouts_total", stats.timeouts),
         ("millpond_connections_opened_total", stats.opens),
-        ("millpond_connections_open_failures_total", stats.failed_opens),
+        ("millpond_connections_open_failures_total", stats.failed_opens_of("_OTHER")),
         ("millpond_connections_detached_total", 0),
         ("millpond_checkouts_total", stats.checkouts),
         ("millpond_checkouts_waited_total", stats.waits),

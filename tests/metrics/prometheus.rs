@@ -172,6 +172,13 @@ impl Prometheus {
         firing.map(|alert| (text(&alert["labels"]["alertname"]), text(&alert["labels"]["job"]))).collect()
     }
 
+    /// What the alerts of this name say that fire or are about to.
+    pub(crate) fn descriptions(&self, name: &str) -> Vec<String> {
+        let data = self.ask("/api/v1/alerts");
+        let of_name = data["alerts"].as_array().unwrap().iter().filter(|alert| alert["labels"]["alertname"] == name);
+        of_name.map(|alert| alert["annotations"]["description"].as_str().unwrap().to_string()).collect()
+    }
+
     /// How many series this finds now.
     pub(crate) fn series(&self, query: &str) -> usize {
         let encoded: String = query.bytes().map(|b| format!("%{b:02x}")).collect();

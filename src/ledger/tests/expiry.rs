@@ -353,7 +353,7 @@ fn what_is_abandoned_is_counted() {
     let a = w.get();
     w.run(ms(10_999));
     let tally = &w.ledger.tally;
-    assert_eq!((tally.abandonments, tally.failed_opens, tally.leaks), (1, 1, 0));
+    assert_eq!((tally.abandonments, tally.failed_opens.total(), tally.leaks), (1, 1, 0));
     w.takes.open = ms(1);
     w.run(secs(30));
     assert!(w.has(a));

@@ -190,13 +190,13 @@ fn a_server_that_is_not_there_is_down() {
     assert_eq!(w.down().next_try, Some(Duration::ZERO), "the second is under way");
     w.run(secs(10));
     let run = w.down();
-    assert_eq!((run.attempts, run.why), (w.ledger.tally.failed_opens, FailedOpen::AsReported));
+    assert_eq!((run.attempts, run.why), (w.ledger.tally.failed_opens.total(), FailedOpen::AsReported));
     assert_eq!(run.since, secs(10) + ms(50));
     w.refuse = None;
     w.run(ms(300));
     assert_eq!(w.health(), Health::Ready, "its only caller is served");
     let (after, attempts) = w.recoveries[0];
-    assert_eq!((w.recoveries.len(), attempts), (1, w.ledger.tally.failed_opens));
+    assert_eq!((w.recoveries.len(), attempts), (1, w.ledger.tally.failed_opens.total()));
     assert!(after >= secs(10) + ms(50), "{after:?}");
     // What was last wrong can still be read.
     assert!(w.ledger.last_failed(w.now).is_some_and(|(ago, _)| ago < ms(600)), "{:?}", w.ledger.last_failed(w.now));

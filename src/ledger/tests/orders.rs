@@ -137,7 +137,7 @@ fn a_refusal_that_was_under_way_at_a_recycle_is_forgotten_as_well() {
     w.apply();
     w.refuse = Some(Reach::Refusal);
     w.run(ms(10));
-    assert_eq!((w.ledger.tally.failed_opens, w.ledger.is_refusing()), (1, false));
+    assert_eq!((w.ledger.tally.failed_opens.total(), w.ledger.is_refusing()), (1, false));
     w.refuse = None;
     w.run(ms(70));
     assert!(w.has(a), "it was not told of the refusal, and the next attempt was 50 ms later");
@@ -260,7 +260,7 @@ fn who_watches_is_told_of_changes_and_nothing_is_told_if_no_thread_watches() {
             l.begin(now, token, 0.0).unwrap()
         };
         let token = open(&mut l);
-        l.open_failed(now, &token, Reach::Server, 0.0);
+        l.open_failed(now, &token, error(Reach::Server), 0.0);
         changed(&mut l, "an open has failed");
         l.free(now, token);
         changed(&mut l, "a slot is free");

@@ -10,10 +10,10 @@ fn a_connection_that_arrives_expired_is_a_failed_open() {
     w.run(ms(500));
     assert!(!w.has(a));
     assert_eq!(w.ledger.tally.opens, 0);
-    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens.total()), "with a back-off between: {}", w.dials.len());
     // The counts balance: a connection that was not counted as opened is not counted as closed.
     assert_eq!(w.ledger.tally.closes.iter().sum::<u64>(), 0);
-    assert_eq!(w.closed_for(CloseReason::Lifetime), w.ledger.tally.failed_opens as usize);
+    assert_eq!(w.closed_for(CloseReason::Lifetime), w.ledger.tally.failed_opens.total() as usize);
 }
 
 #[test]
@@ -24,7 +24,7 @@ fn a_connection_that_arrives_too_old_to_be_handed_out_is_a_failed_open() {
     w.get();
     w.run(ms(500));
     assert_eq!((w.ledger.tally.checkouts, w.ledger.tally.opens), (0, 0));
-    assert!((2..=5).contains(&w.ledger.tally.failed_opens), "with a back-off between: {}", w.dials.len());
+    assert!((2..=5).contains(&w.ledger.tally.failed_opens.total()), "with a back-off between: {}", w.dials.len());
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn a_close_after_a_failure_has_its_whole_limit_after_the_handlers() {
     assert!(w.leave(a));
     w.run(secs(7));
     assert_eq!((w.abandoned, w.counts().total()), (0, 0));
-    assert_eq!((w.ledger.tally.failed_opens, w.ledger.tally.opens), (1, 0));
+    assert_eq!((w.ledger.tally.failed_opens.total(), w.ledger.tally.opens), (1, 0));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_connection_that_arrives_is_idle_since_then() {
     w.run(ms(1));
     assert_eq!(w.closed_for(CloseReason::Idle), 1);
     let tally = &w.ledger.tally;
-    assert_eq!((tally.opens, tally.failed_opens, tally.open_time.max()), (1, 0, ms(900)));
+    assert_eq!((tally.opens, tally.failed_opens.total(), tally.open_time.max()), (1, 0, ms(900)));
 }
 
 #[test]
@@ -178,10 +178,10 @@ fn abandoned_open() -> (Ledger<Conn, Thread>, Token, Moment) {
 #[test]
 fn an_abandoned_job_changes_no_slot() {
     let opening = |l: &Ledger<Conn, Thread>| {
-        assert_eq!((l.counts().opening, l.counts().total(), l.tally.failed_opens), (1, 1, 1));
+        assert_eq!((l.counts().opening, l.counts().total(), l.tally.failed_opens.total()), (1, 1, 1));
     };
     let (mut l, token, now) = abandoned_open();
-    l.open_failed(now, &token, Reach::Server, 0.0);
+    l.open_failed(now, &token, error(Reach::Server), 0.0);
     opening(&l);
     l.begin_close(now, &token);
     opening(&l);

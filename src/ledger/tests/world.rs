@@ -7,11 +7,14 @@ use std::panic::Location;
 
 use super::watch::Beat;
 pub(super) use crate::leaf::clock::Moment;
+pub(super) use crate::leaf::failures::ErrorType;
 pub(super) use crate::ledger::demand::{BACKOFF_FIRST, FailedOpen, PROBE_PERIOD};
 pub(super) use crate::ledger::queue::{HANDED_OFF_AFTER, MAX_BARGES};
 pub(super) use crate::ledger::reports::CLOSE_PATIENCE;
 pub(super) use crate::ledger::slots::{CHECK_PATIENCE, Check, Close, Slot, State, StateCounts};
-pub(super) use crate::ledger::values::{Caller, Condition, Join, Order, Outcome, Reach, SlotJob, Take, Ticket, Token};
+pub(super) use crate::ledger::values::{
+    Caller, Condition, Join, OpenError, Order, Outcome, Reach, SlotJob, Take, Ticket, Token,
+};
 pub(super) use crate::ledger::{Effects, Ledger};
 pub(super) use crate::settings::{Settings, Validate};
 pub(super) use crate::stats::Counts;
@@ -31,6 +34,10 @@ pub(super) fn us(n: u64) -> Duration {
 
 pub(super) fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
+}
+
+pub(super) fn error(reach: Reach) -> OpenError {
+    OpenError { reach, error_type: ErrorType::OTHER }
 }
 
 #[track_caller]
@@ -422,7 +429,7 @@ impl World {
         } else {
             match task {
                 Task::Open => {
-                    self.ledger.open_failed(self.read(), &job.token, Reach::Server, self.jitter);
+                    self.ledger.open_failed(self.read(), &job.token, error(Reach::Server), self.jitter);
                     self.watch_the_bound();
                     self.ledger.free(self.read(), job.token);
                     return self.watch_the_bound();
@@ -528,7 +535,7 @@ impl World {
                 if !self.leaves_one {
                     self.server.remove(&conn);
                 }
-                self.ledger.open_failed(now, &job.token, self.refuse.expect("it is refused"), self.jitter);
+                self.ledger.open_failed(now, &job.token, error(self.refuse.expect("it is refused")), self.jitter);
                 self.apply();
                 self.next(self.takes.handler, Event::Handled(self.leaves_one), job);
             }

@@ -350,7 +350,7 @@ impl<T: Connector> PostgresManager<T> {
             Err(_) if watch.is_aborted() => {
                 // The error says why the attempt was aborted, not merely that it was.
                 let text = format!("no answer to an attempt to connect for {}", Short(begun.elapsed()));
-                return Err(Error::own(text, false));
+                return Err(Error::timeout(text));
             }
             Err(ConnectError::NoLoopback) => return Ok(None),
             Err(ConnectError::Postgres(error)) => return Err(Error::of(error, &watch)),
@@ -460,7 +460,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
     }
 
     fn explain(&self, error: &Error) -> Cause {
-        let cause = Cause::of(error.clone());
+        let cause = Cause::of(error.clone()).of_type(error.error_type());
         if error.is_permanent() {
             return cause.permanent();
         }
@@ -536,7 +536,7 @@ mod tests {
         let reach = |params: String| {
             let manager = manager(&params);
             let error = manager.config.connect(NoTls).map(drop).unwrap_err();
-            manager.explain(&error.into()).reach()
+            manager.explain(&error.into()).open_error().reach
         };
         assert_eq!(reach(format!("host=127.0.0.1 port={port} user=u")), Reach::Nobody);
         assert_eq!(reach("host=/no/such/folder user=u".into()), Reach::Nobody);
@@ -545,7 +545,7 @@ mod tests {
 
         let unix = |kind: std::io::ErrorKind| {
             let error = ConnectError::NoWay(Some("/tmp/.s.PGSQL.5432".into()), kind.into());
-            manager("host=/tmp user=u").explain(&error.into()).reach()
+            manager("host=/tmp user=u").explain(&error.into()).open_error().reach
         };
         assert_eq!(unix(std::io::ErrorKind::NotFound), Reach::Nobody);
         assert_eq!(unix(std::io::ErrorKind::ConnectionRefused), Reach::Nobody);

@@ -7,6 +7,7 @@
 //! * Only one byte is read before the TLS handshake. Whatever a man in the middle sends behind it makes the handshake
 //!   fail, and is not believed.
 
+use crate::leaf::failures::ErrorType;
 use crate::leaf::text::{self, Shown};
 use ::postgres::config::{SslMode, SslNegotiation};
 use ::postgres::tls::TlsConnect;
@@ -226,6 +227,25 @@ impl NegotiationError {
             | NegotiationError::Weak
             | NegotiationError::NoHostName
             | NegotiationError::Connector(_) => false,
+        }
+    }
+}
+
+impl NegotiationError {
+    /// A disagreement about TLS has a type of its own; what the system says is the system's.
+    pub(in crate::postgres) fn error_type(&self) -> ErrorType {
+        match self {
+            #[cfg(unix)]
+            NegotiationError::Socket { error, .. } => ErrorType::of_system(error),
+            NegotiationError::Io(error) => ErrorType::of_system(error),
+            NegotiationError::Handshake(error) if self.is_transient() => ErrorType::of(&**error),
+            NegotiationError::Aborted | NegotiationError::Failed(_) | NegotiationError::NoAnswer(_) => ErrorType::OTHER,
+            NegotiationError::Declined
+            | NegotiationError::InClear(_)
+            | NegotiationError::Weak
+            | NegotiationError::NoHostName
+            | NegotiationError::Connector(_)
+            | NegotiationError::Handshake(_) => ErrorType::named("tls"),
         }
     }
 }

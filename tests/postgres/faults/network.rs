@@ -152,6 +152,7 @@ fn connects_refused_while_connections_live() {
     let account = users.end_after(back, CONNECT);
     let stats = pool.stats();
     account.tell("connects refused", back, stats.opens as usize - 2, stats.failed_opens);
+    assert!(stats.failed_opens_of("connection_refused") > 0, "{stats}");
     account.assert_only_in_flight(0);
     account.assert_served(back, CONNECT);
     assert!((1..=super::attempts_in(back - begun)).contains(&stats.failed_opens), "{stats}");

@@ -281,6 +281,7 @@ fn max_connections_used_up_by_others() {
     let stats = pool.stats();
     let logins = logins(&server, app);
     account.tell("max_connections", back, logins, stats.failed_opens);
+    assert_eq!(stats.failed_opens_of("53300"), stats.failed_opens, "{stats}");
     account.assert_only_in_flight(0);
     account.assert_served(back, SERVED);
     assert!(logins <= SIZE as usize, "{logins} logins: {stats}");
