@@ -5,13 +5,14 @@
 
 use crate::Failure;
 use postgres::{Client, Config, NoTls};
+use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -59,7 +60,8 @@ pub(crate) struct Private {
     /// Where its data, its log and its unix socket are. Nobody else may look into it.
     dir: PathBuf,
     port: u16,
-    password: String,
+    /// What whoever logs in is told.
+    password: Arc<Mutex<String>>,
     keeper: Mutex<Keeper>,
 }
 
@@ -89,10 +91,10 @@ impl Private {
         let orders = shell.stdin.take();
         let answers = BufReader::new(shell.stdout.take().ok_or("a shell without output")?);
         let keeper = Mutex::new(Keeper { shell, orders, answers });
-        let private = Private { dir, port, password: secret()?, keeper };
+        let private = Private { dir, port, password: Arc::new(Mutex::new(secret()?)), keeper };
         private.keeper().order("init").map_err(|e| format!("initdb: {e}\n{}", private.log()))?;
         private.start_again()?;
-        let password = &private.password;
+        let password = private.password();
         private.admin()?.batch_execute(&format!("CREATE ROLE notes LOGIN PASSWORD '{password}'"))?;
         private.admin()?.batch_execute("CREATE DATABASE notes OWNER notes")?;
         Ok(private)
@@ -100,7 +102,17 @@ impl Private {
 
     /// How to connect to it as `notes`.
     pub(crate) fn url(&self) -> String {
-        format!("postgres://notes:{}@127.0.0.1:{}/notes", self.password, self.port)
+        format!("postgres://notes:{}@127.0.0.1:{}/notes", self.password(), self.port)
+    }
+
+    fn password(&self) -> String {
+        self.password.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// Tells the password to whoever logs in, as a store of secrets does.
+    pub(crate) fn secrets(&self) -> impl Fn() -> Result<String, Infallible> + Send + Sync + 'static {
+        let password = Arc::clone(&self.password);
+        move || Ok(password.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone())
     }
 
     /// Stops it as an operator would: sessions are told, and ended.
@@ -121,14 +133,16 @@ impl Private {
         Ok(())
     }
 
-    /// Gives the role `notes` a password that nobody is told.
-    pub(crate) fn rotate_password(&self) -> Result<(), Failure> {
-        Ok(self.admin()?.batch_execute(&format!("ALTER ROLE notes PASSWORD '{}'", secret()?))?)
+    /// Gives the role `notes` a new password, which nobody is told yet.
+    pub(crate) fn rotate_password(&self) -> Result<String, Failure> {
+        let password = secret()?;
+        self.admin()?.batch_execute(&format!("ALTER ROLE notes PASSWORD '{password}'"))?;
+        Ok(password)
     }
 
-    /// Gives it back the one that is known.
-    pub(crate) fn restore_password(&self) -> Result<(), Failure> {
-        Ok(self.admin()?.batch_execute(&format!("ALTER ROLE notes PASSWORD '{}'", self.password))?)
+    /// Whoever logs in is told this one from now on.
+    pub(crate) fn tell_password(&self, password: String) {
+        *self.password.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = password;
     }
 
     /// The superuser, over the unix socket, whose folder only the server's user may enter.

@@ -47,7 +47,9 @@ use database::Private;
 use history::History;
 use http::{Listener, Reply, Request};
 use log::{error, info};
+use millpond::postgres::PostgresManager;
 use millpond::{Cause, CustomizeConnection, Workers};
+use postgres::NoTls;
 use postgres::error::SqlState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -113,7 +115,13 @@ fn run() -> Result<ExitCode, Failure> {
         }
     };
 
-    let pool: Db = millpond::postgres::builder(&address)?
+    let mut manager = PostgresManager::parse(&address, NoTls)?;
+    if let Some(private) = &private {
+        // It changes: see the weather. (A service would ask its store of secrets.)
+        manager = manager.password_with(private.secrets());
+    }
+    let pool: Db = manager
+        .builder()
         .name("notes")
         .max_size(number("POOL_SIZE", 20)?)
         .max_idle(Duration::from_secs(10)) // short, for those who watch

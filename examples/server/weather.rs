@@ -34,7 +34,7 @@ pub(crate) enum Kind {
     Stuck,
     /// The server stops, and starts again after three seconds.
     Restart,
-    /// For eight seconds the role has another password than the pool.
+    /// The role gets another password, of which the pool is told eight seconds later.
     Rotate,
     /// All of it ends.
     Silence,
@@ -377,15 +377,15 @@ impl Shower {
     fn rotate(&self) -> Result<(), Failure> {
         let Some(private) = &self.shared.private else { return Ok(()) };
         self.some_requests();
-        private.rotate_password()?;
+        let password = private.rotate_password()?;
         // Sessions outlive their password. Without this nothing would be seen until one is replaced.
         self.shared.pool.recycle();
         self.shared.now().tell("the password is another one; all connections are replaced");
         self.pause(Kind::Rotate.lasts());
-        private.restore_password()?;
+        private.tell_password(password);
         // And the refusal is forgotten, which the pool would remember for a while.
         self.shared.pool.recycle();
-        self.shared.now().tell("the password is the old one again");
+        self.shared.now().tell("the pool was told the new password");
         Ok(())
     }
 

@@ -62,6 +62,12 @@ impl Error {
         }
     }
 
+    /// There is no password to log in with.
+    pub(super) fn no_password(error: &(dyn StdError + 'static)) -> Error {
+        let text = format!("cannot get a password: {}", crate::Cause::text(error));
+        Error::reaching(text, Reach::Server, ErrorType::named("no_password"))
+    }
+
     /// The server, or what stands for it, was silent for too long.
     pub(super) fn timeout(text: impl Into<String>) -> Error {
         Error::reaching(text, Reach::Server, ErrorType::TIMEOUT)

@@ -128,7 +128,7 @@ fn an_outage_shows_and_ends() {
     assert_eq!((note.status, note.body.as_str()), (500, "the database refuses this server"));
     // Silence ends this as well.
     page.press("silence");
-    page.waits_for("document.body.dataset.health === 'ready'", "the old password is back");
+    page.waits_for("document.body.dataset.health === 'ready'", "it was told the new password");
     assert_eq!(page.notes.post("is anybody there?").status, 201);
     page.waits_for("document.querySelector('#legend').innerText.includes('replaced')", "what was replaced");
     page.ends_well();

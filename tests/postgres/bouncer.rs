@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::PoolMode::{Session, Transaction};
 use crate::support::{
-    Bouncer, EPSILON, SOON, Server, alone, assert_no_threads, beside_others, ms, slack, wait_until, within,
+    Bouncer, EPSILON, SEEN, SOON, Server, alone, assert_no_threads, beside_others, ms, slack, wait_until, within,
 };
 use crossbeam_channel::bounded;
 use millpond::postgres::{Error, Pool, PostgresManager, Reset};
@@ -285,7 +285,7 @@ fn an_exhausted_bouncer_is_ridden_through() {
         early.simple_query("SELECT 1").unwrap_err();
         assert_within(begun.elapsed(), ms(900), BOUNCER + slack());
         drop(early);
-        assert!(wait_until(within(EPSILON), || pool.state().connections == 0), "it is of no use to anybody");
+        assert!(wait_until(within(SEEN), || pool.state().connections == 0), "it is of no use to anybody");
 
         sitter.batch_execute("COMMIT").unwrap();
         assert_works(&pool);

@@ -29,6 +29,7 @@ mod hostile;
 mod manager;
 #[cfg(target_os = "linux")]
 mod orphans;
+mod password;
 mod refusals;
 mod session;
 #[cfg(target_os = "linux")]

@@ -15,6 +15,7 @@ use ::postgres::config::{Host, TargetSessionAttrs};
 use ::postgres::error::DbError;
 use ::postgres::{Client, Config, NoTls};
 use r2d2_postgres::PostgresConnectionManager;
+use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,6 +33,9 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(90);
 /// The default of `keepalives_idle` in the `postgres` crate, which does not say whether it was set.
 const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 
+/// Gets the password for the next login.
+type PasswordSource = Arc<dyn Fn() -> Result<Vec<u8>, Error> + Send + Sync>;
+
 /// Manages PostgreSQL connections. `T` is the TLS connector: [`NoTls`], or that of
 /// `tokio-postgres-rustls` (0.14 or later), `postgres-openssl` or `postgres-native-tls`.
 ///
@@ -47,6 +51,7 @@ const KEEPALIVE_IDLE_UNSET: Duration = Duration::from_secs(2 * 60 * 60);
 #[derive(Clone)]
 pub struct PostgresManager<T> {
     config: Config,
+    password: Option<PasswordSource>,
     tls: T,
     observe: bool,
     loopback: Arc<Loopback>,
@@ -66,6 +71,7 @@ impl<T: Connector> PostgresManager<T> {
     pub fn new(config: Config, tls: T) -> Self {
         PostgresManager {
             config,
+            password: None,
             tls,
             observe: true,
             loopback: Arc::default(),
@@ -94,6 +100,46 @@ impl<T: Connector> PostgresManager<T> {
         }
         config.notice_callback(log_notice);
         Ok(Self::new(config, tls))
+    }
+
+    /// Asks for the password before each login, in the place of the configuration's: for one that is rotated, or that is a
+    /// token with an end.
+    ///
+    /// ```no_run
+    /// use millpond::postgres::PostgresManager;
+    /// use postgres::NoTls;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let secret = || std::fs::read_to_string("/run/secrets/db").map(|text| text.trim_end().to_owned());
+    /// let pool = PostgresManager::parse("host=db user=app", NoTls)?.password_with(secret).builder().open()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// * It is called on a thread of the pool, once for each attempt to connect, by several threads at once. The time that it
+    ///   takes is part of [`open_timeout`](crate::Builder::open_timeout); but only it can end itself. One that asks over the
+    ///   network should have a limit of its own, and remember what it was told.
+    /// * What is connected stays connected when the password changes, since PostgreSQL asks for it at the login only. So change
+    ///   it here and at the server in any order: only who logs in between is refused (28P01). As with any refusal, callers
+    ///   are told so at once if no connection is left, and otherwise wait for one that is returned. The pool tries again
+    ///   after 5 s to 30 s, or at once when [`recycle`](crate::Pool::recycle) is called, which replaces the connections as
+    ///   well.
+    ///
+    /// # Errors
+    ///
+    /// If it returns an error, the attempt to connect fails, and is repeated as any other: "cannot get a password: ..." The
+    /// text is shown and logged, so it should not have a secret in it.
+    #[must_use]
+    pub fn password_with<P, E>(mut self, source: impl Fn() -> Result<P, E> + Send + Sync + 'static) -> Self
+    where
+        P: AsRef<[u8]>,
+        E: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        self.password = Some(Arc::new(move || match source() {
+            Ok(password) => Ok(password.as_ref().to_vec()),
+            Err(error) => Err(Error::no_password(&*error.into())),
+        }));
+        self
     }
 
     /// Whether to [observe](crate::postgres#the-observer) the connections. Default `true`.
@@ -224,7 +270,8 @@ impl<T: Connector> PostgresManager<T> {
         crate::Builder::new().manager(self)
     }
 
-    /// The same configuration as a manager for r2d2, without anything that this manager does beyond that one.
+    /// The same configuration as a manager for r2d2, without anything that this manager does beyond that one:
+    /// [`password_with`](PostgresManager::password_with), too.
     pub fn into_r2d2(self) -> PostgresConnectionManager<T> {
         PostgresConnectionManager::new(self.config, self.tls)
     }
@@ -304,7 +351,10 @@ impl<T: Connector> PostgresManager<T> {
     }
 
     fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
-        let config = self.complete(opening.pool(), opening.limit());
+        let mut config = self.complete(opening.pool(), opening.limit());
+        if let Some(password) = &self.password {
+            config.password(password()?);
+        }
         if let Some(observer) = self.observer(&config) {
             if let Some(opened) = self.connect_observed(observer, opening)? {
                 return Ok(opened);
