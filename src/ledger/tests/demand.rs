@@ -484,6 +484,31 @@ fn the_ledger_says_why_the_last_open_failed() {
 }
 
 #[test]
+fn a_failed_open_is_counted_once_by_the_type_of_its_error() {
+    let counts = |w: &World| {
+        let of = |error_type| w.ledger.tally.failed_opens.of(&error_type);
+        [ErrorType::OTHER, ErrorType::TIMEOUT, ErrorType::named("too_old")].map(of)
+    };
+    // Refused, and then one that is abandoned and comes back with an error of its own.
+    let mut w = World::new(Settings { max_size: 1, ..settings() });
+    w.refuse = Some(Reach::Server);
+    w.get();
+    assert_eq!(counts(&w), [1, 0, 0]);
+    w.takes.open = secs(15);
+    w.run(secs(11));
+    assert_eq!(counts(&w), [1, 1, 0]);
+    w.run(secs(5));
+    assert_eq!((counts(&w), w.ledger.tally.failed_opens.total()), ([1, 1, 0], 2));
+
+    w = World::new(Settings { max_lifetime: Some(secs(5)), ..settings() });
+    w.takes.open = secs(6);
+    w.get();
+    w.run(secs(6));
+    let total = w.ledger.tally.failed_opens.total();
+    assert!(total > 0 && counts(&w) == [0, 0, total], "{:?}", counts(&w));
+}
+
+#[test]
 fn an_alarm_for_a_slow_open_is_set_only_if_something_waits_for_it() {
     for (watchers, alarm) in [(0, secs(10)), (1, secs(1))] {
         let mut w = World::new(Settings { min_idle: 1, ..settings() });
