@@ -333,7 +333,7 @@ impl Cause {
     }
 
     /// The same cause, with this as its [`error_type`](Cause::error_type): for a manager whose errors have a code. Take it
-    /// from few: a pool keeps sixteen apart.
+    /// from few: a pool keeps sixteen apart. It is escaped, and cut after 64 bytes. An empty one is `_OTHER`.
     ///
     /// ```
     /// let cause = millpond::Cause::message("access denied").with_error_type("1045");
@@ -346,7 +346,6 @@ impl Cause {
     }
 
     /// The same cause, of a type that is known to be harmless.
-    #[cfg(feature = "postgres")]
     pub(crate) fn of_type(self, error_type: ErrorType) -> Cause {
         Cause { error_type, ..self }
     }
@@ -393,7 +392,7 @@ pub(crate) fn nobody_listens(error: &(dyn StdError + 'static)) -> bool {
 
 impl From<Panic> for Cause {
     fn from(panic: Panic) -> Cause {
-        Cause { error_type: ErrorType::named("panic"), ..Cause::message(panic.to_string()) }
+        Cause::message(panic.to_string()).of_type(ErrorType::named("panic"))
     }
 }
 

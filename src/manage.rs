@@ -283,6 +283,12 @@ impl Opening {
         hooks.abort.is_some() || hooks.cancel.is_some()
     }
 
+    /// Whether the attempt was abandoned.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.hooks.lock().aborted
+    }
+
     pub(crate) fn cancel(&self) {
         let cancel = self.hooks.lock().cancel.clone();
         if let Some(cancel) = cancel {

@@ -2,7 +2,7 @@
 
 use crate::health::{Failing, Health, LastError};
 use crate::leaf::clock::nanos;
-use crate::leaf::failures::Failures;
+use crate::leaf::failures::{ErrorType, Failures};
 use crate::leaf::histogram::Distribution;
 use crate::leaf::text::{Escaping, Short, Shown, Times, write_table};
 use std::fmt::{self, Write as _};
@@ -312,12 +312,12 @@ impl Stats {
 
     /// How many attempts to open a connection failed with an error of this type: see [`Cause::error_type`](crate::Cause::error_type).
     pub fn failed_opens_of(&self, error_type: &str) -> u64 {
-        self.failed_opens_by_type().find(|&(t, _)| t == error_type).map_or(0, |(_, n)| n)
+        self.failures.of(&ErrorType::of_other(error_type))
     }
 
     /// The types of error with which attempts to open a connection failed, and how many did, in the order of their first.
     ///
-    /// At most sixteen types. Of a seventeenth, and of what has no type, it is `_OTHER`.
+    /// At most sixteen types, and `_OTHER`: that of a seventeenth, and of what has no type.
     pub fn failed_opens_by_type(&self) -> impl Iterator<Item = (&str, u64)> {
         self.failures.iter().map(|(error_type, n)| (error_type.as_str(), n))
     }

@@ -15,6 +15,10 @@ impl ErrorType {
     pub(crate) const OTHER: ErrorType = ErrorType::named("_OTHER");
     /// No answer in time, by whoever's clock.
     pub(crate) const TIMEOUT: ErrorType = ErrorType::named("timeout");
+    /// Connected when the connection's life was over.
+    pub(crate) const TOO_OLD: ErrorType = ErrorType::named("too_old");
+    /// No thread could be started to connect on.
+    pub(crate) const NO_THREAD: ErrorType = ErrorType::named("no_thread");
 
     pub(crate) const fn named(name: &'static str) -> ErrorType {
         ErrorType(Cow::Borrowed(name))
@@ -50,7 +54,9 @@ impl ErrorType {
             ErrorKind::AddrNotAvailable => "address_not_available",
             ErrorKind::TimedOut => return ErrorType::TIMEOUT,
             // It has no kind, and the resolver's numbers are not the system's. The text is the standard library's.
-            _ if error.to_string().starts_with("failed to lookup address information") => "name_not_resolved",
+            _ if text::brief(error, text::NAME).starts_with("failed to lookup address information") => {
+                "name_not_resolved"
+            }
             _ => match (error.raw_os_error(), error.get_ref()) {
                 (Some(n), _) => return ErrorType(format!("os_error_{n}").into()),
                 // (An error that is wrapped is not among the sources of the one around it.)
@@ -65,7 +71,7 @@ impl ErrorType {
     }
 }
 
-/// How many names are kept apart. A manager may make up names without end.
+/// How many names are kept apart, beside the others. A manager may make up names without end.
 const MOST_TYPES: usize = 16;
 
 /// How many attempts failed, by the type of their error, in the order of their first.
@@ -75,8 +81,8 @@ pub(crate) struct Failures(Vec<(ErrorType, u64)>);
 impl Failures {
     /// One more. Beyond [`MOST_TYPES`] names it is one of the others.
     pub(crate) fn count(&mut self, error_type: ErrorType) {
-        let error_type =
-            if self.of(&error_type) == 0 && self.0.len() >= MOST_TYPES - 1 { ErrorType::OTHER } else { error_type };
+        let named = self.0.iter().filter(|(t, _)| *t != ErrorType::OTHER).count();
+        let error_type = if self.of(&error_type) == 0 && named >= MOST_TYPES { ErrorType::OTHER } else { error_type };
         match self.0.iter_mut().find(|(t, _)| *t == error_type) {
             Some((_, n)) => *n += 1,
             None => self.0.push((error_type, 1)),
@@ -119,6 +125,22 @@ mod tests {
         }
         assert_eq!(ErrorType::of(&io::Error::from_raw_os_error(24)).as_str(), "os_error_24", "too many open files");
         assert_eq!(ErrorType::of(&std::fmt::Error), ErrorType::OTHER);
+        // Of an error's text no more is made than is looked at.
+        struct Endless;
+        impl std::fmt::Display for Endless {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                loop {
+                    f.write_str("on and on ")?;
+                }
+            }
+        }
+        impl std::fmt::Debug for Endless {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("Endless")
+            }
+        }
+        impl Error for Endless {}
+        assert_eq!(ErrorType::of(&io::Error::other(Endless)), ErrorType::OTHER);
     }
 
     #[test]
@@ -136,9 +158,9 @@ mod tests {
             failures.count(ErrorType::of_other(&n.to_string()));
             failures.count(ErrorType::TIMEOUT);
         }
-        assert_eq!((failures.0.len(), failures.total()), (MOST_TYPES, 200));
+        assert_eq!((failures.0.len(), failures.total()), (MOST_TYPES + 1, 200));
         assert_eq!(failures.of(&ErrorType::TIMEOUT), 100);
-        assert_eq!(failures.of(&ErrorType::OTHER), 100 - (MOST_TYPES as u64 - 2));
+        assert_eq!(failures.of(&ErrorType::OTHER), 100 - (MOST_TYPES as u64 - 1));
         assert_eq!(failures.of(&ErrorType::of_other("3")), 1);
 
         let earlier = failures.clone();

@@ -103,7 +103,7 @@ impl<C, W: Clone> Ledger<C, W> {
             l.tally.open_time.record(now.nanos_since(born));
             if l.is_expired(&l.slots[index as usize], now) {
                 sometimes!("a connection arrives when its life is over");
-                let error = OpenError { reach: Reach::Server, error_type: ErrorType::named("too_old") };
+                let error = OpenError { reach: Reach::Server, error_type: ErrorType::TOO_OLD };
                 l.failed(now, born, FailedOpen::TooOld { took }, error, 0.5);
                 // It is not counted as closed, since it was not counted as opened.
                 l.order_close(index, conn, CloseReason::Lifetime, now, Moment::NEVER);

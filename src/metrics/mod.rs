@@ -109,6 +109,7 @@ use crate::stats::Stats;
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The bounds of the histograms, in seconds: from 100 µs to 60 s.
 pub const BUCKETS: [f64; 18] =
@@ -131,6 +132,8 @@ struct Shown {
     name: String,
     /// Of no other pool, for as long as `look` is there.
     id: usize,
+    /// Another pool has its name by now. It is closed, and stays only until the facade was told what it still counts.
+    replaced: AtomicBool,
     look: Box<dyn Fn() -> Option<Stats> + Send + Sync>,
     /// What was reported last, of a pool whose end the facade has to be told. Locked from the look until the recorder knows.
     #[cfg(feature = "metrics")]
@@ -160,6 +163,8 @@ impl Pools {
             let name = names.find(is_free).expect("one of so many names is free");
             let is_replaced =
                 |shown: &Arc<Shown>| shown.name == name && present.iter().any(|(s, _)| Arc::ptr_eq(s, shown));
+            // (Asked before the list is locked, as in `forget`.)
+            let told: Vec<_> = looks.iter().map(|(shown, _)| shown).filter(|shown| shown.was_reported()).collect();
             let mut all = self.0.lock();
             if all.iter().any(|shown| shown.id == id) {
                 return;
@@ -168,12 +173,17 @@ impl Pools {
             if all.iter().any(|shown| !looks.iter().any(|(s, _)| Arc::ptr_eq(s, shown))) {
                 continue;
             }
-            // (One that is gone stays until the facade was told. It stands before this one, which then has the last word.)
-            all.retain(|shown| !is_replaced(shown));
+            // (For the facade it stays until it is gone and the facade was told. It stands before this one, which then has the
+            // last word.)
+            for shown in all.iter().filter(|shown| is_replaced(shown)) {
+                shown.replaced.store(true, Ordering::Relaxed);
+            }
+            all.retain(|shown| !is_replaced(shown) || told.iter().any(|t| Arc::ptr_eq(t, shown)));
             all.push(Arc::new(Shown {
                 name,
                 id,
                 look,
+                replaced: AtomicBool::new(false),
                 #[cfg(feature = "metrics")]
                 reported: Mutex::new(None),
             }));
@@ -202,7 +212,8 @@ impl Pools {
 
     #[cfg(feature = "prometheus-client")]
     fn present(&self) -> Vec<(String, Stats)> {
-        self.look().into_iter().filter_map(|(shown, stats)| Some((shown.name.clone(), stats?))).collect()
+        let looks = self.look().into_iter().filter(|(shown, _)| !shown.replaced.load(Ordering::Relaxed));
+        looks.filter_map(|(shown, stats)| Some((shown.name.clone(), stats?))).collect()
     }
 }
 

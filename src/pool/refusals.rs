@@ -2,6 +2,7 @@
 
 use crate::error::{Cause, Closed, Connect, Error, ErrorKind, Timeout};
 use crate::health::Health;
+use crate::leaf::failures::ErrorType;
 use crate::leaf::text::Short;
 use crate::leaf::threads;
 use crate::ledger::{self, FailedOpen, FailedRun};
@@ -66,13 +67,14 @@ impl<M: Manage> Shared<M> {
             FailedOpen::AsReported => self.openings.cause(),
             FailedOpen::NoAnswer => {
                 let limit = Short(self.settings.open_timeout);
-                Some(Cause::message(format!("no answer to an attempt to connect within {limit}")))
+                let cause = Cause::message(format!("no answer to an attempt to connect within {limit}"));
+                Some(cause.of_type(ErrorType::TIMEOUT))
             }
             FailedOpen::TooOld { took } => {
                 let took = Short(took);
                 let life = self.settings.max_lifetime.map_or(took.to_string(), |life| Short(life).to_string());
                 let text = format!("connected in {took}, when its life of at most {life} was over or about to be");
-                Some(Cause::message(text))
+                Some(Cause::message(text).of_type(ErrorType::TOO_OLD))
             }
         }
     }

@@ -263,9 +263,17 @@ fn error_type(e: &::postgres::Error) -> ErrorType {
     if let Some(code) = e.code() {
         return ErrorType::of_other(code.code());
     }
-    let by_source = NegotiationError::of(e).map_or_else(|| ErrorType::of(e), NegotiationError::error_type);
-    if by_source != ErrorType::OTHER {
-        return by_source;
+    if let Some(negotiation) = NegotiationError::of(e) {
+        return negotiation.error_type();
+    }
+    // `postgres` says so that no host is what `target_session_attrs` asks for. It is not the system that says it.
+    let io = e.source().and_then(|source| source.downcast_ref::<io::Error>());
+    if io.is_some_and(|io| io.kind() == io::ErrorKind::PermissionDenied && io.raw_os_error().is_none()) {
+        return ErrorType::named("target_session_attrs");
+    }
+    let by_system = ErrorType::of(e);
+    if by_system != ErrorType::OTHER {
+        return by_system;
     }
     if e.is_closed() {
         return ErrorType::named("connection_closed");
@@ -276,10 +284,17 @@ fn error_type(e: &::postgres::Error) -> ErrorType {
         ("error performing TLS handshake", ErrorType::named("tls")),
         ("authentication error", ErrorType::named("authentication")),
         ("invalid configuration", ErrorType::named("invalid_configuration")),
+        // A NUL in a user's name, say.
+        ("error encoding message", ErrorType::named("invalid_configuration")),
     ]
     .into_iter()
     .find(|(begin, _)| text.starts_with(begin))
     .map_or(ErrorType::OTHER, |(_, error_type)| error_type)
+}
+
+/// Whether there was no connection on which the server could have said anything. (`postgres::Error` has no public kind.)
+pub(super) fn was_not_connected(e: &::postgres::Error) -> bool {
+    e.to_string().starts_with("error connecting to server")
 }
 
 /// The error of a connection string. It says which part is wrong, and shows none: any part may be the password.

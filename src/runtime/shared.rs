@@ -13,7 +13,7 @@ use crate::leaf::sync::{self, Instant, Mutex, MutexGuard};
 use crate::leaf::text::{Short, Shown};
 use crate::leaf::time::PoolTime;
 use crate::leaf::{defect, threads};
-use crate::ledger::{Caller, Condition, Ledger, OpenError, Order, Outcome, Reach, Slot, SlotJob, Token};
+use crate::ledger::{Caller, Condition, Ledger, Order, Outcome, Slot, SlotJob, Token};
 use crate::manage::Manage;
 use crate::runtime::conn::Conn;
 use crate::runtime::event_count::EventCount;
@@ -322,7 +322,8 @@ impl<M: Manage> Shared<M> {
             Ok(false) => self.with(|l| l.look_again()),
             Err((error, Job::Slot(SlotJob::Open(token)))) => {
                 let cause = Cause::message(format!("cannot start a thread to connect on: {error}"));
-                let failed = OpenError { reach: Reach::Server, error_type: ErrorType::named("no_thread") };
+                let cause = cause.of_type(ErrorType::NO_THREAD);
+                let failed = cause.open_error();
                 self.set_cause(cause);
                 let (now, jitter) = (self.time.precise(), self.jitter());
                 self.with(|l| l.open_failed(now, &token, failed, jitter));

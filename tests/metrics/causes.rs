@@ -51,6 +51,9 @@ fn each_fault_has_a_type_of_its_own() {
     while let Ok(client) = full.config("others").connect(NoTls) {
         others.push(client);
     }
+    let mut read_only = config();
+    read_only.target_session_attrs(postgres::config::TargetSessionAttrs::ReadWrite);
+    read_only.options("-c default_transaction_read_only=on");
     let mut no_socket = Config::new();
     no_socket.host_path("/no/such/folder").user("postgres");
     for (fault, config, error_type) in [
@@ -61,6 +64,8 @@ fn each_fault_has_a_type_of_its_own() {
         ("a full server", full.config("metrics-causes"), "53300"),
         ("no unix socket", no_socket, "not_found"),
         ("no TLS", config().ssl_mode(postgres::config::SslMode::Require).clone(), "tls"),
+        ("a NUL in the user's name", config().user("pic\0ky").clone(), "invalid_configuration"),
+        ("a node that only reads", read_only.clone(), "target_session_attrs"),
     ] {
         let stats = down(config);
         assert_eq!(stats.failed_opens_of(error_type), stats.failed_opens, "{fault}: {stats}");

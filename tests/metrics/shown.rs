@@ -127,6 +127,38 @@ fn counts_go_on_when_a_pool_is_built_again() {
     }
 }
 
+#[test]
+fn what_a_pool_counted_before_another_took_its_name_is_told() {
+    let _beside = beside_others();
+    let fake = Fake::new();
+    let (pools, recorder) = (Pools::default(), recorder());
+    let first = Pool::builder().name("orders").max_size(3).build(fake.direct()).unwrap();
+    pools.add(&first);
+    drop(first.get().unwrap());
+    reported(&pools, &recorder);
+    // Not told before its end, ...
+    let late = first.get().unwrap();
+    drop(first.get().unwrap());
+    let _ = first.close(ms(10));
+    let second = Pool::builder().name("orders").max_size(5).build(fake.direct()).unwrap();
+    pools.add(&second);
+    drop(second.get().unwrap());
+    let page = Page::parse(&reported(&pools, &recorder));
+    assert_eq!(page.value("millpond_checkouts_total", &[]), 4.0);
+    // ... and what is now is the other one's.
+    assert_eq!(page.value("db_client_connection_max", &[]), 5.0);
+    assert_eq!(page.value("millpond_health", &[("state", "closed")]), 0.0);
+    assert_eq!(Page::parse(&collected(&pools)).value("db_client_connection_max", &[]), 5.0, "and it alone is shown");
+    drop((first, late));
+    let is_told = || {
+        let page = Page::parse(&reported(&pools, &recorder));
+        assert_eq!(page.value("db_client_connection_max", &[]), 5.0);
+        format!("{pools:?}") == "[\"orders\"]"
+    };
+    assert!(wait_until(within(SOON), is_told), "the first is gone, and forgotten: {pools:?}");
+    ends_well(second, &fake);
+}
+
 /// Three threads report while one checks out: each checkout is told once.
 #[test]
 fn reports_at_once_count_once() {

@@ -1,7 +1,7 @@
 //! What PostgreSQL refuses for good fails at once, in its own words; what it refuses for now is tried again.
 
 use crate::support::picky::{picky, refused_logins, set_password, with_password};
-use crate::support::{Server, alone, ms, slack, wait_until};
+use crate::support::{Proxy, Server, alone, ms, slack, wait_until};
 use millpond::postgres::{Error, PostgresManager};
 use millpond::{Builder, Pool};
 use postgres::{Config, NoTls};
@@ -98,6 +98,33 @@ fn passwords_are_mended() {
     let mended = pool.get().map(drop);
     set_password(server, "right");
     mended.unwrap();
+}
+
+#[test]
+fn of_several_hosts_it_is_the_last_one_s_word_that_counts() {
+    let _alone = alone();
+    // The first refuses for good; the second is away for a moment.
+    let (first, second) = (Server::shared(), picky());
+    second.connect().batch_execute("CREATE DATABASE only_there").unwrap();
+    for observe in [true, false] {
+        let away = Proxy::to(second.addr());
+        away.refuse();
+        let mut config = Config::new();
+        config.host("127.0.0.1").port(first.port()).host("127.0.0.1").port(away.addr().port());
+        config.user("postgres").dbname("only_there").application_name("refusals-hosts");
+        let manager = PostgresManager::new(config, NoTls).observe(observe);
+        let pool = Pool::builder().build_unchecked(manager);
+        let error = pool.get_timeout(ms(300)).map(drop).unwrap_err();
+        assert!(error.is_timeout(), "observed: {observe}: {error}");
+        assert_eq!(error.cause().unwrap().error_type(), "connection_refused", "observed: {observe}: {error}");
+        away.accept();
+        // Not after a back-off as after a refusal.
+        drop(pool.get_timeout(Duration::from_secs(3)).unwrap());
+        assert_eq!(pool.stats().failed_opens_of("3D000"), 0, "observed: {observe}: {}", pool.stats());
+        drop(pool);
+    }
+    assert_eq!(second.wait_for("refusals-hosts", 0, Instant::now() + Duration::from_secs(20)), 0);
+    second.connect().batch_execute("DROP DATABASE only_there").unwrap();
 }
 
 #[test]

@@ -543,6 +543,8 @@ fn a_server_that_accepts_and_says_nothing() {
         assert!(most_threads <= 1 + 3 + 1, "{most_threads} threads");
         assert_eq!((silent.accepted(), pool.stats().abandoned), (3, 3));
         let error = nothing_in_time(&pool);
+        assert_eq!(error.cause().unwrap().error_type(), "timeout");
+        assert_eq!(pool.stats().failed_opens_of("timeout"), pool.stats().failed_opens, "{}", pool.stats());
         assert!(error.to_string().contains("no answer to an attempt to connect within 100 ms"), "{error}");
 
         // Nothing can be done about them but to say so; when the server lets go of them they end.

@@ -283,6 +283,8 @@ fn one_that_arrives_too_old_is_not_handed_out() {
     let stats = pool.stats();
     assert_eq!((stats.opens, stats.closes, stats.checkouts), (0, 0, 0), "{stats}");
     assert!(stats.failed_opens >= 2, "{stats}");
+    assert_eq!(error.cause().unwrap().error_type(), "too_old");
+    assert_eq!(stats.failed_opens_of("too_old"), stats.failed_opens, "{stats}");
 
     // A network that is quick again is all that was missing.
     proxy.delay(Duration::ZERO);

@@ -487,7 +487,7 @@ fn the_ledger_says_why_the_last_open_failed() {
 fn a_failed_open_is_counted_once_by_the_type_of_its_error() {
     let counts = |w: &World| {
         let of = |error_type| w.ledger.tally.failed_opens.of(&error_type);
-        [ErrorType::OTHER, ErrorType::TIMEOUT, ErrorType::named("too_old")].map(of)
+        [ErrorType::OTHER, ErrorType::TIMEOUT, ErrorType::TOO_OLD].map(of)
     };
     // Refused, and then one that is abandoned and comes back with an error of its own.
     let mut w = World::new(Settings { max_size: 1, ..settings() });

@@ -5,7 +5,7 @@ use super::guards::ServerGuards;
 use super::names::application_name;
 use crate::leaf::text::{CAUSE, Short, brief};
 use crate::ledger::Reach;
-use crate::postgres::error::{Error, parse_error};
+use crate::postgres::error::{Error, parse_error, was_not_connected};
 use crate::postgres::session::{
     CANCEL_LIMIT, Canceller, Connection, DEFAULT_CAPACITY, Opened, Reset, SendCancel, cancel_within, send_within,
 };
@@ -294,6 +294,11 @@ impl<T: Connector> PostgresManager<T> {
         &self.config
     }
 
+    /// How many hosts it names.
+    pub(super) fn hosts(&self) -> usize {
+        self.config.get_hosts().len().max(self.config.get_hostaddrs().len())
+    }
+
     /// The name under which the server knows this process's connections of the pool.
     pub(super) fn application_name(&self, pool: &str) -> String {
         match self.config.get_application_name() {
@@ -329,7 +334,7 @@ impl<T: Connector> PostgresManager<T> {
         config.application_name(&self.application_name(pool));
         if config.get_connect_timeout().is_none() {
             // Each address gets an equal part of the limit, so that the last one has its turn.
-            let hosts = config.get_hosts().len().max(config.get_hostaddrs().len()).max(1);
+            let hosts = self.hosts().max(1);
             config.connect_timeout(limit / u32::try_from(hosts).unwrap_or(u32::MAX));
         }
         let (idle, interval, retries) = KEEPALIVE;
@@ -353,7 +358,11 @@ impl<T: Connector> PostgresManager<T> {
     fn connect(&self, opening: &Opening) -> Result<Opened, Error> {
         let mut config = self.complete(opening.pool(), opening.limit());
         if let Some(password) = &self.password {
+            let begun = Instant::now();
             config.password(password()?);
+            if opening.is_aborted() {
+                return Err(Error::timeout(format!("the password came only after {}", Short(begun.elapsed()))));
+            }
         }
         if let Some(observer) = self.observer(&config) {
             if let Some(opened) = self.connect_observed(observer, opening)? {
@@ -403,6 +412,10 @@ impl<T: Connector> PostgresManager<T> {
                 return Err(Error::timeout(text));
             }
             Err(ConnectError::NoLoopback) => return Ok(None),
+            // Of several hosts it is the last one's, to which there may have been no way, while an earlier one said no.
+            Err(ConnectError::Postgres(error)) if self.hosts() > 1 && was_not_connected(&error) => {
+                return Err(error.into());
+            }
             Err(ConnectError::Postgres(error)) => return Err(Error::of(error, &watch)),
             Err(error @ ConnectError::NoWay(..)) => return Err(error.into()),
         };
@@ -515,8 +528,7 @@ impl<T: Connector> Manage for PostgresManager<T> {
             return cause.permanent();
         }
         // Of several hosts the error is the last one's, and another may have been logged in to.
-        let hosts = self.config.get_hosts().len().max(self.config.get_hostaddrs().len());
-        let nobody = hosts == 1 && error.says_that_nobody_listens();
+        let nobody = self.hosts() == 1 && error.says_that_nobody_listens();
         cause.reaching(if nobody { Reach::Nobody } else { Reach::Server })
     }
 }

@@ -1,12 +1,15 @@
 //! A connection for one errand: to make an audit, or to end backends.
 
+use crate::leaf::shield::catch;
+use crate::leaf::text::Short;
 use crate::postgres::error::Error;
 use crate::postgres::operations::manager::{Pool, PostgresManager};
+use crate::postgres::session::Connection;
 use crate::postgres::wire::Connector;
 use crate::{Manage, Opening};
 use ::postgres::Client;
 use ::postgres::error::SqlState;
-use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{RecvTimeoutError, SendError, Sender, bounded};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -21,7 +24,7 @@ pub(super) fn on_a_connection<T: Connector, R>(
     let limit = pool.settings().open_timeout;
     let opening = Arc::new(Opening::new(pool.name().into(), limit));
     let _timer = Timer::start(Arc::clone(&opening), limit);
-    match pool.manager().open(&opening) {
+    match open_within(limit, pool.manager().clone(), opening) {
         Ok(mut connection) => {
             let pid = connection.backend_pid().filter(|_| connection.is_observed());
             let answer = ask(&mut connection, pid);
@@ -35,6 +38,29 @@ pub(super) fn on_a_connection<T: Connector, R>(
         }
         Err(e) => Err(e),
     }
+}
+
+/// Opens a connection on a thread of its own: not all that an open does can be aborted, such as what gets the password.
+fn open_within<T: Connector>(
+    limit: Duration,
+    manager: PostgresManager<T>,
+    opening: Arc<Opening>,
+) -> Result<Connection, Error> {
+    // (Without a place in between, a connection is either taken or comes back to who opened it.)
+    let (done, opened) = bounded(0);
+    let open = move || {
+        let result = catch(|| manager.open(&opening)).unwrap_or_else(|panic| Err(Error::own(panic.to_string(), false)));
+        // Nobody waits for it any longer.
+        if let Err(SendError(Ok(connection))) = done.send(result) {
+            PostgresManager::<T>::close(&manager, connection, limit);
+        }
+    };
+    if let Err(e) = thread::Builder::new().name("millpond-errand".into()).spawn(open) {
+        return Err(Error::own(format!("cannot start a thread to connect on: {e}"), false));
+    }
+    opened
+        .recv_timeout(limit)
+        .unwrap_or_else(|_| Err(Error::timeout(format!("no answer to an attempt to connect within {}", Short(limit)))))
 }
 
 /// Aborts a connection at its limit, unless the timer is dropped before.

@@ -153,8 +153,7 @@ fn look<T: Connector>(
     if hidden > 0 {
         notes.push(format!("the state of {hidden} is hidden from this role: grant it pg_read_all_stats to see it"));
     }
-    let config = manager.config();
-    if config.get_hosts().len().max(config.get_hostaddrs().len()) > 1 {
+    if manager.hosts() > 1 {
         notes.push("the configuration names several hosts: only the server that answered was asked".into());
     }
     if let Names::These(_) = names {
