@@ -66,7 +66,9 @@ fn manager() -> Result<PostgresManager<NoTls>, Failure> {
 fn work(processes: u32) -> Result<(), Failure> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let manager = manager()?.processes(processes).budget(Budget::Refuse);
-    let pool = manager.builder().name("mill").max_size(CONNECTIONS).open()?;
+    // A worker that is to end does not wait for a database that is away.
+    let pool =
+        manager.builder().name("mill").max_size(CONNECTIONS).connection_timeout(Duration::from_secs(2)).open()?;
     let mut guard = pool.guard().owning_with(Vec::<JoinHandle<()>>::new(), |threads, deadline| {
         OVER.store(true, SeqCst);
         threads.iter().for_each(|thread| thread.thread().unpark());

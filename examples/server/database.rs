@@ -40,7 +40,12 @@ const KEEPER: &str = r#"
         esac
         echo $answer
     done
-    if [ -n "$pid" ]; then kill -QUIT $pid; wait $pid; fi
+    if [ -n "$pid" ]; then
+        # One that has only begun to start does not hear it. (`wait` is over when it has ended, and then so is the loop.)
+        while kill -QUIT $pid; do sleep 0.1; done 2>/dev/null &
+        wait $pid
+        wait
+    fi
     cd / && rm -rf "$dir"
 "#;
 

@@ -106,6 +106,8 @@ impl History {
     /// All that the page shows, with the samples that are newer than `after`.
     pub(crate) fn status(&self, after: u64) -> String {
         let shared = &*self.0;
+        // Before the stats: nothing is served that was not checked out.
+        let requests = shared.weather.requests();
         let stats = shared.pool.stats();
         let connections = shared.pool.connections();
         let (health, now) = (shared.pool.health(), Instant::now());
@@ -116,9 +118,9 @@ impl History {
 
         let first = past.number.saturating_sub(past.samples.len() as u64);
         let new = past.samples.iter().skip(after.saturating_sub(first) as usize);
-        let minute = past.looks.front();
+        // (As long as nothing is older than a minute, all is of the last one.)
+        let minute = past.looks.front().filter(|_| shared.begun.elapsed() > MINUTE);
         let recent = minute.map_or_else(|| stats.clone(), |look| stats.since(&look.stats));
-        let requests = shared.weather.requests();
         let before = minute.map_or(Requests::default(), |look| look.requests);
         let reasons: Map<_, _> = CloseReason::ALL
             .into_iter()

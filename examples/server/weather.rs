@@ -13,8 +13,11 @@ use std::time::{Duration, Instant};
 /// How long the weather waits for a connection: longer than the server is away when it restarts, on any machine.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// How long a thread waits at once, before it looks whether there is silence.
-const SLICE: Duration = Duration::from_secs(1);
+/// How long a thread waits for a connection at once, before it looks whether there is silence.
+const SLICE: Duration = Duration::from_millis(250);
+
+/// ... and for the others of its burst.
+const MEET_SLICE: Duration = Duration::from_millis(50);
 
 /// How long those of a burst wait for each other.
 const MEET: Duration = Duration::from_secs(2);
@@ -289,12 +292,12 @@ impl Shower {
             Kind::Burst => self.request("SELECT pg_sleep(1)", || self.meet()),
             Kind::Trickle => {
                 while self.pause(Duration::from_millis(400)) {
-                    self.request("SELECT count(*) FROM notes", || {});
+                    self.request("SELECT count(*) FROM notes", || true);
                 }
             }
             Kind::Steady => {
                 while self.pause(Duration::from_millis(20)) {
-                    self.request("SELECT pg_sleep(0.04)", || {});
+                    self.request("SELECT pg_sleep(0.04)", || true);
                 }
             }
             Kind::Stuck => self.forget()?,
@@ -328,17 +331,15 @@ impl Shower {
         }
     }
 
-    /// Gets a connection, does `before`, and then asks.
-    fn request(&self, sql: &str, before: impl FnOnce()) {
+    /// Gets a connection, does `before`, and then asks, unless that says no.
+    fn request(&self, sql: &str, before: impl FnOnce() -> bool) {
         let c = &self.shared.counters;
         let counter = match self.get() {
-            Ok(mut client) => {
-                before();
-                match client.query_cached(sql, &[]) {
-                    Ok(_) => &c.served,
-                    Err(_) => &c.failed,
-                }
-            }
+            Ok(mut client) if before() => match client.query_cached(sql, &[]) {
+                Ok(_) => &c.served,
+                Err(_) => &c.failed,
+            },
+            Ok(_) => return,
             Err(e) if e.is_exhausted() => &c.exhausted,
             Err(e) if e.is_connect() => &c.refused,
             Err(_) => &c.unavailable,
@@ -347,12 +348,23 @@ impl Shower {
     }
 
     /// Waits until all of this burst have a connection: even if it takes a while to open them, they are in use at once.
-    fn meet(&self) {
-        let mut met = self.burst.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        *met += 1;
+    /// Whether there is no silence meanwhile.
+    fn meet(&self) -> bool {
+        *self.burst.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) += 1;
         self.burst.1.notify_all();
         let all = Kind::Burst.threads().min(self.shared.pool.max_size() as usize);
-        drop(self.burst.1.wait_timeout_while(met, MEET, |met| *met < all));
+        let over = Instant::now() + MEET;
+        loop {
+            let met = self.burst.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let waited = self.burst.1.wait_timeout_while(met, MEET_SLICE, |met| *met < all);
+            let have_met = *waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0 >= all;
+            if self.shared.now().silences != self.silence {
+                return false;
+            }
+            if have_met || Instant::now() >= over {
+                return true;
+            }
+        }
     }
 
     fn forget(&self) -> Result<(), Failure> {

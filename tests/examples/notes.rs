@@ -2,7 +2,7 @@
 
 use crate::support::{SOON, Server, ms, wait_until};
 use crate::{Corner, GRACE, Notes, example, soon};
-use rustix::process::{Pid, Signal, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -368,25 +368,45 @@ fn a_private_database_goes_with_the_server() {
     assert!(wait_until(soon(), || family.iter().all(gone)), "left of {family:?}");
 }
 
+/// Whatever of a burst has begun is served; nobody waits for the others of it.
+#[test]
+fn sigterm_in_the_middle_of_a_burst() {
+    let notes = Notes::start(&[("WEATHER", "burst,burst")]);
+    notes.signal(Signal::TERM);
+    let (status, words) = notes.end();
+    assert!(status.success(), "{status}: {words}");
+}
+
+/// However far it is: not even the system's kill can prevent this.
 #[test]
 fn a_private_database_that_is_being_made_goes_too() {
-    let mut child = example("server").env("PORT", "0").spawn().expect("the server");
-    let words = |pid: &Pid| {
-        let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
-        String::from_utf8_lossy(&line).split('\0').map(str::to_owned).collect::<Vec<_>>()
-    };
-    let (mut making, mut folder) = (Vec::new(), None);
-    let began = wait_until(soon(), || {
-        making = family(child.id());
-        let begun = making.iter().any(|pid| words(pid)[0].ends_with("initdb"));
-        folder = making.iter().flat_map(words).find(|word| word.starts_with("/tmp/notes-"));
-        begun && folder.is_some()
-    });
-    // Not even it can prevent this.
-    child.kill().and_then(|()| child.wait()).expect("a child");
-    assert!(began, "{making:?}");
-    let folder = folder.expect("a folder");
-    assert!(wait_until(soon(), || !fs::exists(&folder).unwrap()), "{folder} is left");
-    let gone = |pid: &Pid| test_kill_process(*pid).is_err();
-    assert!(wait_until(soon(), || making.iter().all(gone)), "left of {making:?}");
+    for program in ["initdb", "postgres"] {
+        let mut child = example("server").env("PORT", "0").spawn().expect("the server");
+        let words = |pid: &Pid| {
+            let line = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
+            String::from_utf8_lossy(&line).split('\0').map(str::to_owned).collect::<Vec<_>>()
+        };
+        let (mut making, mut folder) = (Vec::new(), None);
+        // (`initdb` runs a `postgres` as well, without a socket.)
+        let is_it = |words: Vec<String>| {
+            words[0].ends_with(program) && (program == "initdb" || words.iter().any(|word| word == "-k"))
+        };
+        let began = wait_until(soon(), || {
+            making = family(child.id());
+            folder = making.iter().flat_map(words).find(|word| word.starts_with("/tmp/notes-"));
+            folder.is_some() && making.iter().any(|pid| is_it(words(pid)))
+        });
+        child.kill().and_then(|()| child.wait()).expect("a child");
+        assert!(began, "{making:?}");
+        let folder = folder.expect("a folder");
+        let gone = |pid: &Pid| test_kill_process(*pid).is_err();
+        if !wait_until(soon(), || making.iter().all(gone)) {
+            let left: Vec<_> = making.iter().filter(|pid| !gone(pid)).collect();
+            for &&pid in &left {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            panic!("{program}: {left:?} were left of {making:?}");
+        }
+        assert!(wait_until(soon(), || !fs::exists(&folder).unwrap()), "{program}: {folder} is left");
+    }
 }

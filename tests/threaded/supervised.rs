@@ -188,3 +188,18 @@ fn workers_end_with_a_supervisor_that_panics() {
     Program::panics("supervisor", &format!("host=127.0.0.1 port={port} user=app dbname=postgres"));
     mill.wait_for(0, ALL);
 }
+
+/// Those that wait for the database do so for less than the time they have to end.
+#[test]
+fn a_mill_whose_server_is_away_ends_cleanly() {
+    let _beside = beside_others();
+    let mut mill = Mill::allowing(ENOUGH);
+    let mut program = mill.start();
+    let workers: Vec<u32> = (0..4).map(|_| started(&mut program)).collect();
+    workers.iter().for_each(|&worker| mill.works(worker));
+    mill.server.stop_fast();
+    program.line("none can be opened: ");
+    program.signal(Signal::TERM);
+    program.ends_cleanly();
+    assert_gone(&workers);
+}
