@@ -109,6 +109,7 @@ use crate::stats::Stats;
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "metrics")]
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The bounds of the histograms, in seconds: from 100 µs to 60 s.
@@ -132,12 +133,14 @@ struct Shown {
     name: String,
     /// Of no other pool, for as long as `look` is there.
     id: usize,
-    /// Another pool has its name by now. It is closed, and stays only until the facade was told what it still counts.
-    replaced: AtomicBool,
     look: Box<dyn Fn() -> Option<Stats> + Send + Sync>,
     /// What was reported last, of a pool whose end the facade has to be told. Locked from the look until the recorder knows.
     #[cfg(feature = "metrics")]
     reported: Mutex<Option<Stats>>,
+    /// Whether there is such a pool's report. Read without that lock, which may be this very thread's: a look drops a pool's
+    /// manager, whose drop may look again.
+    #[cfg(feature = "metrics")]
+    is_reported: AtomicBool,
 }
 
 impl Pools {
@@ -161,10 +164,6 @@ impl Pools {
             let numbered = (2..).map(|n| format!("{}-{n}", pool.name()));
             let mut names = std::iter::once(pool.name().to_string()).chain(numbered);
             let name = names.find(is_free).expect("one of so many names is free");
-            let is_replaced =
-                |shown: &Arc<Shown>| shown.name == name && present.iter().any(|(s, _)| Arc::ptr_eq(s, shown));
-            // (Asked before the list is locked, as in `forget`.)
-            let told: Vec<_> = looks.iter().map(|(shown, _)| shown).filter(|shown| shown.was_reported()).collect();
             let mut all = self.0.lock();
             if all.iter().any(|shown| shown.id == id) {
                 return;
@@ -173,19 +172,16 @@ impl Pools {
             if all.iter().any(|shown| !looks.iter().any(|(s, _)| Arc::ptr_eq(s, shown))) {
                 continue;
             }
-            // (For the facade it stays until it is gone and the facade was told. It stands before this one, which then has the
-            // last word.)
-            for shown in all.iter().filter(|shown| is_replaced(shown)) {
-                shown.replaced.store(true, Ordering::Relaxed);
-            }
-            all.retain(|shown| !is_replaced(shown) || told.iter().any(|t| Arc::ptr_eq(t, shown)));
+            // (A closed pool whose name it takes stays until it is gone: the facade is told what that counted. It stands before
+            // this one, which then has the last word.)
             all.push(Arc::new(Shown {
                 name,
                 id,
                 look,
-                replaced: AtomicBool::new(false),
                 #[cfg(feature = "metrics")]
                 reported: Mutex::new(None),
+                #[cfg(feature = "metrics")]
+                is_reported: AtomicBool::new(false),
             }));
             return;
         }
@@ -203,7 +199,6 @@ impl Pools {
 
     /// Forgets these, which are gone, except where the facade has to be told.
     fn forget<'a>(&self, gone: impl IntoIterator<Item = &'a Arc<Shown>>) {
-        // (Asked before the list is locked: a report that is under way holds its pool's lock for as long as the recorder takes.)
         let gone: Vec<_> = gone.into_iter().filter(|shown| !shown.was_reported()).collect();
         if !gone.is_empty() {
             self.0.lock().retain(|shown| !gone.iter().any(|s| Arc::ptr_eq(s, shown)));
@@ -212,15 +207,21 @@ impl Pools {
 
     #[cfg(feature = "prometheus-client")]
     fn present(&self) -> Vec<(String, Stats)> {
-        let looks = self.look().into_iter().filter(|(shown, _)| !shown.replaced.load(Ordering::Relaxed));
-        looks.filter_map(|(shown, stats)| Some((shown.name.clone(), stats?))).collect()
+        let looks = self.look().into_iter().filter_map(|(shown, stats)| Some((shown.name.clone(), stats?)));
+        let mut present: Vec<(String, Stats)> = Vec::new();
+        for (name, stats) in looks {
+            // Of two with one name the first is closed, and the other one has taken its place.
+            present.retain(|(other, _)| *other != name);
+            present.push((name, stats));
+        }
+        present
     }
 }
 
 impl Shown {
     #[cfg(feature = "metrics")]
     fn was_reported(&self) -> bool {
-        self.reported.lock().is_some()
+        self.is_reported.load(Ordering::SeqCst)
     }
 
     #[cfg(not(feature = "metrics"))]

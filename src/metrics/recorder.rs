@@ -4,6 +4,7 @@ use super::Pools;
 use super::family::{FAMILIES, Family, Kind, POOL, Point, Value};
 use crate::stats::Stats;
 use ::metrics::{Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use std::sync::atomic::Ordering;
 
 /// How many samples one report adds to a histogram at most: recorders keep each of them until the next scrape.
 const MOST_SAMPLES: u64 = 100_000;
@@ -32,7 +33,9 @@ impl Pools {
             if now.is_none() {
                 gone.push(shown);
             }
-            let earlier = std::mem::replace(&mut *reported, now.clone());
+            let (earlier, stays) = (std::mem::replace(&mut *reported, now.clone()), now.is_some());
+            // Before it is told, so that it is not forgotten meanwhile.
+            shown.is_reported.fetch_or(stays, Ordering::SeqCst);
             match (now, earlier) {
                 (Some(now), None) => tell(&shown.name, &now, &now),
                 (Some(now), Some(earlier)) => tell(&shown.name, &now, &now.since(&earlier)),
@@ -45,6 +48,7 @@ impl Pools {
                 }
                 (None, None) => {}
             }
+            shown.is_reported.store(stays, Ordering::SeqCst);
         }
         self.forget(gone);
     }

@@ -126,7 +126,8 @@ impl Daemon {
         self.port
     }
 
-    fn log(&self) -> String {
+    /// What it says.
+    pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 

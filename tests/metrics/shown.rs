@@ -2,7 +2,7 @@
 
 use crate::fake::{Act, Call, Fake, ends_well};
 use crate::page::{Page, collected, recorder, reported};
-use crate::support::{SOON, beside_others, ms, wait_until, within};
+use crate::support::{SOON, beside_others, ms, wait_until, watched, within};
 use millpond::metrics::Pools;
 use millpond::{Health, Manage, Pool, PooledConnection};
 use std::sync::Barrier;
@@ -129,19 +129,26 @@ fn counts_go_on_when_a_pool_is_built_again() {
 
 #[test]
 fn what_a_pool_counted_before_another_took_its_name_is_told() {
+    [true, false].into_iter().for_each(told_of_both);
+}
+
+fn told_of_both(is_told_before: bool) {
     let _beside = beside_others();
     let fake = Fake::new();
     let (pools, recorder) = (Pools::default(), recorder());
     let first = Pool::builder().name("orders").max_size(3).build(fake.direct()).unwrap();
     pools.add(&first);
     drop(first.get().unwrap());
-    reported(&pools, &recorder);
+    if is_told_before {
+        reported(&pools, &recorder);
+    }
     // Not told before its end, ...
     let late = first.get().unwrap();
     drop(first.get().unwrap());
     let _ = first.close(ms(10));
     let second = Pool::builder().name("orders").max_size(5).build(fake.direct()).unwrap();
     pools.add(&second);
+    pools.add(&first); // which changes nothing
     drop(second.get().unwrap());
     let page = Page::parse(&reported(&pools, &recorder));
     assert_eq!(page.value("millpond_checkouts_total", &[]), 4.0);
@@ -157,6 +164,52 @@ fn what_a_pool_counted_before_another_took_its_name_is_told() {
     };
     assert!(wait_until(within(SOON), is_told), "the first is gone, and forgotten: {pools:?}");
     ends_well(second, &fake);
+}
+
+/// A recorder that adds a pool while it is told of one.
+struct Adds<'a>(metrics_exporter_prometheus::PrometheusRecorder, &'a (dyn Fn() + Sync));
+
+impl metrics::Recorder for Adds<'_> {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+
+    fn register_counter(&self, key: &metrics::Key, metadata: &metrics::Metadata<'_>) -> metrics::Counter {
+        (self.1)();
+        self.0.register_counter(key, metadata)
+    }
+
+    fn register_gauge(&self, key: &metrics::Key, metadata: &metrics::Metadata<'_>) -> metrics::Gauge {
+        (self.1)();
+        self.0.register_gauge(key, metadata)
+    }
+
+    fn register_histogram(&self, key: &metrics::Key, metadata: &metrics::Metadata<'_>) -> metrics::Histogram {
+        self.0.register_histogram(key, metadata)
+    }
+}
+
+#[test]
+fn a_pool_can_be_added_in_the_middle_of_a_report() {
+    watched(|| {
+        let fake = Fake::new();
+        let (first, second) = (Pool::builder().name("orders"), Pool::builder().name("users"));
+        let (first, second) = (first.build(fake.direct()).unwrap(), second.build(fake.direct()).unwrap());
+        let pools = Pools::default();
+        // One that is gone when the report comes to it.
+        let gone = Pool::builder().name("gone").build(fake.direct()).unwrap();
+        pools.add(&gone);
+        pools.add(&first);
+        reported(&pools, &recorder());
+        drop(gone);
+        assert!(wait_until(within(SOON), || names(&pools) == ["orders"]));
+        let add = || pools.add(&second);
+        let adds = Adds(recorder(), &add);
+        metrics::with_local_recorder(&adds, || pools.report());
+        assert_eq!(format!("{pools:?}"), "[\"orders\", \"users\"]");
+        drop(second);
+        ends_well(first, &fake);
+    });
 }
 
 /// Three threads report while one checks out: each checkout is told once.

@@ -1,6 +1,6 @@
 //! The server's view of an application's backends, joined with the pool's own.
 
-use crate::support::{Again, Bouncer, PoolMode, Proxy, Server, ms, wait_until};
+use crate::support::{Again, Bouncer, PoolMode, Proxy, Server, Silent, ms, threads_named, wait_until};
 use millpond::postgres::{Audit, Backend, Budget, Outcome, Owner, Pool, PostgresManager, audit, audit_with};
 use millpond::{ConnectionState, PooledConnection};
 use postgres::NoTls;
@@ -504,6 +504,22 @@ fn an_audit_keeps_its_limit() {
     std::thread::spawn(move || done.send(audit(&pool).is_err()));
     assert_eq!(wait.recv_timeout(PATIENCE), Ok(true), "it hangs");
     assert!(begun.elapsed() >= ms(250) && begun.elapsed() < ms(2000), "{:?}", begun.elapsed());
+}
+
+/// However close the answer of an abort and the limit come: what an audit has begun ends with it.
+#[test]
+fn an_audit_that_comes_to_its_limit_leaves_no_thread() {
+    let _alone = crate::support::alone();
+    let silent = Silent::listen();
+    let manager = manager(&silent.conninfo("silent-audits"));
+    let pool = millpond::Pool::builder().open_timeout(ms(50)).build_unchecked(manager);
+    for _ in 0..20 {
+        let error = audit(&pool).unwrap_err();
+        assert!(error.to_string().contains("no answer to an attempt to connect"), "{error}");
+    }
+    let errands = || threads_named("millpond-errand").len();
+    assert!(wait_until(soon(), || errands() == 0), "{} threads are left", errands());
+    assert!(wait_until(soon(), || silent.open() == 0), "{} sockets are left", silent.open());
 }
 
 // ---------------------------------------------------------------------------------------------- a pooler

@@ -412,7 +412,8 @@ impl<T: Connector> PostgresManager<T> {
                 return Err(Error::timeout(text));
             }
             Err(ConnectError::NoLoopback) => return Ok(None),
-            // Of several hosts it is the last one's, to which there may have been no way, while an earlier one said no.
+            // Of several hosts it is the last one's, to which there may have been no way, while an earlier one said no. (The
+            // addresses of one name lead to one server, mostly: what it said at one of them is worth more.)
             Err(ConnectError::Postgres(error)) if self.hosts() > 1 && was_not_connected(&error) => {
                 return Err(error.into());
             }

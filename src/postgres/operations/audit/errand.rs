@@ -24,12 +24,13 @@ pub(super) fn on_a_connection<T: Connector, R>(
     let limit = pool.settings().open_timeout;
     let opening = Arc::new(Opening::new(pool.name().into(), limit));
     let _timer = Timer::start(Arc::clone(&opening), limit);
-    match open_within(limit, pool.manager().clone(), opening) {
+    match open_within(limit, pool.manager().clone(), &opening) {
         Ok(mut connection) => {
             let pid = connection.backend_pid().filter(|_| connection.is_observed());
             let answer = ask(&mut connection, pid);
             PostgresManager::<T>::close(pool.manager(), connection, limit);
-            answer
+            // Not the words of a connection that was aborted.
+            answer.map_err(|e| if opening.is_aborted() { no_answer(limit) } else { e })
         }
         Err(e) if e.code() == Some(&SqlState::TOO_MANY_CONNECTIONS) => {
             let mut connection = pool.get().map_err(|other| Error::own(format!("{e}; and {other}"), false))?;
@@ -44,11 +45,13 @@ pub(super) fn on_a_connection<T: Connector, R>(
 fn open_within<T: Connector>(
     limit: Duration,
     manager: PostgresManager<T>,
-    opening: Arc<Opening>,
+    opening: &Arc<Opening>,
 ) -> Result<Connection, Error> {
     // (Without a place in between, a connection is either taken or comes back to who opened it.)
     let (done, opened) = bounded(0);
+    let for_thread = Arc::clone(opening);
     let open = move || {
+        let opening = for_thread;
         let result = catch(|| manager.open(&opening)).unwrap_or_else(|panic| Err(Error::own(panic.to_string(), false)));
         // Nobody waits for it any longer.
         if let Err(SendError(Ok(connection))) = done.send(result) {
@@ -58,9 +61,20 @@ fn open_within<T: Connector>(
     if let Err(e) = thread::Builder::new().name("millpond-errand".into()).spawn(open) {
         return Err(Error::own(format!("cannot start a thread to connect on: {e}"), false));
     }
-    opened
-        .recv_timeout(limit)
-        .unwrap_or_else(|_| Err(Error::timeout(format!("no answer to an attempt to connect within {}", Short(limit)))))
+    opened.recv_timeout(limit).unwrap_or_else(|_| {
+        abort(opening);
+        Err(no_answer(limit))
+    })
+}
+
+/// Has the thread that opens it end, as far as it can.
+fn abort(opening: &Opening) {
+    opening.abort_from_now_on();
+    opening.abort();
+}
+
+fn no_answer(limit: Duration) -> Error {
+    Error::timeout(format!("no answer to an attempt to connect within {}", Short(limit)))
 }
 
 /// Aborts a connection at its limit, unless the timer is dropped before.
@@ -71,8 +85,7 @@ impl Timer {
         let (stop, stopped) = bounded::<()>(0);
         let thread = thread::Builder::new().name("millpond-audit".into()).spawn(move || {
             if stopped.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                opening.abort_from_now_on();
-                opening.abort();
+                abort(&opening);
             }
         });
         Timer(thread.ok().map(|thread| (stop, thread)))
