@@ -377,8 +377,9 @@ impl<C, W: Clone> Ledger<C, W> {
         refused && self.counted.alive() == 0
     }
 
-    /// Counts and notes a failed open, and when to try again: after 50 ms, and twice as long after each further one that got as far,
-    /// up to 200 ms while nobody listens and 1 s otherwise (30 s while no caller waits); after a refusal 5 s to 30 s.
+    /// Counts and notes a failed open, and when to try again: after 50 ms, and twice as long after each further one that
+    /// got as far, up to 200 ms while nobody listens and 1 s otherwise (30 s while no caller waits); after a refusal 5 s
+    /// to 30 s.
     pub(super) fn failed(&mut self, now: Moment, begun: Moment, why: FailedOpen, error: OpenError, jitter: f64) {
         let OpenError { reach, error_type } = error;
         self.tally.failed_opens.count(error_type);

@@ -137,8 +137,8 @@ struct Shown {
     /// What was reported last, of a pool whose end the facade has to be told. Locked from the look until the recorder knows.
     #[cfg(feature = "metrics")]
     reported: Mutex<Option<Stats>>,
-    /// Whether there is such a pool's report. Read without that lock, which may be this very thread's: a look drops a pool's
-    /// manager, whose drop may look again.
+    /// Whether `reported` holds a report. It is read without the lock of that one, which this very thread may hold: a look may
+    /// drop the pool's manager, and that drop may look again.
     #[cfg(feature = "metrics")]
     is_reported: AtomicBool,
 }

@@ -368,6 +368,25 @@ fn a_private_database_goes_with_the_server() {
     assert!(wait_until(soon(), || family.iter().all(gone)), "left of {family:?}");
 }
 
+/// As long as nothing is older than a minute, all that has happened is of the last one.
+#[test]
+fn the_last_minute_begins_with_the_server() {
+    let notes = Notes::start(&[("WEATHER", "burst")]);
+    let mut status = serde_json::Value::Null;
+    let is_over = wait_until(soon(), || {
+        status = serde_json::from_str(&notes.get("/status").body).expect("JSON");
+        status["weather"] == serde_json::json!([]) && status["minute"]["served"] == 17
+    });
+    assert!(is_over, "{status}");
+    // What the pool has opened since it was built, the first for the schema.
+    let stats = notes.get("/pool").body;
+    let opened = stats.lines().find_map(|line| line.trim().strip_prefix("opened ")?.trim().split(';').next());
+    assert_eq!(Some(status["minute"]["opens"].to_string().as_str()), opened, "{status}\n{stats}");
+    assert!(status["minute"]["checkouts"].as_u64() >= Some(17 + 1), "{status}");
+    notes.signal(Signal::TERM);
+    assert!(notes.end().0.success());
+}
+
 /// Whatever of a burst has begun is served; nobody waits for the others of it.
 #[test]
 fn sigterm_in_the_middle_of_a_burst() {
